@@ -1,0 +1,112 @@
+"""What the benchmark knows of a server: how to start it, how to ask it, how to read its answer.
+
+Every server is one file `endpoint_<name>.py` in this folder with one subclass of `Endpoint`.
+`load_endpoints()` finds the files; adding a server is one new file and no edit elsewhere.
+"""
+
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+BENCHMARKS_DIR = Path(__file__).resolve().parent
+REPOSITORY_DIR = BENCHMARKS_DIR.parent
+
+KINDS = {
+    "native": "the framework's own server",
+    "docker": "the framework's own image",
+    "local": "this repository's stand-in for the framework's server",
+    "floor": "no model: the cost of the harness and of HTTP alone",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One HTTP request, ready to send; the client adds Host and Content-Length."""
+
+    path: str
+    body: bytes
+    method: str = "POST"
+    content_type: str = "application/json"
+
+
+class Endpoint:
+    """One server. A subclass states the facts below and overrides what differs.
+
+    Versions are named "1" and "2" here, as in data/recipe.json; `versions` maps them to the
+    names that the server itself uses. `rows` are always raw features, (n, 5).
+    """
+
+    name: str  # the row's name in every table and the word for --endpoints
+    kind: str  # one of KINDS
+    folder: Path  # where `command` runs: the framework's folder
+    default_ports: dict[str, int]  # by role; "rest" is the one that is timed
+    versions: dict[str, str] = {"1": "1", "2": "2"}
+    rows_key: str  # the key of the rows in the JSON body
+    settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    start_timeout_s: float = 90.0
+    has_model: bool = True  # False: answers a constant; no parity to verify
+
+    def __init__(self, ports: dict[str, int] | None = None):
+        """`ports` overrides `default_ports` by role."""
+        unknown = set(ports or {}) - set(self.default_ports)
+        if unknown:
+            raise ValueError(f"{self.name}: no port called {sorted(unknown)}; it has {sorted(self.default_ports)}")
+        self.ports = {**self.default_ports, **(ports or {})}
+
+    def command(self) -> list[str]:
+        """The command of the folder's README; port options are added only where they differ from the default."""
+        raise NotImplementedError
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that the command needs beside the caller's."""
+        return {}
+
+    def native_version(self, version: str) -> str:
+        """The server's own name of `version`; an unknown one stays as it is, so that tests can ask for it."""
+        return self.versions.get(version, version)
+
+    def path(self, version: str) -> str:
+        """The URL path that predicts with `version`."""
+        raise NotImplementedError
+
+    def body(self, rows: list, version: str) -> bytes:
+        """The JSON body for `rows`, a nested list; not checked here, so that tests can send bad ones."""
+        return json.dumps({self.rows_key: rows}).encode()
+
+    def request(self, rows: list, version: str) -> Request:
+        """The request that predicts `rows` with `version`."""
+        return Request(self.path(version), self.body(rows, version))
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none."""
+        raise NotImplementedError
+
+    def kind_from_log(self, log: str) -> str:
+        """The row's kind, for a server whose launcher says in its log which server it chose."""
+        return self.kind
+
+
+def load_endpoints() -> dict[str, type[Endpoint]]:
+    """Import every endpoint_*.py beside this file; return the classes by name, the floor first, then by name."""
+    classes: dict[str, type[Endpoint]] = {}
+    for path in sorted(BENCHMARKS_DIR.glob("endpoint_*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        found = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Endpoint) and value.__module__ == path.stem
+        ]
+        for endpoint_class in found:
+            if endpoint_class.name in classes:
+                raise ValueError(f"{path.name}: the name {endpoint_class.name!r} is taken by another endpoint file")
+            classes[endpoint_class.name] = endpoint_class
+        if not found:
+            raise ValueError(f"{path.name}: defines no subclass of Endpoint")
+    return dict(sorted(classes.items(), key=lambda item: (item[1].kind != "floor", item[0])))

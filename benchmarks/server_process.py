@@ -1,0 +1,223 @@
+"""Start one server for a measurement or a test, wait until it answers rightly, and leave nothing of it behind."""
+
+import contextlib
+import ctypes
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+from endpoint import Endpoint, Request
+from reference import TOLERANCE, load_expected, load_test_rows
+
+STOP_TIMEOUT_S = 20.0
+POLL_INTERVAL_S = 0.02
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class ServerError(RuntimeError):
+    """A server could not be started, or answered wrongly; the message is one line that says what to do."""
+
+
+def find_free_ports(roles: list[str]) -> dict[str, int]:
+    """Return a free loopback port for each role. All are held until the last is found, so none repeats."""
+    with contextlib.ExitStack() as stack:
+        sockets = {role: stack.enter_context(socket.socket()) for role in roles}
+        for held in sockets.values():
+            held.bind(("127.0.0.1", 0))
+        return {role: held.getsockname()[1] for role, held in sockets.items()}
+
+
+def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, bytes]:
+    """Send one request on a connection of its own; return the status and the body. OSError where nobody answers."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    try:
+        connection.request(request.method, request.path, request.body, {"Content-Type": request.content_type})
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def ask(endpoint: Endpoint, rows: list, version: str) -> np.ndarray:
+    """Return the probabilities (n, 2) that a running server gives; ServerError on any status but 200."""
+    status, body = send(endpoint.ports["rest"], endpoint.request(rows, version))
+    if status != 200:
+        raise ServerError(f"{endpoint.name}: answered {status} to version {version}: {body[:200]!r}")
+    return endpoint.decode(body)
+
+
+class ServerProcess:
+    """A running server, as a context manager: inside the block it answers, after it no process of it is left.
+
+    `cpus` pins the server and all that it starts (None: not pinned). After the start `ready_s` holds
+    the seconds from the spawn to the first correct prediction. Raises ServerError where a port is
+    taken, the server ends early, or no correct prediction comes within `endpoint.start_timeout_s`.
+    """
+
+    def __init__(self, endpoint: Endpoint, cpus: set[int] | None = None):
+        self.endpoint = endpoint
+        self.cpus = cpus
+        self.ready_s = float("nan")
+        self.process: subprocess.Popen | None = None
+        self._descendants: dict[int, psutil.Process] = {}
+
+    def __enter__(self) -> "ServerProcess":
+        self._refuse_taken_ports()
+        self._log_dir = tempfile.TemporaryDirectory(prefix=f"{self.endpoint.name}-")
+        self._log_path = Path(self._log_dir.name) / "server.log"
+        try:
+            self._spawn()
+            self._wait_until_correct()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        with deferred_interrupts():
+            self._stop()
+            self._log_dir.cleanup()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def kind(self) -> str:
+        return self.endpoint.kind_from_log(self.log())
+
+    def log(self) -> str:
+        """All that the server has printed so far."""
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's process and all its descendants that are alive now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.process.pid)
+            for process in [root, *root.children(recursive=True)]:
+                self._descendants[process.pid] = process
+        return [process for process in self._descendants.values() if process.is_running()]
+
+    def _refuse_taken_ports(self) -> None:
+        for role, port in self.endpoint.ports.items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    raise ServerError(
+                        f"{self.endpoint.name}: 127.0.0.1:{port} ({role}) is in use; stop that program first"
+                    ) from None
+
+    def _spawn(self) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **self.endpoint.environment()}
+        cpus = self.cpus
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+        def in_child() -> None:
+            if libc is not None:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the server ends even when we are killed with -9
+            if cpus is not None:
+                os.sched_setaffinity(0, cpus)
+
+        with deferred_interrupts(), self._log_path.open("wb") as log:
+            self._started_s = time.perf_counter()
+            try:
+                self.process = subprocess.Popen(
+                    self.endpoint.command(),
+                    cwd=self.endpoint.folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=in_child,
+                )
+            except FileNotFoundError as error:
+                raise ServerError(f"{self.endpoint.name}: {error.filename} not found: run make setup") from None
+
+    def _wait_until_correct(self) -> None:
+        rows, _ = load_test_rows()
+        expected = load_expected("1")[:1]
+        deadline_s = self._started_s + self.endpoint.start_timeout_s
+        problem = "no answer"
+        while time.perf_counter() < deadline_s:
+            if self.process.poll() is not None:
+                raise ServerError(
+                    f"{self.endpoint.name}: ended with exit code {self.process.returncode} before it served: "
+                    f"{self._last_words()}"
+                )
+            try:
+                answer = ask(self.endpoint, rows[:1], "1")
+                difference = np.abs(answer - expected).max() if self.endpoint.has_model else 0.0
+                if difference <= TOLERANCE:
+                    self.ready_s = time.perf_counter() - self._started_s
+                    self.processes()
+                    return
+                problem = f"wrong answer, off by {difference:.1e}"
+            except (OSError, http.client.HTTPException, ServerError, ValueError) as error:
+                problem = str(error)
+            time.sleep(POLL_INTERVAL_S)
+        raise ServerError(
+            f"{self.endpoint.name}: no correct prediction within {self.endpoint.start_timeout_s:.0f} s ({problem}): "
+            f"{self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log().splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+    def _stop(self) -> None:
+        """Ask the server to end as Ctrl-C's SIGTERM twin would, then end by force whatever of it is left."""
+        if self.process is None:
+            return
+        self.processes()  # remember the descendants before their parent is gone
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the group is the server's alone
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        psutil.wait_procs(list(self._descendants.values()), timeout=STOP_TIMEOUT_S)
+        self._descendants.clear()
+
+
+@contextlib.contextmanager
+def deferred_interrupts():
+    """Hold back SIGINT and SIGTERM while the block runs, then deliver the first that came."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
+
+
+def interrupt_on_sigterm() -> None:
+    """Make SIGTERM unwind as Ctrl-C does, so that `finally` and `with` blocks stop what was started."""
+
+    def raise_interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, raise_interrupt)

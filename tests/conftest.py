@@ -1,0 +1,50 @@
+"""Shared fixtures: one real server per framework, started once on free ports by its Endpoint."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY_DIR = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY_DIR / "benchmarks"))
+os.environ.setdefault("BENTOML_HOME", str(REPOSITORY_DIR / "bentoml" / "store"))
+
+from endpoint import load_endpoints  # noqa: E402
+from server_process import ServerProcess, find_free_ports  # noqa: E402
+
+
+def start(name: str) -> ServerProcess:
+    """A ServerProcess, not yet entered, for the endpoint `name` on free ports."""
+    endpoint_class = load_endpoints()[name]
+    return ServerProcess(endpoint_class(find_free_ports(list(endpoint_class.default_ports))))
+
+
+@pytest.fixture(scope="session")
+def torchserve_server():
+    with start("torchserve") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tfserving_server():
+    with start("tfserving") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bentoml_server():
+    with start("bentoml") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def onnx_server():
+    with start("onnx") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def null_server():
+    with start("null") as server:
+        yield server
