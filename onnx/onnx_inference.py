@@ -1,0 +1,152 @@
+"""Predict in process with ONNX Runtime: the test rows of ../data/test.csv, and one row by hand.
+
+    python onnx_inference.py [model.onnx] [--device auto|cpu|cuda]
+
+Prints which execution provider ran. Writes nothing.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+FOLDER = Path(__file__).resolve().parent
+DATA_DIR = FOLDER.parent / "data"
+
+PROVIDERS = {  # in order of preference
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "auto": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+}
+# ONNX Runtime's exceptions have no common base class but Exception.
+LOAD_ERRORS = (
+    ort_state.EPFail,
+    ort_state.Fail,
+    ort_state.InvalidArgument,
+    ort_state.InvalidGraph,
+    ort_state.InvalidProtobuf,
+    ort_state.NotImplemented,
+    ort_state.RuntimeException,
+)
+LOG_FATAL = 4  # where CUDA is missing ONNX Runtime prints pages about it; get_providers() tells as much
+CUDA_NEEDS = 'it needs an NVIDIA driver, and CUDA and cuDNN (pip install "onnxruntime-gpu[cuda,cudnn]")'
+
+
+class ModelError(RuntimeError):
+    """A model could not be loaded; the message is one line that says what to do."""
+
+
+class DeviceError(ModelError):
+    """The demanded device cannot be used, whatever the model."""
+
+
+def open_session(path: Path, device: str, intra_op_threads: int) -> ort.InferenceSession:
+    """Return a session with the best of the device's providers that loads; one of LOAD_ERRORS for a bad file."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = intra_op_threads
+    options.inter_op_num_threads = 1  # the graph is a chain: no two operators can run at once
+    options.log_severity_level = LOG_FATAL
+    ort.set_default_logger_severity(LOG_FATAL)
+    if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each library that it does not find
+            ort.preload_dlls()  # CUDA and cuDNN that came as Python packages are not on the loader's path
+        with contextlib.suppress(*LOAD_ERRORS):  # no driver, no GPU; a bad file fails again below
+            return ort.InferenceSession(path, options, PROVIDERS[device], enable_fallback=0)
+    return ort.InferenceSession(path, options, PROVIDERS["cpu"], enable_fallback=0)
+
+
+class ONNXPredictor:
+    """One loaded model: raw features (n, 5) in, [P(malignant), P(benign)] (n, 2) out.
+
+    `device` is "auto" (CUDA where it loads, else the CPU), "cpu", or "cuda" (ModelError where it does not load).
+    `intra_op_threads` is the number of threads inside one operator; 0 lets ONNX Runtime take one per core. For a
+    model this small more than one only adds waiting. Afterwards `providers` holds what is really in use.
+    """
+
+    def __init__(self, model_path: str | Path, device: str = "auto", intra_op_threads: int = 1):
+        self.path = Path(model_path)
+        if not self.path.is_file():
+            raise ModelError(f"{self.path} not found: run python convert_to_onnx.py")
+        try:
+            self.session = open_session(self.path, device, intra_op_threads)
+        except LOAD_ERRORS as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"{self.path} cannot be loaded ({reason}); run python convert_to_onnx.py") from None
+        # Without this check a missing CUDA library means a silent answer from the CPU.
+        self.providers = self.session.get_providers()
+        if device == "cuda" and "CUDAExecutionProvider" not in self.providers:
+            raise DeviceError(f"CUDA was demanded and cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
+        self.input = self.session.get_inputs()[0]
+        self.output = self.session.get_outputs()[0]
+        for tensor in (self.input, self.output):
+            if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
+                raise ModelError(
+                    f"{self.path}: {tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of "
+                    "(batch, columns): run python convert_to_onnx.py"
+                )
+        self.features = self.input.shape[1]
+        noted = self.session.get_modelmeta().custom_metadata_map.get("features")
+        self.feature_names = json.loads(noted) if noted else [f"feature {i}" for i in range(self.features)]
+
+    def predict(self, rows) -> np.ndarray:
+        """Return the probabilities (n, 2) of `rows` (n, 5), an array or nested list; ValueError on bad rows."""
+        return self.run(self.check(rows))
+
+    def check(self, rows) -> np.ndarray:
+        """Return `rows` as float32 (n, 5); ValueError where a conversion would hide a mistake."""
+        try:
+            array = np.asarray(rows)
+        except ValueError:
+            raise ValueError(f"rows differ in length; each has {self.features} features") from None
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"rows hold something that is not a number (NumPy reads them as {array.dtype})")
+        if array.shape[:1] == (0,):
+            raise ValueError("rows are empty: send at least one")
+        if array.ndim != 2 or array.shape[1] != self.features:
+            raise ValueError(f"rows have shape {array.shape}, expected (n, {self.features})")
+        with np.errstate(over="ignore"):  # told below, with its place
+            array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            row, feature = np.argwhere(~np.isfinite(array))[0]
+            raise ValueError(f"row {row}, {self.feature_names[feature]}: not a finite number in float32")
+        return array
+
+    def run(self, array: np.ndarray) -> np.ndarray:
+        """Return the model's output for a checked float32 array; about 10 µs for one row."""
+        return self.session.run([self.output.name], {self.input.name: array})[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model", type=Path, nargs="?", default=FOLDER / "model.onnx", help="ONNX file (default: model.onnx)"
+    )
+    parser.add_argument("--device", choices=list(PROVIDERS), default="auto", help="where to compute (default: auto)")
+    arguments = parser.parse_args()
+    try:
+        predictor = ONNXPredictor(arguments.model, arguments.device)
+    except ModelError as error:
+        print(f"onnx_inference: {error}", file=sys.stderr)
+        return 1
+
+    table = np.loadtxt(DATA_DIR / "test.csv", delimiter=",", skiprows=1)
+    rows, labels = table[:, :-1], table[:, -1]
+    probabilities = predictor.predict(rows)  # (n, 2)
+    print("first test rows, [P(malignant), P(benign)] and the label (0 malignant, 1 benign):")
+    for probability, label in list(zip(probabilities, labels, strict=True))[:3]:
+        print(f"  {np.array2string(probability, precision=4, suppress_small=True)}  label {label:.0f}")
+    accuracy = np.mean(probabilities.argmax(axis=1) == labels)
+    print(f"test accuracy: {accuracy:.4f}")
+    print(f"Prediction: {predictor.predict([[1.0, 2.0, 3.0, 4.0, 5.0]])}")
+    print(f"predicted {len(rows) + 1} rows with {predictor.providers[0]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

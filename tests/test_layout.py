@@ -1,0 +1,78 @@
+"""The repository's shape: no folder hides a package, the named files are there, folders share no code."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY_DIR
+
+FRAMEWORK_FOLDERS = ("torchserve", "tfserving", "bentoml", "onnx")
+NAMED_BY_THE_EXERCISE = """
+torchserve/models torchserve/model_store torchserve/handlers/custom_handler.py torchserve/config.properties
+torchserve/Dockerfile torchserve/train_model.py torchserve/model.py torchserve/README.md
+tfserving/models/my_model tfserving/client.py tfserving/export_model.py tfserving/docker-compose.yml tfserving/README.md
+bentoml/service.py bentoml/train_and_save.py bentoml/bentofile.yaml bentoml/README.md
+onnx/convert_to_onnx.py onnx/onnx_inference.py onnx/optimize.py onnx/README.md
+benchmarks/benchmark_all.py benchmarks/load_test.py benchmarks/latency_test.py benchmarks/results benchmarks/README.md
+tests docker-compose.yml Makefile requirements.txt README.md
+""".split()
+
+
+def tracked_files() -> list[str]:
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY_DIR, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return listing.stdout.splitlines()
+
+
+def imported_modules(path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_every_file_that_the_exercise_names_is_in_a_fresh_clone():
+    tracked = tracked_files()
+    missing = [
+        name
+        for name in NAMED_BY_THE_EXERCISE
+        if not any(path == name or path.startswith(f"{name}/") for path in tracked)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("folder", [".", "benchmarks", "tests", *FRAMEWORK_FOLDERS])
+def test_no_folder_hides_a_package_from_a_script_that_starts_in_it(folder):
+    code = "import onnx, bentoml, torch, tensorflow_serving; print(onnx.__file__, bentoml.__file__, onnx.__version__)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY_DIR / folder, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.count("site-packages") == 2, run.stdout
+
+
+@pytest.mark.parametrize("folder", FRAMEWORK_FOLDERS)
+def test_a_framework_folder_imports_nothing_of_the_other_folders(folder):
+    own = {path.stem for path in (REPOSITORY_DIR / folder).rglob("*.py")}
+    others = {
+        path.stem
+        for other in (*FRAMEWORK_FOLDERS, "benchmarks", "tests", "data")
+        if other != folder
+        for path in (REPOSITORY_DIR / other).rglob("*.py")
+    }
+    assert not (REPOSITORY_DIR / folder / "__init__.py").exists()
+    for path in (REPOSITORY_DIR / folder).rglob("*.py"):
+        foreign = imported_modules(path) & (others - own)
+        assert not foreign, f"{path.relative_to(REPOSITORY_DIR)} imports {foreign}"
+
+
+def test_no_script_is_named_like_a_package_it_imports():
+    for name in tracked_files():
+        if name.endswith(".py"):
+            path = REPOSITORY_DIR / name
+            assert path.stem not in imported_modules(path), name

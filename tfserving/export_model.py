@@ -1,0 +1,130 @@
+"""Train the classifier with Keras and export versions 1 and 2 as SavedModels.
+
+    python export_model.py
+
+Reads ../data. Writes models/my_model/1 and models/my_model/2, each with its graph, its weights and
+five warm-up requests. Running it again replaces both versions with the same predictions.
+"""
+
+import argparse
+import csv
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from quiet_tensorflow import tf
+
+HERE = Path(__file__).resolve().parent
+DATA_DIR = HERE.parent / "data"
+MODELS_DIR = HERE / "models"
+WARM_UP_BATCH_SIZES = (1, 2, 8, 32, 114)  # the first call with a new shape is slow; warm-up takes that before traffic
+
+
+def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the raw features (n, 5) and the labels (n,), 0 malignant or 1 benign."""
+    with path.open(newline="") as file:
+        rows = np.array(list(csv.reader(file))[1:], dtype=np.float64)
+    return rows[:, :-1], rows[:, -1]
+
+
+def build_network(recipe: dict, dtype: str) -> tf.keras.Sequential:
+    """The network without standardisation and sigmoid: standardised features (n, 5) → logits (n, 1)."""
+    layers = [tf.keras.Input((len(recipe["features"]),), dtype=dtype)]
+    layers += [tf.keras.layers.Dense(units, activation="relu", dtype=dtype) for units in recipe["hidden_units"]]
+    return tf.keras.Sequential([*layers, tf.keras.layers.Dense(1, dtype=dtype)])
+
+
+def train(recipe: dict, initial_weights: list, inputs: np.ndarray, labels: np.ndarray, epochs: int):
+    """Return the network trained in float64 on all rows at once, from the shared initial weights.
+
+    `inputs` (n, 5) are standardised, `labels` (n,). The loss takes logits: on probabilities Keras clips
+    at 1e-7, which would move the result away from the other frameworks.
+    """
+    network = build_network(recipe, "float64")
+    network.set_weights([np.array(layer[key]) for layer in initial_weights for key in ("weights", "bias")])
+    network.compile(
+        optimizer=tf.keras.optimizers.SGD(recipe["learning_rate"], momentum=recipe["momentum"]),
+        loss=tf.keras.losses.BinaryCrossentropy(from_logits=True),
+    )
+    network.fit(inputs, labels[:, None], batch_size=len(inputs), epochs=epochs, shuffle=False, verbose=0)
+    return network
+
+
+def write_warm_up(path: Path, model_name: str, rows: np.ndarray) -> None:
+    """Write PredictionLog records; the server replays them before it says that the version is available."""
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for size in WARM_UP_BATCH_SIZES:
+            request = predict_pb2.PredictRequest()
+            request.model_spec.name = model_name
+            batch = np.resize(rows, (size, rows.shape[1]))
+            request.inputs["features"].CopyFrom(tf.make_tensor_proto(batch, tf.float32))
+            log = prediction_log_pb2.PredictionLog(predict_log=prediction_log_pb2.PredictLog(request=request))
+            writer.write(log.SerializeToString())
+
+
+def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.ndarray, target: Path) -> None:
+    """Write `target`, a SavedModel in float32 that takes raw features, all at once.
+
+    A server polls the folder above `target`: it must never see half a version. So the files are written
+    under a name that is not a number, which every server ignores, and the finished folder is renamed.
+    """
+    served = build_network(recipe, "float32")
+    served.set_weights(network.get_weights())
+    features = len(recipe["features"])
+
+    @tf.function(input_signature=[tf.TensorSpec((None, features), tf.float32, name="features")])
+    def serve(raw):
+        # The server does not compare a request with the signature's shape, and (n, 1) would broadcast.
+        raw = tf.ensure_shape(raw, (None, features))
+        logits = served((raw - mean.astype(np.float32)) / scale.astype(np.float32))  # (n, 1)
+        return {"probabilities": tf.concat([tf.sigmoid(-logits), tf.sigmoid(logits)], axis=1)}  # (n, 2)
+
+    archive = tf.keras.export.ExportArchive()
+    archive.track(served)
+    archive.add_endpoint("serve", serve)  # also written as "serving_default", the signature of a plain request
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"writing-{target.name}-", dir=target.parent) as folder:
+        finished = Path(folder) / target.name
+        archive.write_out(str(finished), verbose=False)
+        write_warm_up(finished / "assets.extra" / "tf_serving_warmup_requests", recipe["model_name"], rows)
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        finished.rename(target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="what to read (default: ../data)")
+    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR, help="where to write (default: models)")
+    arguments = parser.parse_args()
+
+    try:
+        recipe = json.loads((arguments.data_dir / "recipe.json").read_text())
+        initial_weights = json.loads((arguments.data_dir / "initial_weights.json").read_text())
+        train_rows, train_labels = load_rows(arguments.data_dir / "train.csv")
+        test_rows, test_labels = load_rows(arguments.data_dir / "test.csv")
+    except FileNotFoundError as error:
+        sys.exit(f"training data not found: {error.filename}; run python make_data.py in data")
+
+    mean, scale = train_rows.mean(axis=0), train_rows.std(axis=0)
+    model_dir = arguments.models_dir / recipe["model_name"]
+    for version, settings in recipe["versions"].items():
+        network = train(recipe, initial_weights, (train_rows - mean) / scale, train_labels, settings["epochs"])
+        export(network, recipe, mean, scale, train_rows, model_dir / version)
+
+        exported = tf.saved_model.load(str(model_dir / version)).signatures["serving_default"]
+        probabilities = exported(features=tf.constant(test_rows, tf.float32))["probabilities"].numpy()
+        accuracy = np.mean(probabilities.argmax(axis=1) == test_labels)
+        log_loss = -np.mean(np.log(probabilities[np.arange(len(test_labels)), test_labels.astype(int)]))
+        print(f"version {version}: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
+    print(f"wrote versions {' and '.join(recipe['versions'])} to {model_dir}")
+
+
+if __name__ == "__main__":
+    main()

