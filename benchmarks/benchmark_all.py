@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from endpoint import Endpoint, load_endpoints
 from environment import describe_environment, split_cpus
-from load_generator import ClosedLoop, make_exchanges
+from load_generator import LoadGenerator, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
 from results import RESULTS_DIR, SCHEMA_VERSION, encode_window, format_markdown, print_result, write_result
 from rich.console import Console
@@ -75,11 +75,11 @@ def measure(server: ServerProcess, connections: int, round_number: int, argument
     """Run one warm-up and one window of load; return the window for the result file."""
     rows, _ = load_test_rows()
     exchanges = make_exchanges(server.endpoint, VERSION, rows, load_expected(VERSION), ROWS_PER_REQUEST)
-    with ClosedLoop(server.endpoint, exchanges, connections) as load:
+    with LoadGenerator(server.endpoint, exchanges, connections) as load:
         if arguments.warmup_seconds:
-            load.run(arguments.warmup_seconds)
+            load.run_closed(arguments.warmup_seconds)
         cpu_before_s = tree_cpu_s(server)
-        window = load.run(arguments.seconds)
+        window = load.run_closed(arguments.seconds)
         server_cpu_s = tree_cpu_s(server) - cpu_before_s
     return encode_window(window, server.endpoint.name, round_number, server_cpu_s, tree_rss_bytes(server))
 

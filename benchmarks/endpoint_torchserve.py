@@ -1,7 +1,6 @@
 """TorchServe, started by its folder's serve.py."""
 
 import json
-import sys
 
 import numpy as np
 from endpoint import REPOSITORY_DIR, Endpoint

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 from endpoint import load_endpoints
 from environment import split_cpus
-from load_generator import ClosedLoop, make_exchanges
+from load_generator import LoadGenerator, make_exchanges
 from reference import load_expected, load_test_rows
 from results import SAMPLES_BEYOND_PERCENTILE
 from rich.console import Console
@@ -78,9 +78,9 @@ def main() -> int:
             if client_cpus is not None:
                 os.sched_setaffinity(0, client_cpus)
         exchanges = make_exchanges(endpoint, arguments.version, rows, load_expected(arguments.version))
-        with console.status(f"{endpoint.name}: measuring"), ClosedLoop(endpoint, exchanges, connections=1) as load:
-            load.run(arguments.warmup_seconds)
-            window = load.run(arguments.seconds)
+        with console.status(f"{endpoint.name}: measuring"), LoadGenerator(endpoint, exchanges, connections=1) as load:
+            load.run_closed(arguments.warmup_seconds)
+            window = load.run_closed(arguments.seconds)
     if len(window.latencies_s) == 0:
         raise ServerError(f"{endpoint.name}: not one right answer; errors {dict(window.errors)}, wrong {window.wrong}")
     for line in [*format_histogram(window.latencies_s), "", *format_percentiles(window.latencies_s)]:

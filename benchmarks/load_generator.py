@@ -1,14 +1,21 @@
-"""The measuring client: many keep-alive connections in one thread, each asking again as soon as it is answered.
+"""The measuring client: many keep-alive connections in one thread, under closed-loop or open-loop load.
 
-This is a closed loop: a connection has one request under way, so a slow server also slows the asking.
-It answers "how fast can it go", not "what would users see at a given rate" (that takes an open loop).
+In a closed loop each connection asks again as soon as it is answered: "how fast can it go". A slow
+server then also slows the asking, so a stall is seen by few requests.
+
+In an open loop requests are due at times drawn beforehand, whether or not earlier ones are answered,
+and latency counts from the time a request was due: "what would users see". This is what wrk2 and
+MLPerf LoadGen's server scenario do (Schroeder, Wierman, Harchol-Balter, "Open versus closed", NSDI 2006).
 
 Plain sockets, `select.poll` and the HTTP parser of llhttp (httptools): a loop around `requests` costs
 eight times what a small server does, and would measure itself.
 """
 
 import array
+import collections
+import contextlib
 import gc
+import itertools
 import select
 import socket
 import time
@@ -42,6 +49,8 @@ class Window:
     errors: Counter = field(default_factory=Counter)  # failed requests by reason: "status 503", "connection closed"
     wrong: int = 0  # replies with status 200 that break the parity contract
     client_cpu_s: float = 0.0
+    offered_rate: float = 0.0  # open loop: requests due per second
+    lateness_s: np.ndarray = field(default_factory=lambda: np.empty(0))  # open loop: sent after it was due
     request_bytes: int = 0  # size of one request on the wire, headers included
     reply_bytes: int = 0  # size of the last reply's body
 
@@ -66,176 +75,223 @@ def make_exchanges(
     return exchanges
 
 
+def constant_arrivals(rate: float, duration_s: float) -> np.ndarray:
+    """Return when requests are due, in seconds (n,): `rate` per second, evenly spaced."""
+    return np.arange(1, int(rate * duration_s) + 1) / rate
+
+
+def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
+    """Return when requests are due, in seconds (n,): a Poisson process of `rate` per second, n = rate * duration_s."""
+    gaps_s = np.random.default_rng(seed).exponential(1 / rate, int(rate * duration_s))
+    return np.cumsum(gaps_s)
+
+
 class _Connection:
-    """One keep-alive connection; httptools calls the on_ methods."""
+    """One keep-alive connection with at most one request under way; httptools calls the on_ methods."""
 
     def __init__(self, port: int):
         self.port = port
         self.socket: socket.socket | None = None
-        self.open()
+        self.number = 0  # of the exchange under way
+        self.sent_ns = 0
 
     def open(self) -> None:
+        """Connect anew; OSError where nobody listens."""
         self.close()
         self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=REPLY_TIMEOUT_S)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
-        self.expect_reply()
 
     def close(self) -> None:
         if self.socket is not None:
             self.socket.close()
             self.socket = None
 
-    def expect_reply(self) -> None:
+    def send(self, number: int, request: bytes) -> None:
+        """Send exchange `number`'s request; a broken connection shows when the reply is read."""
+        self.number = number
         self.parser = httptools.HttpResponseParser(self)
         self.body = b""
         self.complete = False
+        self.sent_ns = time.perf_counter_ns()
+        try:
+            sent = self.socket.send(request)
+            if sent < len(request):
+                self.socket.setblocking(True)
+                self.socket.sendall(request[sent:])
+                self.socket.setblocking(False)
+        except OSError:
+            return
+
+    def receive(self) -> str | None:
+        """Take in what has arrived; return what went wrong, or None."""
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+            if not data:
+                return "connection closed"
+            self.parser.feed_data(data)
+        except OSError as error:
+            return type(error).__name__
+        except httptools.HttpParserError:
+            return "not HTTP"
+        return None
 
     def on_body(self, part: bytes) -> None:
         self.body += part
 
     def on_message_complete(self) -> None:
         self.complete = True
-        self.keep_alive = self.parser.should_keep_alive()  # only true to the reply while it is being parsed
+        self.status = self.parser.get_status_code()
+        self.keep_alive = self.parser.should_keep_alive()  # right only while the reply is being parsed
 
 
-class ClosedLoop:
-    """Asks `exchanges` in turn over `connections` keep-alive connections."""
+class LoadGenerator:
+    """Asks `exchanges` in turn over `connections` keep-alive connections; OSError where nobody listens.
+
+    Every reply is checked: its bytes against a reply to the same rows that was found right before,
+    and where they differ its numbers against the expected ones, after the clock has stopped. A
+    connection that fails is opened anew; where nobody listens any more it is given up.
+    """
 
     def __init__(self, endpoint: Endpoint, exchanges: list[Exchange], connections: int):
         self.endpoint = endpoint
         self.exchanges = exchanges
-        self.port = endpoint.ports["rest"]
-        self.connections = [_Connection(self.port) for _ in range(connections)]
+        self.connections = [_Connection(endpoint.ports["rest"]) for _ in range(connections)]
+        self._numbers = itertools.cycle(range(len(exchanges)))
         self._right_bodies: dict[int, bytes] = {}  # exchange number -> a body that was decoded and found right
+        for connection in self.connections:
+            connection.open()
 
-    def __enter__(self) -> "ClosedLoop":
+    def __enter__(self) -> "LoadGenerator":
         return self
 
     def __exit__(self, *_) -> None:
         for connection in self.connections:
             connection.close()
 
-    def run(self, duration_s: float) -> Window:
-        """Keep asking for `duration_s`, then wait for the replies under way; return what was observed.
+    def run_closed(self, duration_s: float) -> Window:
+        """Keep every connection asking for `duration_s`, then wait for the replies under way."""
+        with self._observation() as window:
+            stop_ns = self._start_ns + int(duration_s * 1e9)
+            for connection in self.connections:
+                self._send(connection)
+            while self._waiting:
+                events = self._poller.poll(REPLY_TIMEOUT_S * 1000)
+                if not events:
+                    self._give_up_waiting()
+                for descriptor, _ in events:
+                    connection = self._receive(descriptor)
+                    if connection is not None and self._last_ns < stop_ns:
+                        self._send(connection)
+        return window
 
-        Every reply is checked: its bytes against a reply to the same rows that was found right
-        before, and where they differ its numbers against `expected`, after the clock has stopped.
+    def run_open(self, due_s: np.ndarray) -> Window:
+        """Send a request at each of the times `due_s` (n,), seconds from the start, ascending.
+
+        A request that is due while every connection is busy waits for one, and its latency counts that
+        wait. Waiting ends REPLY_TIMEOUT_S after the last was due; what is then unsent counts as failed.
+        The thread never sleeps between two sends: it would wake too late. Give it a core of its own.
         """
-        window = Window(len(self.connections), request_bytes=len(self.exchanges[0].request))
-        latencies_ns = array.array("q")
-        unchecked: list[tuple[int, int, bytes]] = []  # place in latencies_ns, exchange number, body
-        poller = select.poll()
-        by_descriptor: dict[int, _Connection] = {}
-        clock_ns, count = time.perf_counter_ns, len(self.exchanges)
-        turn = 0
+        lateness_ns = array.array("q")
+        with self._observation() as window:
+            due_ns = (self._start_ns + np.round(np.asarray(due_s) * 1e9).astype(np.int64)).tolist()
+            idle = collections.deque(self.connections)
+            position, count = 0, len(due_ns)
+            end_ns = due_ns[-1] + int(REPLY_TIMEOUT_S * 1e9)
+            while position < count or self._waiting:
+                now_ns = time.perf_counter_ns()
+                while position < count and due_ns[position] <= now_ns and idle:
+                    connection = idle.popleft()
+                    self._send(connection)
+                    lateness_ns.append(connection.sent_ns - due_ns[position])
+                    connection.sent_ns = due_ns[position]  # the latency counts from here
+                    position += 1
+                for descriptor, _ in self._poller.poll(0):
+                    connection = self._receive(descriptor)
+                    if connection is not None:
+                        idle.append(connection)
+                if now_ns > end_ns or not (idle or self._waiting):
+                    self._give_up_waiting()
+                    window.errors["not sent: no connection was free"] += count - position
+                    break
+        window.offered_rate = count / float(due_s[-1]) if count else 0.0
+        window.lateness_s = np.array(lateness_ns, dtype=np.int64) / 1e9
+        return window
 
-        def ask(connection: _Connection) -> None:
-            nonlocal turn
-            connection.number = turn % count
-            turn += 1
-            request = self.exchanges[connection.number].request
-            connection.sent_ns = clock_ns()
-            try:
-                sent = connection.socket.send(request)
-                if sent < len(request):
-                    connection.socket.setblocking(True)
-                    connection.socket.sendall(request[sent:])
-                    connection.socket.setblocking(False)
-            except OSError as error:
-                connection.failure = type(error).__name__
-
-        def fail(connection: _Connection, reason: str) -> None:
-            """Count the failure and open the connection anew; a server that refuses has its connection retired."""
-            window.errors[reason] += 1
-            descriptor = connection.socket.fileno()
-            poller.unregister(descriptor)
-            del by_descriptor[descriptor]
-            try:
-                connection.open()
-            except OSError as error:
-                window.errors[f"reconnect: {type(error).__name__}"] += 1
-                return
-            watch(connection)
-
-        def watch(connection: _Connection) -> None:
-            by_descriptor[connection.socket.fileno()] = connection
-            poller.register(connection.socket, select.POLLIN)
-
-        gc_was_enabled = gc.isenabled()
-        gc.disable()
-        cpu_before_s = time.process_time()
-        start_ns = clock_ns()
-        stop_ns = start_ns + int(duration_s * 1e9)
-        last_ns = start_ns
-        waiting: set[_Connection] = set()
+    @contextlib.contextmanager
+    def _observation(self):
+        """Set up what one run observes, and after it fill the Window that is given."""
+        window = self._window = Window(len(self.connections), request_bytes=len(self.exchanges[0].request))
+        self._latencies_ns = array.array("q")
+        self._unchecked: list[tuple[int, int, bytes]] = []  # place in _latencies_ns, exchange number, body
+        self._poller = select.poll()
+        self._waiting: dict[int, _Connection] = {}  # by socket descriptor: those with a request under way
         for connection in self.connections:
             if connection.socket is None:
                 connection.open()
-            connection.failure = None
-            watch(connection)
-            ask(connection)
-            waiting.add(connection)
+            self._poller.register(connection.socket, select.POLLIN)
+        gc_was_enabled = gc.isenabled()
+        gc.disable()
+        cpu_before_s = time.process_time()
+        self._start_ns = self._last_ns = time.perf_counter_ns()
         try:
-            while waiting:
-                events = poller.poll(REPLY_TIMEOUT_S * 1000)
-                if not events:
-                    for connection in list(waiting):
-                        waiting.discard(connection)
-                        fail(connection, f"no reply in {REPLY_TIMEOUT_S:.0f} s")
-                    break
-                for descriptor, _ in events:
-                    connection = by_descriptor.get(descriptor)
-                    if connection is None:
-                        continue
-                    reason = connection.failure
-                    data = b""
-                    if reason is None:
-                        try:
-                            data = connection.socket.recv(RECEIVE_BYTES)
-                        except OSError as error:
-                            reason = type(error).__name__
-                        else:
-                            if not data:
-                                reason = "connection closed"
-                    if data:
-                        try:
-                            connection.parser.feed_data(data)
-                        except httptools.HttpParserError:
-                            reason = "not HTTP"
-                    if reason is None and not connection.complete:
-                        continue
-                    now_ns = last_ns = clock_ns()
-                    keep_alive = True
-                    if reason is None:
-                        status = connection.parser.get_status_code()
-                        keep_alive = connection.keep_alive
-                        if status == 200:
-                            if connection.body != self._right_bodies.get(connection.number):
-                                unchecked.append((len(latencies_ns), connection.number, connection.body))
-                            latencies_ns.append(now_ns - connection.sent_ns)
-                            window.reply_bytes = len(connection.body)
-                        else:
-                            window.errors[f"status {status}"] += 1
-                        connection.expect_reply()
-                    waiting.discard(connection)
-                    if reason is not None:
-                        connection.failure = None
-                        fail(connection, reason)
-                    elif not keep_alive:
-                        fail(connection, "server closes after each reply")
-                    if now_ns < stop_ns and connection.socket is not None:
-                        ask(connection)
-                        waiting.add(connection)
+            yield window
         finally:
+            window.client_cpu_s = time.process_time() - cpu_before_s
+            window.elapsed_s = (self._last_ns - self._start_ns) / 1e9
             if gc_was_enabled:
                 gc.enable()
-        window.client_cpu_s = time.process_time() - cpu_before_s
-        window.elapsed_s = (last_ns - start_ns) / 1e9
-        wrong_places = self._check(unchecked)
+        wrong_places = self._check(self._unchecked)
         window.wrong = len(wrong_places)
-        window.latencies_s = np.delete(np.array(latencies_ns, dtype=np.int64), wrong_places) / 1e9
-        return window
+        window.latencies_s = np.delete(np.array(self._latencies_ns, dtype=np.int64), wrong_places) / 1e9
+
+    def _send(self, connection: _Connection) -> None:
+        number = next(self._numbers)
+        self._waiting[connection.socket.fileno()] = connection
+        connection.send(number, self.exchanges[number].request)
+
+    def _receive(self, descriptor: int) -> _Connection | None:
+        """Take in what has arrived; return the connection when it is free to ask again, else None."""
+        connection = self._waiting.get(descriptor)
+        if connection is None:
+            return None
+        reason = connection.receive()
+        if reason is None and not connection.complete:
+            return None
+        self._last_ns = time.perf_counter_ns()
+        del self._waiting[descriptor]
+        if reason is None:
+            if connection.status == 200:
+                body = connection.body
+                if body != self._right_bodies.get(connection.number):
+                    self._unchecked.append((len(self._latencies_ns), connection.number, body))
+                self._latencies_ns.append(self._last_ns - connection.sent_ns)
+                self._window.reply_bytes = len(body)
+            else:
+                self._window.errors[f"status {connection.status}"] += 1
+            if connection.keep_alive:
+                return connection
+            reason = "server closes after each reply"
+        return connection if self._reopen(connection, reason) else None
+
+    def _reopen(self, connection: _Connection, reason: str) -> bool:
+        """Count a failure and connect anew; False where nobody listens any more."""
+        self._window.errors[reason] += 1
+        self._poller.unregister(connection.socket)
+        try:
+            connection.open()
+        except OSError as error:
+            self._window.errors[f"reconnect: {type(error).__name__}"] += 1
+            return False
+        self._poller.register(connection.socket, select.POLLIN)
+        return True
+
+    def _give_up_waiting(self) -> None:
+        """Count the requests under way as failed, and close their connections: a late reply would be misread."""
+        for connection in self._waiting.values():
+            self._window.errors[f"no reply in {REPLY_TIMEOUT_S:.0f} s"] += 1
+            connection.close()
+        self._waiting.clear()
 
     def _check(self, unchecked: list[tuple[int, int, bytes]]) -> list[int]:
         """Return the places of the replies that are wrong; remember the bodies that are right."""

@@ -1,24 +1,158 @@
-"""Serve both saved versions of the classifier over HTTP, as a BentoML service.
+"""Serve both versions of the classifier over HTTP.
 
     bentoml serve service:svc
 
-Answers POST http://127.0.0.1:3000/predict. Run python train_and_save.py first.
+POST /predict takes {"features": [f1, …, f5]} for one row or {"features": [[…], …]} for many, and
+optionally "version". The reply is nested as the request was:
+{"version": "v2.0.0", "prediction": 1, "probability": [P(malignant), P(benign)]}.
 """
 
+from typing import Annotated, Any
+
 import bentoml
+import guard
 import numpy as np
-from pydantic import BaseModel
+from bentoml.exceptions import BentoMLException, NotFound
+from pydantic import ConfigDict, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+from sklearn.pipeline import Pipeline
+from starlette.responses import JSONResponse
+
+MODEL_NAME = "my_model"
+VERSIONS = ["v1.0.0", "v2.0.0"]  # as in bentofile.yaml; the last one answers when a request names none
+FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
+HOST, PORT = "127.0.0.1", 3000  # in a container: --host 0.0.0.0 or BENTOML_HOST=0.0.0.0
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+JSON_NAMES = {str: "a string", bool: "a boolean", type(None): "null", list: "an array", dict: "an object"}
+
+
+def check_features(value: Any) -> list[float] | list[list[float]]:
+    """Return `value`, as parsed from JSON, if it is one row of numbers or a list of such rows; else raise.
+
+    Strict where pydantic and NumPy convert: "1.5", true and null are no numbers here.
+    """
+    if not isinstance(value, list):
+        raise refusal(f"features is {name_type(value)}; send 5 numbers, or a list of rows of 5 numbers")
+    if not value:
+        raise refusal("features is empty; send 5 numbers, or a list of rows of 5 numbers")
+    for i, row in enumerate(value if isinstance(value[0], list) else [value]):
+        if not isinstance(row, list):
+            raise refusal(f"row {i} is {name_type(row)}, not an array of 5 numbers")
+        if len(row) != len(FEATURES):
+            raise refusal(f"row {i} has {len(row)} values; 5 are needed: {', '.join(FEATURES)}")
+        for name, number in zip(FEATURES, row, strict=True):
+            if type(number) not in (int, float):
+                raise refusal(f"row {i}: {name} is {name_type(number)}, not a number")
+            if not abs(number) <= FLOAT32_MAX:  # true of NaN, too
+                raise refusal(f"row {i}: {name} is not finite, or beyond the range of float32")
+    return value
+
+
+def check_version(value: Any) -> str:
+    """Return `value` if it is a version that is served; else raise."""
+    if value not in VERSIONS:
+        raise refusal(f"version is not one that is served: {', '.join(VERSIONS)}")
+    return value
+
+
+def refusal(message: str) -> PydanticCustomError:
+    """The error that BentoML answers with status 400, `message` being its "detail"."""
+    return PydanticCustomError("bad_request", message)
+
+
+def name_type(value: Any) -> str:
+    return JSON_NAMES.get(type(value), "a number")
+
+
+ROW_SCHEMA = {"type": "array", "items": {"type": "number"}, "minItems": len(FEATURES), "maxItems": len(FEATURES)}
+FEATURES_SCHEMA = {"anyOf": [ROW_SCHEMA, {"type": "array", "items": ROW_SCHEMA, "minItems": 1}]}
+
+
+class PredictInput(bentoml.IODescriptor):
+    """The request's body. An unknown key is an error: a misspelt "version" must not get the default's answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    features: Annotated[list, PlainValidator(check_features), WithJsonSchema(FEATURES_SCHEMA)]
+    version: Annotated[str, PlainValidator(check_version), WithJsonSchema({"enum": VERSIONS})] = VERSIONS[-1]
+
+
+class PredictOutput(bentoml.IODescriptor):
+    """The reply's body: for n rows lists of n, for one unnested row its own values."""
+
+    version: str  # the one that answered
+    prediction: int | list[int]  # 0 malignant, 1 benign
+    probability: list[float] | list[list[float]]  # [P(malignant), P(benign)], per row
+
 
 class Classifier:
-    v1 = bentoml.models.BentoModel("my_model:v1.0.0")
-    v2 = bentoml.models.BentoModel("my_model:v2.0.0")
+    """Holds every version and answers with the one that the request names."""
 
     def __init__(self):
-        self.m = bentoml.sklearn.load_model(self.v1)
+        self.models = {version: load_model(f"{MODEL_NAME}:{version}") for version in VERSIONS}
 
-    @bentoml.api
-    async def predict(self, features: list[float]) -> dict:
-        p = self.m.predict_proba([features])[0]
-        return {"prediction": int(p.argmax()), "probability": p.tolist()}
+    @bentoml.on_deployment
+    def check_before_serving() -> None:
+        """Runs once, in the supervisor, before any worker starts: what it raises is shown as one line.
 
-svc = bentoml.service(name="my_model_service", http={"host": "127.0.0.1"})(Classifier)
+        A worker that fails is no use for that: the supervisor starts the next one, for ever.
+        """
+        guard.refuse_taken_port(HOST, PORT)
+        guard.stop_on_hangup()
+        Classifier()
+
+    @bentoml.on_startup
+    def end_with_supervisor(self) -> None:
+        guard.end_with_parent()
+
+    @bentoml.api(input_spec=PredictInput, output_spec=PredictOutput)
+    async def predict(self, features: list, version: str) -> PredictOutput:
+        """Classify one row or many."""
+        one_row = not isinstance(features[0], list)
+        rows = np.array([features] if one_row else features, dtype=np.float64)  # (n, 5)
+        probabilities = self.models[version].predict_proba(rows)  # (n, 2)
+        predictions = probabilities.argmax(axis=1)  # (n,)
+        return PredictOutput(
+            version=version,
+            prediction=int(predictions[0]) if one_row else predictions.tolist(),
+            probability=probabilities[0].tolist() if one_row else probabilities.tolist(),
+        )
+
+
+def load_model(tag: str) -> Pipeline:
+    """Load `tag` from the model store and try it; raise BentoMLException, in one line, where that fails."""
+    remedy = "run python train_and_save.py, with the same BENTOML_HOME"
+    try:
+        model = bentoml.sklearn.load_model(tag)
+        model.predict_proba(np.zeros((1, len(FEATURES))))
+    except NotFound as error:
+        raise BentoMLException(f"{tag} not found: {remedy}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise BentoMLException(f"{tag} cannot be loaded ({type(error).__name__}): {remedy}") from error
+    return model
+
+
+class JsonOnly:
+    """ASGI middleware: refuse a body that does not call itself JSON.
+
+    BentoML would read it as JSON all the same, or as a form; and a malformed form is answered with 500.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST":
+            content_type = dict(scope["headers"]).get(b"content-type", b"application/json")
+            if content_type.split(b";")[0].strip().lower() != b"application/json":
+                message = "the request's Content-Type is not application/json"
+                await JSONResponse({"error": message}, status_code=415)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+# Not `@bentoml.service` on the class with `svc = Classifier` below it: the module would hold the same
+# service under two names, and `bentoml build` would not know which to take.
+svc = bentoml.service(name="my_model_service", http={"host": HOST, "port": PORT})(Classifier)
+svc.add_asgi_middleware(JsonOnly)

@@ -8,6 +8,7 @@ that the environment variable BENTOML_HOME names, or ~/bentoml. A tag that is th
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import logging
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import bentoml
 import numpy as np
+from bentoml.exceptions import NotFound
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.neural_network import MLPClassifier
@@ -68,7 +70,7 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
 
 def save(tag: str, model: Pipeline, metadata: dict) -> None:
     """Save `model` as `tag` in the model store; an older one goes only now, when the new one is ready."""
-    if any(str(stored.tag) == tag for stored in bentoml.models.list()):
+    with contextlib.suppress(NotFound):
         bentoml.models.delete(tag)
     bentoml.sklearn.save_model(
         tag,

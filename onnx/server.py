@@ -11,6 +11,7 @@ Serves models/<name>/<version>/model.onnx, as convert_to_onnx.py writes them. Wr
 
 import argparse
 import asyncio
+import errno
 import gc
 import re
 import signal
@@ -321,6 +322,10 @@ def main() -> int:
     parser.add_argument("--device", choices=list(PROVIDERS), default="cpu", help="where to compute (default: cpu)")
     parser.add_argument("--intra-op-threads", type=int, default=1, help="threads in one operator (default: 1)")
     arguments = parser.parse_args()
+    if not 0 <= arguments.port <= 65535:
+        parser.error(f"--port {arguments.port}: expected 0 (any free port) to 65535")
+    if arguments.intra_op_threads < 0:
+        parser.error(f"--intra-op-threads {arguments.intra_op_threads}: expected 0 (one per core) or more")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
@@ -339,13 +344,13 @@ def main() -> int:
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     try:
         listener = socket.create_server((arguments.host, arguments.port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        print(
-            f"server: cannot listen on {arguments.host}:{arguments.port} ({reason}): "
-            "stop the program that does, or choose another --port",
-            file=sys.stderr,
-        )
+    except OSError as error:
+        address = f"{arguments.host}:{arguments.port}"
+        if error.errno == errno.EADDRINUSE:
+            problem = f"{address} is in use; stop the program that listens there, or choose another --port"
+        else:
+            problem = f"cannot listen on {address} ({error.strerror}); choose another --host or --port"
+        print(f"server: {problem}", file=sys.stderr)
         return 1
 
     application = Application(models, arguments.model)

@@ -24,11 +24,11 @@ def archive(version: str, archive_path: Path) -> None:
     state_dict_path = FOLDER / "models" / version / "model.pth"
     if not state_dict_path.is_file():
         sys.exit(f"archive: {state_dict_path} not found; run python train_model.py")
+    archiver = Path(sys.executable).parent / "torch-model-archiver"
     # The archiver names the file after the model and gathers its parts in $TMPDIR/my_model, deleting
     # what is there. A folder of its own keeps it from both, and the last step puts a whole file in place.
     with tempfile.TemporaryDirectory(dir=archive_path.parent, prefix=".archive-") as scratch:
-        command = [sys.executable, "-c", "from model_archiver.model_packaging import *; generate_model_archive()"]
-        command += ["--model-name", MODEL_NAME, "--version", version]
+        command = [str(archiver), "--model-name", MODEL_NAME, "--version", version]
         command += ["--model-file", "model.py", "--serialized-file", str(state_dict_path)]
         command += ["--handler", "handlers/custom_handler.py", "--export-path", scratch]
         result = subprocess.run(

@@ -60,13 +60,33 @@ class Signals:
             raise Interrupted
 
 
-def read_properties(path: Path) -> dict[str, str]:
-    """Return the keys and values of a properties file, one `key=value` a line."""
-    if not path.is_file():
+def read_config(path: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Return the keys and values of config.properties, and the ports in it by the name of their option."""
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
+        config = {key.strip(): value.strip() for key, value in pairs}
+        return config, {
+            "rest": urlsplit(config["inference_address"]).port,
+            "management": urlsplit(config["management_address"]).port,
+            "metrics": urlsplit(config["metrics_address"]).port,
+            "grpc": int(config["grpc_inference_port"]),
+            "grpc-management": int(config["grpc_management_port"]),
+        }
+    except FileNotFoundError:
         sys.exit(f"serve: {path} not found; copy the whole folder")
-    lines = [line.strip() for line in path.read_text().splitlines()]
-    pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
-    return {key.strip(): value.strip() for key, value in pairs}
+    except KeyError as error:
+        sys.exit(f"serve: {path} has no line {error.args[0]}=...; put it back")
+    except ValueError as error:
+        sys.exit(f"serve: {path}: {error}; write port numbers as digits")
+
+
+def port_number(text: str) -> int:
+    """Return the port in a command line argument."""
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise ValueError
+    return port
 
 
 def check_archives(model_store: Path) -> None:
@@ -94,11 +114,11 @@ def check_ports(host: str, ports: dict[str, int]) -> None:
             try:
                 probe.bind((host, port))
             except OSError as error:
-                sys.exit(f"serve: {host}:{port} ({role}): {error.strerror}; choose another with --{role}-port")
+                sys.exit(f"serve: {host}:{port} ({role}): {error.strerror}; stop that program or choose --{role}-port")
 
 
 def find_java_home() -> str | None:
-    """Return the JAVA_HOME to run with, None where the `java` on the PATH will do; SystemExit where there is no Java."""
+    """Return the JAVA_HOME to run with, None where `java` on the PATH will do; SystemExit where there is no Java."""
     java_home = os.environ.get("JAVA_HOME")
     if java_home and runs(f"{java_home}/bin/java"):
         return java_home
@@ -126,6 +146,7 @@ class TorchServe:
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.key_path = self.folder / "key_file.json"  # there is none unless config.properties asks for tokens
         self.console = self.log_dir / "console.log"
         self.rest_address = urlsplit(config["inference_address"])
         config_path = self.folder / "config.properties"
@@ -166,7 +187,9 @@ class TorchServe:
         failed = re.search(rf" W-\d+-{MODEL_NAME}_(\S+) .*Load model failed", log)
         if failed:
             version = failed[1]
-            causes = re.findall(rf"{MODEL_NAME}_{re.escape(version)}-std\w+ MODEL_LOG - (\w*(?:Error|Exception).*)", log)
+            causes = re.findall(
+                rf"{MODEL_NAME}_{re.escape(version)}-std\w+ MODEL_LOG - (\w*(?:Error|Exception).*)", log
+            )
             cause = causes[-1] if causes else "cause unknown"
             raise RuntimeError(
                 f"version {version} cannot be loaded from {ARCHIVES.get(version)} ({cause}); "
@@ -176,16 +199,15 @@ class TorchServe:
     def predicts(self, version: str) -> bool:
         """Whether `version` answers one real row with two probabilities."""
         headers = {"Content-Type": "application/json"}
-        with contextlib.suppress(FileNotFoundError):  # there is none unless config.properties asks for tokens
-            keys = json.loads((self.folder / "key_file.json").read_text())
-            headers["Authorization"] = f"Bearer {keys['inference']['key']}"
+        if self.key_path.is_file():
+            headers["Authorization"] = f"Bearer {json.loads(self.key_path.read_text())['inference']['key']}"
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_address.port, timeout=1)
         try:
             body = json.dumps({"data": [SAMPLE_ROW]})
             connection.request("POST", f"/predictions/{MODEL_NAME}/{version}", body, headers)
             reply = connection.getresponse()
             return reply.status == 200 and abs(sum(json.loads(reply.read())[0]) - 1) < 1e-5
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):  # not yet up, or only halfway
             return False
         finally:
             connection.close()
@@ -217,6 +239,8 @@ def serve(server: TorchServe, signals: Signals) -> None:
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"no prediction from version {waiting[0]} within {START_TIMEOUT_S:.0f} s")
     print(f"logs: {server.log_dir}")
+    if server.key_path.is_file():
+        print(f"tokens: {server.key_path}")
     url = f"{server.rest_address.geturl()}/predictions/{MODEL_NAME}"
     print(f"ready: {url}/1.0 and /2.0 answer; Ctrl-C stops", flush=True)
     while True:
@@ -226,18 +250,11 @@ def serve(server: TorchServe, signals: Signals) -> None:
 
 
 def main() -> None:
-    config = read_properties(FOLDER / "config.properties")
-    ports = {
-        "rest": urlsplit(config["inference_address"]).port,
-        "management": urlsplit(config["management_address"]).port,
-        "metrics": urlsplit(config["metrics_address"]).port,
-        "grpc": int(config["grpc_inference_port"]),
-        "grpc-management": int(config["grpc_management_port"]),
-    }
+    config, ports = read_config(FOLDER / "config.properties")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for role, port in ports.items():
         parser.add_argument(
-            f"--{role}-port", type=int, default=port, metavar="PORT", help=f"default: {port}, from config.properties"
+            f"--{role}-port", type=port_number, default=port, metavar="PORT", help=f"(default: {port}, as configured)"
         )
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 only in a container (default: 127.0.0.1)"
@@ -269,12 +286,16 @@ def main() -> None:
     try:
         serve(server, signals)
     except Interrupted:
-        server.stop()
-        shutil.rmtree(server.folder)
-        print("stopped")
+        failure = None
     except RuntimeError as error:
+        failure = error
+    finally:
         server.stop()
-        sys.exit(f"serve: {error}; logs in {server.log_dir}")
+    if failure:
+        sys.exit(f"serve: {failure}; logs in {server.log_dir}")
+    shutil.rmtree(server.folder)
+    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print to
+        print("stopped", flush=True)
 
 
 if __name__ == "__main__":

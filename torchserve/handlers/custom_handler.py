@@ -13,7 +13,8 @@ import json
 import torch
 from ts.torch_handler.base_handler import BaseHandler
 
-FEATURES = 5
+FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
+CLASSES = ["malignant", "benign"]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -26,8 +27,11 @@ class CustomClassifier(BaseHandler):
 
     def handle(self, requests: list[dict], context) -> list[str]:
         """Return one JSON reply per request, and set its HTTP status and content type in `context`."""
-        # BaseHandler.handle lets the `explain` or `describe` header of the first request decide for the batch.
+        # Not BaseHandler.handle: there an `explain` or `describe` header of one client decides for the whole batch.
         self.context = context
+        if requests == [{}] and context.get_request_header(0, "describe") == "True":
+            # GET /models/my_model?customized=true on the management address shows this.
+            return [json.dumps({"features": FEATURES, "classes": CLASSES})]
         return self.postprocess(self.inference(self.preprocess(requests)))
 
     def preprocess(self, requests: list[dict]) -> list[torch.Tensor | ValueError]:
@@ -62,7 +66,7 @@ class CustomClassifier(BaseHandler):
                 reply = {"code": 400, "type": "BadRequestException", "message": str(entry)}
             else:
                 reply = entry.tolist()
-            replies.append(json.dumps(reply))
+            replies.append(json.dumps(reply) + "\n")  # TorchServe's own replies end their line, too
         return replies
 
 
@@ -113,9 +117,9 @@ def check_rows(rows) -> None:
         raise ValueError("data is empty: it must hold at least one row")
     for i, row in enumerate(rows):
         if not isinstance(row, list):
-            raise ValueError(f"data[{i}] must be a row, a list of {FEATURES} numbers, not {describe(row)}")
-        if len(row) != FEATURES:
-            raise ValueError(f"data[{i}] has {len(row)} features, not {FEATURES}")
+            raise ValueError(f"data[{i}] must be a row, a list of {len(FEATURES)} numbers, not {describe(row)}")
+        if len(row) != len(FEATURES):
+            raise ValueError(f"data[{i}] has {len(row)} features, not {len(FEATURES)}")
         for j, value in enumerate(row):
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise ValueError(f"data[{i}][{j}] must be a number, not {describe(value)}")

@@ -1,0 +1,37 @@
+"""BentoML with the two saved versions of the scikit-learn pipeline."""
+
+import json
+
+import numpy as np
+from endpoint import REPOSITORY_DIR, Endpoint
+
+
+class BentomlEndpoint(Endpoint):
+    name = "bentoml"
+    kind = "native"
+    folder = REPOSITORY_DIR / "bentoml"
+    default_ports = {"rest": 3000}
+    versions = {"1": "v1.0.0", "2": "v2.0.0"}
+    rows_key = "features"
+    settings = {"workers": "1 (BentoML's default)", "batching": "off"}
+
+    def command(self) -> list[str]:
+        command = ["bentoml", "serve", "service:svc"]
+        if self.ports != self.default_ports:
+            command += ["--port", str(self.ports["rest"])]
+        return command
+
+    def environment(self) -> dict[str, str]:
+        return {"BENTOML_HOME": str(self.folder / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+
+    def path(self, version: str) -> str:
+        return "/predict"
+
+    def body(self, rows: list, version: str) -> bytes:
+        return json.dumps({self.rows_key: rows, "version": self.native_version(version)}).encode()
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        probabilities = np.array(json.loads(reply)["probability"])
+        if probabilities.ndim != 2:
+            raise ValueError(f"{self.name}: no list of rows in {reply[:200]!r}")
+        return probabilities

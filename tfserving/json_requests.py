@@ -1,0 +1,369 @@
+"""A predict request's JSON → arrays, by TensorFlow Serving's rules (its api_rest.md) and with its error texts.
+
+There are two ways. `RowReader` takes the common request (`instances`, one input of floats) with a
+compiled decoder and gives up on anything out of the ordinary. `read_request` then takes every request,
+and words the error where there is one.
+"""
+
+import base64
+import binascii
+import itertools
+import json
+import math
+import re
+
+import msgspec
+import numpy as np
+from quiet_tensorflow import tf
+from servables import DEFAULT_SIGNATURE, Servable, ServingError, Signature, numpy_type, type_name
+
+MAX_QUOTED_CHARACTERS = 500  # of a bad value, in an error message: a request can be megabytes of it
+MAX_RANK = 64  # NumPy's
+FLOATS = {tf.float32.as_datatype_enum: np.float32, tf.float64.as_datatype_enum: np.float64}
+INTEGERS = {  # data type → what JSON numbers it takes; the small ones share the C++ int's range
+    **dict.fromkeys((tf.int8, tf.int16, tf.int32, tf.uint8), (-(2**31), 2**31 - 1)),
+    tf.int64: (-(2**63), 2**63 - 1),
+    tf.uint32: (0, 2**32 - 1),
+    tf.uint64: (0, 2**64 - 1),
+}
+INTEGERS = {dtype.as_datatype_enum: limits for dtype, limits in INTEGERS.items()}
+
+
+np.seterr(over="ignore")  # 1e39 becomes infinity, which is then judged here; a warning would tell nobody
+
+
+def invalid(message: str) -> ServingError:
+    return ServingError("INVALID_ARGUMENT", message)
+
+
+PARSE_ERRORS = {  # Python's words → RapidJSON's, which TensorFlow Serving passes on
+    "Expecting value": "Invalid value.",
+    "Expecting property name enclosed in double quotes": "Missing a name for object member.",
+    "Illegal trailing comma before end of object": "Missing a name for object member.",
+    "Expecting ':' delimiter": "Missing a colon after a name of object member.",
+    "Extra data": "The document root must not be followed by other values.",
+    "Unterminated string starting at": "Missing a closing quotation mark in string.",
+    "Invalid \\escape": "Invalid escape character in string.",
+    "Invalid \\uXXXX escape": "Incorrect hex digit after \\u escape in string.",
+    "Invalid control character at": "Invalid encoding in string.",
+}
+
+
+class _TooBig(ValueError):
+    pass
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise _TooBig
+    return value
+
+
+def _parse_int(text: str) -> int | float:
+    return int(text) if len(text) <= 20 else _parse_float(text)  # longer than any 64-bit integer
+
+
+def parse(body: bytes):
+    """Return the document in `body`. NaN, Infinity and -Infinity are numbers, as in TensorFlow Serving."""
+    if not body:
+        raise invalid("JSON Parse error: The document is empty")
+    # Bytes that are not UTF-8 pass through strings unchanged, as RapidJSON lets them.
+    text = body.decode("utf-8", "surrogateescape")
+    try:
+        return json.loads(text, parse_float=_parse_float, parse_int=_parse_int)
+    except json.JSONDecodeError as error:
+        offset = len(text[: error.pos].encode("utf-8", "surrogateescape"))
+        message = PARSE_ERRORS.get(error.msg)
+        if not text.strip(" \t\r\n"):
+            message = "The document is empty."
+        elif message is None:  # "Expecting ',' delimiter": of an array or of an object?
+            message = f"Missing a comma or {_open_bracket(text[: error.pos])} after an " + (
+                "array element." if _open_bracket(text[: error.pos]) == "]" else "object member."
+            )
+        raise invalid(f"JSON Parse error: {message} at offset: {offset}") from None
+    except _TooBig:
+        raise invalid("JSON Parse error: Number too big to be stored in double.") from None
+    except RecursionError:
+        raise invalid("JSON Parse error: The document is nested too deep.") from None
+
+
+def _open_bracket(text: str) -> str:
+    """The bracket that closes the innermost array or object still open at the end of `text`."""
+    closing = []
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text):
+        match token.group():
+            case "[":
+                closing.append("]")
+            case "{":
+                closing.append("}")
+            case "]" | "}":
+                closing.pop()
+    return closing[-1]
+
+
+def quote(value) -> str:
+    """`value` as JSON for an error message, cut where it is long."""
+    text = ""
+    for chunk in json.JSONEncoder(indent=4, ensure_ascii=False).iterencode(value):
+        text += chunk
+        if len(text) > MAX_QUOTED_CHARACTERS:
+            return f"{text[:MAX_QUOTED_CHARACTERS]}…"
+    return text
+
+
+class RowReader:
+    """Reads `{"instances": [row, …]}` for a signature with one float input of known rank."""
+
+    def __init__(self, signature: Signature):
+        """`usable` is False where the signature needs the general way."""
+        (self.alias, info), *others = signature.inputs.items() if signature.inputs else [("", None)]
+        self.usable = bool(info) and not others and info.dtype in FLOATS and not info.tensor_shape.unknown_rank
+        self.usable = self.usable and len(info.tensor_shape.dim) > 0
+        if not self.usable:
+            return
+        self.dtype = FLOATS[info.dtype]
+        # Integers up to this magnitude are exact; a larger value is left to the general way to judge.
+        self.square_limit = 2.0 ** (2 * (np.finfo(self.dtype).nmant + 1))
+        rows: type = float
+        for _ in info.tensor_shape.dim:
+            rows = list[rows]
+        self.decode = msgspec.json.Decoder(
+            msgspec.defstruct(
+                "Rows",
+                [("instances", rows), ("signature_name", str, ""), ("inputs", msgspec.Raw, msgspec.Raw())],
+            )
+        ).decode
+
+    def read(self, body: bytes) -> dict[str, np.ndarray] | None:
+        """Return the input by alias, or None where the request needs the general way."""
+        try:
+            request = self.decode(body)
+            if request.signature_name or request.inputs or not request.instances:
+                return None
+            array = np.array(request.instances, self.dtype)
+            flat = array.ravel()
+            if not np.vdot(flat, flat) < self.square_limit:  # also NaN and infinity
+                return None
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            return None
+        return {self.alias: array}
+
+
+def read_request(body: bytes, find_servable) -> tuple[Servable, str, dict[str, np.ndarray], bool]:
+    """Return (servable, signature name, inputs by alias, whether the reply is by row).
+
+    `find_servable()` is asked only after the JSON was parsed: the order in which TensorFlow Serving
+    finds errors. Raises ServingError.
+    """
+    document = parse(body)
+    if not isinstance(document, dict):
+        raise invalid(f"JSON Value: {quote(document)} Is not object")
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise invalid(
+            f"JSON Value: {quote(document)} not formatted correctly. 'signature_name' key must be a string value."
+        )
+    servable = find_servable()
+    name = name or DEFAULT_SIGNATURE
+    if name not in servable.signatures:
+        raise invalid(f'Serving signature name: "{name}" not found in signature def')
+    infos = servable.signatures[name].inputs
+    if not infos:
+        raise invalid(f"Failed to get input map for signature: {name}")
+    if "instances" in document and "inputs" in document:
+        raise invalid(
+            f"JSON Value: {quote(document)} Not formatted correctly expecting only one of 'inputs' or 'instances' "
+            "keys to exist "
+        )
+    if "instances" in document:
+        instances = document["instances"]
+        if not isinstance(instances, list):
+            raise invalid(f"JSON Value: {quote(document)} Excepting 'instances' to be an list/array")
+        if not instances:
+            raise invalid(f"JSON Value: {quote(document)} No values in 'instances' array")
+        return servable, name, _read_instances(instances, infos), True
+    if "inputs" in document:
+        return servable, name, _read_inputs(document["inputs"], infos), False
+    raise invalid("Missing 'inputs' or 'instances' key")
+
+
+def _read_instances(instances: list, infos: dict) -> dict[str, np.ndarray]:
+    """Row format: every element holds one value for each input."""
+    if not isinstance(instances[0], dict) and len(infos) > 1:
+        raise invalid(
+            "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
+            "tensorinfo_map"
+        )
+    named = _is_named(instances[0])
+    columns: dict[str, list] = {alias: [] for alias in infos}
+    for i, element in enumerate(instances):
+        if _is_named(element) != named:
+            found, wanted = ("list", "object") if named else ("object", "value/list")
+            raise invalid(f"Expecting {wanted} but got {found} at item {i} of input list")
+        if not named:
+            columns[next(iter(infos))].append(element)
+            continue
+        for alias in element.keys() & infos.keys():
+            columns[alias].append(element[alias])
+        if element.keys() != infos.keys():
+            unknown = sorted(element.keys() - infos.keys())
+            if unknown:
+                raise invalid(
+                    f"Failed to process element: {i} key: {unknown[0]} of 'instances' list. Error: "
+                    f"INVALID_ARGUMENT: JSON object: does not have named input: {unknown[0]}"
+                )
+            raise invalid(
+                f"Failed to process element: {i} of 'instances' list. JSON object: {quote(element)} keys must be "
+                f"equal to: {','.join(infos)}"
+            )
+    arrays = {}
+    for alias, column in columns.items():
+        arrays[alias] = _to_array(column, infos[alias].dtype)
+        if arrays[alias] is None:
+            raise _explain_rows(column, infos[alias].dtype, alias if named else None)
+    return arrays
+
+
+def _is_named(element) -> bool:
+    return isinstance(element, dict) and not _is_base64(element)
+
+
+def _is_base64(value) -> bool:
+    return isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str)
+
+
+def _read_inputs(value, infos: dict) -> dict[str, np.ndarray]:
+    """Columnar format: one value for each input."""
+    if not _is_named(value):
+        if len(infos) > 1:
+            raise invalid(
+                "inputs is a plain value/list, but expecting an object as multiple input tensors required as per "
+                "tensorinfo_map"
+            )
+        value = {next(iter(infos)): value}
+    arrays = {}
+    for alias, info in infos.items():
+        if alias not in value:
+            raise invalid(f"Missing named input: {alias} in 'inputs' object.")
+        arrays[alias] = _to_array(value[alias], info.dtype)
+        if arrays[alias] is None:
+            _check_values(value[alias], _shape(value[alias]), info.dtype)
+            raise invalid(f"JSON Value: {quote(value[alias])} is not a tensor")
+    return arrays
+
+
+def _shape(value) -> list[int]:
+    """The shape that the first elements suggest; all others must agree."""
+    shape = []
+    while isinstance(value, list):
+        shape.append(len(value))
+        if not value:
+            break
+        value = value[0]
+    return shape
+
+
+def _to_array(value, dtype: int) -> np.ndarray | None:
+    """Return the nested list `value` as an array, or None where any part of it is not as it should be."""
+    shape = _shape(value)
+    if len(shape) > MAX_RANK:
+        return None
+    level = [value]
+    for size in shape:
+        if any(type(item) is not list or len(item) != size for item in level):
+            return None
+        level = list(itertools.chain.from_iterable(level))
+    try:
+        converted = [_convert(item, dtype) for item in level]
+    except ServingError:
+        return None
+    # 300 as int8 wraps to 44, as in TensorFlow Serving; NumPy does that only between arrays.
+    wide = np.int64 if dtype in INTEGERS and INTEGERS[dtype][1] < 2**63 else numpy_type(dtype)
+    return np.array(converted, wide).reshape(shape).astype(numpy_type(dtype), copy=False)
+
+
+def _convert(value, dtype: int):
+    """Return one JSON value as `dtype` takes it. ServingError where it does not."""
+    kind = type(value)
+    if dtype in FLOATS:
+        if kind is float or kind is int:
+            return _lossless(value, dtype)
+    elif dtype in INTEGERS:
+        least, most = INTEGERS[dtype]
+        if kind is int and least <= value <= most:
+            return value
+    elif dtype == tf.bool.as_datatype_enum:
+        if kind is bool:
+            return value
+    elif dtype == tf.string.as_datatype_enum:
+        if kind is str:
+            return value.encode("utf-8", "surrogateescape")
+        if kind is dict:
+            return _decode_base64(value)
+    else:
+        raise ServingError("UNIMPLEMENTED", f"Conversion of JSON Value: {quote(value)} to type: {type_name(dtype)}")
+    names = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
+    name = str(value) if kind is bool else names.get(kind, "Number")
+    raise invalid(f"JSON Value: {quote(value)} Type: {name} is not of expected type: {type_name(dtype)}")
+
+
+def _lossless(value: int | float, dtype: int) -> int | float:
+    limits = np.finfo(FLOATS[dtype])
+    if type(value) is int and -(2**63) <= value < 2**64:
+        fits = abs(value) < 2 ** (limits.nmant + 1)
+    else:
+        fits = not math.isfinite(value) or abs(value) <= float(limits.max)
+    if not fits:
+        raise invalid(f"Cannot convert JSON value: {quote(value)} to {type_name(dtype)} without loss of precision.")
+    return value
+
+
+def _decode_base64(value: dict) -> bytes:
+    if not _is_base64(value):
+        raise invalid(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
+    try:
+        return base64.b64decode(value["b64"], validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid("Unable to base64 decode") from None
+
+
+def _check_values(value, shape: list[int], dtype: int, level: int = 0) -> int:
+    """Return the number of values in `value`; ServingError at the first that is not as `shape` and `dtype` say."""
+    if not isinstance(value, list):
+        if level != len(shape):
+            raise invalid(
+                f"JSON Value: {quote(value)} found at incorrect level: {level + 1} in the JSON DOM. "
+                f"Expected at level: {len(shape)}"
+            )
+        _convert(value, dtype)
+        return 1
+    if level >= len(shape):
+        raise invalid(f"Encountered list at unexpected level: {level} expected < {len(shape)}")
+    if len(value) != shape[level]:
+        raise invalid(
+            f"Encountered list at unexpected size: {len(value)} at level: {level} expected size: {shape[level]}"
+        )
+    return sum(_check_values(item, shape, dtype, level + 1) for item in value)
+
+
+def _explain_rows(column: list, dtype: int, alias: str | None) -> ServingError:
+    """Word the error of the first row that differs from the rows before it or holds a bad value."""
+    first_size, first_shape = 0, []
+    for i, element in enumerate(column):
+        try:
+            shape = _shape(element)
+            size = _check_values(element, shape, dtype)
+            if i == 0:
+                first_size, first_shape = size, shape
+            elif size != first_size:
+                raise invalid(f"Expecting tensor size: {first_size} but got: {size}")
+            elif shape != first_shape:
+                expected, got = (f"[{','.join(map(str, dims))}]" for dims in (first_shape, shape))
+                raise invalid(f"Expecting shape {expected} but got: {got}")
+        except ServingError as error:
+            key = f" key: {alias}" if alias else ""
+            return invalid(
+                f"Failed to process element: {i}{key} of 'instances' list. Error: {error.code}: {error.message}"
+            )
+    return invalid(f"JSON Value: {quote(column)} is not a tensor")

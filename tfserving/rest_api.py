@@ -1,0 +1,185 @@
+"""TensorFlow Serving's REST interface as an ASGI application."""
+
+import asyncio
+import functools
+import re
+import urllib.parse
+import zlib
+from dataclasses import dataclass
+
+import json_replies
+import json_requests
+from google.protobuf import json_format
+from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError
+from tensorflow_serving.apis import get_model_metadata_pb2
+
+MAX_UNZIPPED_BYTES = 100 * 2**20
+# A larger body is answered on a thread: decoding it would hold up all other requests. A small one is
+# answered at once, because handing it to a thread costs more than the answer.
+MAX_INLINE_BYTES = 64 * 2**10
+
+HTTP_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}  # any other code is the server's fault: 500
+
+ROUTES = {
+    "POST": re.compile(
+        r"/v1/models/(?P<name>[^/:]+)(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
+        r":(?P<verb>classify|regress|predict)",
+        re.IGNORECASE | re.ASCII,
+    ),
+    "GET": re.compile(
+        r"/v1/models(?:/(?P<name>[^/:]+))?(?:/versions/(?P<version>\d+)|/labels/(?P<label>[^/:]+))?"
+        r"(?:/(?P<verb>metadata))?",
+        re.IGNORECASE | re.ASCII,
+    ),
+}
+JSON_HEADER = (b"content-type", b"application/json")
+NOT_FOUND_PAGE = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a request's path asks for."""
+
+    verb: str  # predict, classify, regress, metadata, status
+    name: str
+    version: int | None
+    label: str | None
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_route(method: str, target: str) -> Route:
+    """Return the route of a path with its query string. ServingError where there is none."""
+    match = ROUTES[method].fullmatch(target) if method in ROUTES else None
+    if not match:
+        raise ServingError("INVALID_ARGUMENT", f"Malformed request: {method} {target}")
+    name, version, label, verb = match.group("name", "version", "label", "verb")
+    if not name:
+        raise ServingError("INVALID_ARGUMENT", "Missing model name in request.")
+    if version and int(version) >= 2**63:
+        raise ServingError("INVALID_ARGUMENT", f"Failed to convert version: {version} to numeric.")
+    return Route(
+        verb=(verb or "status").lower(),
+        name=urllib.parse.unquote(name),
+        version=int(version) if version else None,
+        label=urllib.parse.unquote(label) if label else None,
+    )
+
+
+class RestApi:
+    """The ASGI application. It holds no state of its own beside the compiled readers."""
+
+    def __init__(self, library: Library, timeout_s: float):
+        """`timeout_s` bounds only what runs on a thread: an answer given at once cannot be interrupted."""
+        self.library = library
+        self.timeout_s = timeout_s
+        self.readers: dict[Servable, json_requests.RowReader] = {}
+
+    async def __call__(self, scope, receive, send) -> None:
+        message = await receive()
+        body = message.get("body", b"")
+        if message.get("more_body"):
+            chunks = [body]
+            while message.get("more_body"):
+                message = await receive()
+                chunks.append(message.get("body", b""))
+            body = b"".join(chunks)
+        if message["type"] == "http.disconnect":
+            return
+        for key, value in scope["headers"]:
+            if key == b"content-encoding" and b"gzip" in value:
+                body = unzip(body)
+
+        if len(body) <= MAX_INLINE_BYTES:
+            status, reply, headers = self.answer(scope, body)
+        else:
+            try:
+                async with asyncio.timeout(self.timeout_s):
+                    status, reply, headers = await asyncio.to_thread(self.answer, scope, body)
+            except TimeoutError:
+                message = f"Timed out after {self.timeout_s:g} s (--rest_api_timeout_in_ms)"
+                status, reply, headers = 504, json_replies.write_error(message), [JSON_HEADER]
+        await send(
+            {
+                "type": "http.response.start",
+                "status": status,
+                "headers": [*headers, (b"content-length", str(len(reply)).encode())],
+            }
+        )
+        await send({"type": "http.response.body", "body": reply})
+
+    def answer(self, scope, body: bytes) -> tuple[int, bytes, list]:
+        """Return (HTTP status, body, headers) for one request."""
+        target = scope["raw_path"].decode("latin-1")
+        if not target.lower().startswith("/v1/"):
+            return 404, NOT_FOUND_PAGE, [(b"content-type", b"text/html")]
+        if scope["query_string"]:
+            target = f"{target}?{scope['query_string'].decode('latin-1')}"
+        try:
+            route = parse_route(scope["method"], target)
+            return 200, getattr(self, route.verb)(route, body), [JSON_HEADER]
+        except ServingError as error:
+            return HTTP_STATUS.get(error.code, 500), json_replies.write_error(error.message), [JSON_HEADER]
+        except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser lets them be
+            return 400, json_replies.write_error("JSON Value is nested too deep"), [JSON_HEADER]
+
+    def predict(self, route: Route, body: bytes) -> bytes:
+        find_servable = functools.partial(self.library.find, route.name, route.version, route.label)
+        try:
+            servable = find_servable()
+        except ServingError:
+            servable = None  # what is wrong with the body comes first
+        if servable and (inputs := self._read_quickly(servable, body)):
+            return json_replies.write_rows(servable.predict(inputs))
+        servable, signature_name, inputs, by_row = json_requests.read_request(body, find_servable)
+        outputs = servable.predict(inputs, signature_name)
+        return json_replies.write_rows(outputs) if by_row else json_replies.write_columns(outputs)
+
+    def _read_quickly(self, servable: Servable, body: bytes):
+        reader = self.readers.get(servable)
+        if reader is None:
+            if DEFAULT_SIGNATURE not in servable.signatures:
+                return None
+            reader = self.readers[servable] = json_requests.RowReader(servable.signatures[DEFAULT_SIGNATURE])
+        return reader.read(body) if reader.usable else None
+
+    def classify(self, route: Route, body: bytes) -> bytes:
+        raise ServingError("UNIMPLEMENTED", f"The local server has no {route.verb} yet; use predict")
+
+    regress = classify
+
+    def status(self, route: Route, body: bytes) -> bytes:
+        return f"{to_json(self.library.status(route.name, route.version, route.label))}\n".encode()
+
+    def metadata(self, route: Route, body: bytes) -> bytes:
+        response = self.library.find(route.name, route.version, route.label).metadata()
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata["signature_def"].Unpack(signatures)
+        model_spec = to_json(response.model_spec)
+        metadata = f'{{"signature_def": {to_json(signatures)}\n}}'
+        return f'{{\n"model_spec":{model_spec}\n,\n"metadata": {metadata}\n}}\n'.encode()
+
+
+def unzip(body: bytes) -> bytes:
+    """Return the body unzipped; empty where it is not gzip or too large, as TensorFlow Serving has it."""
+    try:
+        decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        unzipped = decompressor.decompress(body, MAX_UNZIPPED_BYTES)
+    except zlib.error:
+        return b""
+    return unzipped if decompressor.eof else b""
+
+
+def to_json(message) -> str:
+    """A protobuf message as TensorFlow Serving prints it: one space a level, fields without a value too."""
+    return json_format.MessageToJson(
+        message, indent=1, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )

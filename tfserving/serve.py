@@ -1,0 +1,189 @@
+"""Serve models/my_model with TensorFlow Serving, or with what is nearest to it on this machine.
+
+    python serve.py
+
+The first of these that the machine has, named in the first line of output:
+  native  tensorflow_model_server on PATH
+  docker  the official image, where a Docker engine answers and has or can get the image
+  local   local_server.py, this folder's stand-in
+The same models, models.config, ports and requests in all three. REST on 8501, gRPC on 8500; Ctrl-C ends it.
+"""
+
+import argparse
+import contextlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CONFIG_PATH = HERE / "models.config"
+MODELS_DIR = HERE / "models"
+IMAGE = "tensorflow/serving:2.21.0"  # as in docker-compose.yml
+NATIVE_PROGRAM = "tensorflow_model_server"
+ENGINE_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 10.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Without this flag TensorFlow Serving refuses a config with labels: it reads them before any version is loaded.
+LABELS_FLAG = "--allow_version_labels_for_unavailable_models=true"
+
+stopping = threading.Event()
+
+
+class ServeError(Exception):
+    """The server cannot be started; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """One way to serve: what to start, and what else ends it beside SIGTERM."""
+
+    kind: str  # native, docker or local
+    what: str  # said aloud beside the kind
+    command: list[str]
+    stop_command: list[str] | None = None
+
+
+def native_server(program: str, ports: dict[str, int], config_path: Path) -> Server:
+    return Server("native", program, [program, *server_flags(ports, config_path)])
+
+
+def local_server(ports: dict[str, int], config_path: Path) -> Server:
+    script = HERE / "local_server.py"
+    return Server("local", script.name, [sys.executable, str(script), *server_flags(ports, config_path)])
+
+
+def server_flags(ports: dict[str, int], config_path: Path) -> list[str]:
+    return [
+        f"--port={ports['grpc']}",
+        f"--rest_api_port={ports['rest']}",
+        f"--model_config_file={config_path}",
+        LABELS_FLAG,
+    ]
+
+
+def docker_server(ports: dict[str, int]) -> Server:
+    name = f"tfserving-{ports['rest']}"
+    command = [
+        *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
+        *("--publish", f"127.0.0.1:{ports['grpc']}:8500"),
+        *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
+        *("--volume", f"{MODELS_DIR}:/models:ro"),
+        *("--volume", f"{CONFIG_PATH}:/config/models.config:ro"),
+        *(IMAGE, "--model_config_file=/config/models.config", LABELS_FLAG),
+    ]
+    return Server("docker", IMAGE, command, stop_command=["docker", "stop", "--time", "5", name])
+
+
+def docker_problem() -> str | None:
+    """Return why the image cannot be run here, or None where it can. Fetches the image where it is missing."""
+    if not shutil.which("docker"):
+        return "no docker on PATH"
+    if not succeeds(["docker", "info"]):
+        return "no Docker engine answers"
+    if not succeeds(["docker", "image", "inspect", IMAGE]):
+        print(f"fetching {IMAGE}, once", file=sys.stderr, flush=True)
+        if run_until_stopped(["docker", "pull", "--quiet", IMAGE], quiet=True) != 0:
+            return f"docker pull {IMAGE} failed"
+    return None
+
+
+def succeeds(command: list[str]) -> bool:
+    """Whether `command` ends with 0 in time."""
+    try:
+        return subprocess.run(command, capture_output=True, timeout=ENGINE_TIMEOUT_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def choose_server(wanted: str, ports: dict[str, int], local_config_path: Path) -> Server:
+    """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
+    program = shutil.which(NATIVE_PROGRAM)
+    if wanted == "native" and not program:
+        raise ServeError(f"--server native: no {NATIVE_PROGRAM} on PATH; install it or leave --server out")
+    if program and wanted in ("auto", "native"):
+        return native_server(program, ports, local_config_path)
+    if wanted in ("auto", "docker"):
+        problem = docker_problem()
+        if not problem:
+            return docker_server(ports)
+        if wanted == "docker":
+            raise ServeError(f"--server docker: {problem}; start the engine or leave --server out")
+    return local_server(ports, local_config_path)
+
+
+def check_models() -> None:
+    if not list(MODELS_DIR.glob("my_model/[0-9]*/saved_model.pb")):
+        raise ServeError(f"no model in {MODELS_DIR / 'my_model'}; run python export_model.py")
+
+
+def check_ports(ports: dict[str, int]) -> None:
+    for role, port in ports.items():
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except (OSError, OverflowError):
+                raise ServeError(
+                    f"127.0.0.1:{port} (--{role}-port) is in use or not allowed; stop that program or choose another"
+                ) from None
+
+
+def render_config(config_path: Path) -> None:
+    """Write models.config with this machine's path in place of the container's /models."""
+    here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
+    config_path.write_text(re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", CONFIG_PATH.read_text()))
+
+
+def run_until_stopped(command: list[str], stop_command: list[str] | None = None, quiet: bool = False) -> int:
+    """Run `command` until it ends or a stop is requested; return its exit code. Nothing of it is left then."""
+    output = subprocess.DEVNULL if quiet else None
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    while child.poll() is None and not stopping.wait(0.1):
+        pass
+    if child.poll() is None:
+        if stop_command:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(stop_command, capture_output=True, timeout=STOP_TIMEOUT_S)
+        child.terminate()
+        try:
+            child.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+    return child.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = ["auto", "native", "docker", "local"]
+    parser.add_argument("--server", choices=kinds, default="auto", help="what to serve with (default: auto)")
+    parser.add_argument("--rest-port", type=int, default=8501, help="REST port on 127.0.0.1 (default: 8501)")
+    parser.add_argument("--grpc-port", type=int, default=8500, help="gRPC port on 127.0.0.1 (default: 8500)")
+    arguments = parser.parse_args()
+    ports = {"rest": arguments.rest_port, "grpc": arguments.grpc_port}
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda *_: stopping.set())
+
+    try:
+        check_models()
+        check_ports(ports)
+        with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
+            config_path = Path(folder) / "models.config"
+            render_config(config_path)
+            server = choose_server(arguments.server, ports, config_path)
+            print(f"serving with {server.kind}: {server.what}", flush=True)
+            exit_code = run_until_stopped(server.command, server.stop_command)
+    except (ServeError, OSError) as error:
+        sys.exit(f"serve.py: {error}")
+    if not stopping.is_set():
+        sys.exit(f"serve.py: {server.what} ended with exit code {exit_code}; its last lines are above")
+
+
+if __name__ == "__main__":
+    main()

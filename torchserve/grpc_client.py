@@ -1,0 +1,56 @@
+"""Ask a running TorchServe for predictions over gRPC.
+
+    python grpc_client.py
+    python grpc_client.py 13.82 24.49 0.1162 0.1357 0.2275
+
+Sends one row of five raw features to both versions and prints their probabilities; writes nothing.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import grpc
+
+SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
+
+# Compiles the .proto file here and now; it is looked up by its name on the import path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+messages, services = grpc.protos_and_services("inference.proto")
+
+
+def predict(channel: grpc.Channel, rows: list, version: str = "") -> list[list[float]]:
+    """Return [P(malignant), P(benign)] per row; without `version` the default version answers.
+
+    Raises ValueError where the handler refuses the rows, grpc.RpcError where TorchServe refuses the request.
+    """
+    request = messages.PredictionsRequest(
+        model_name="my_model", model_version=version, input={"data": json.dumps(rows).encode()}
+    )
+    reply = json.loads(services.InferenceAPIsServiceStub(channel).Predictions(request, timeout=30).prediction)
+    # The gRPC status is OK even then: over gRPC, TorchServe drops the status that a handler sets.
+    if isinstance(reply, dict):
+        raise ValueError(reply["message"])
+    return reply
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("row", type=float, nargs="*", default=SAMPLE_ROW, help="raw features (default: a test row)")
+    parser.add_argument("--address", default="127.0.0.1:7070", help="where TorchServe is (default: 127.0.0.1:7070)")
+    arguments = parser.parse_args()
+    with grpc.insecure_channel(arguments.address) as channel:
+        for version in ("1.0", "2.0"):
+            try:
+                [[malignant, benign]] = predict(channel, [arguments.row], version)
+            except ValueError as error:
+                sys.exit(f"grpc_client: {error}")
+            except grpc.RpcError as error:
+                problem = error.details().splitlines()[0]
+                sys.exit(f"grpc_client: {arguments.address}: {problem}; is python serve.py running?")
+            print(f"version {version}: malignant {malignant:.4f}, benign {benign:.4f}")
+
+
+if __name__ == "__main__":
+    main()
