@@ -41,7 +41,7 @@ doctor: ## say what this machine has and what that means for each folder
 
 ## artifacts: made when they are missing or older than what they are made of
 
-DATA := data/train.csv data/recipe.json data/initial_weights.json
+DATA := data/train.csv data/test.csv data/recipe.json data/initial_weights.json
 TORCHSERVE_MODELS := torchserve/model_store/model_v2.mar
 TFSERVING_MODELS := tfserving/models/my_model/2/saved_model.pb
 BENTOML_MODELS := $(BENTOML_HOME)/models/my_model/latest

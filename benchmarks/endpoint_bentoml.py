@@ -1,6 +1,7 @@
 """BentoML with the two saved versions of the scikit-learn pipeline."""
 
 import json
+import os
 
 import numpy as np
 from endpoint import REPOSITORY_DIR, Endpoint
@@ -22,7 +23,8 @@ class BentomlEndpoint(Endpoint):
         return command
 
     def environment(self) -> dict[str, str]:
-        return {"BENTOML_HOME": str(self.folder / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+        store = os.environ.get("BENTOML_HOME", str(self.folder / "store"))  # the Makefile's, where it has set one
+        return {"BENTOML_HOME": store, "BENTOML_DO_NOT_TRACK": "True"}
 
     def path(self, version: str) -> str:
         return "/predict"

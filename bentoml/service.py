@@ -79,7 +79,10 @@ class PredictInput(bentoml.IODescriptor):
 
 
 class PredictOutput(bentoml.IODescriptor):
-    """The reply's body: for n rows lists of n, for one unnested row its own values."""
+    """The reply's body: for n rows lists of n, for one unnested row its own values.
+
+    A model and no plain dict, for which BentoML would derive a JSON schema anew with every reply.
+    """
 
     version: str  # the one that answered
     prediction: int | list[int]  # 0 malignant, 1 benign
@@ -96,7 +99,7 @@ class Classifier:
     def check_before_serving() -> None:
         """Runs once, in the supervisor, before any worker starts: what it raises is shown as one line.
 
-        A worker that fails is no use for that: the supervisor starts the next one, for ever.
+        A worker cannot do that: when it fails, the supervisor starts another, again and again.
         """
         guard.refuse_taken_port(HOST, PORT)
         guard.stop_on_hangup()
@@ -104,11 +107,15 @@ class Classifier:
 
     @bentoml.on_startup
     def end_with_supervisor(self) -> None:
-        guard.end_with_parent()
+        guard.end_with_supervisor()
 
     @bentoml.api(input_spec=PredictInput, output_spec=PredictOutput)
     async def predict(self, features: list, version: str) -> PredictOutput:
-        """Classify one row or many."""
+        """Classify one row or many.
+
+        `async`, though nothing is awaited: BentoML runs a plain method in a thread, and handing over
+        takes as long as this model does.
+        """
         one_row = not isinstance(features[0], list)
         rows = np.array([features] if one_row else features, dtype=np.float64)  # (n, 5)
         probabilities = self.models[version].predict_proba(rows)  # (n, 2)

@@ -138,8 +138,9 @@ def convert_sklearn_to_onnx(pipeline: Pipeline) -> onnx.ModelProto:
     """Return `pipeline` as an ONNX graph with the same input and output as the one from PyTorch."""
     converted = convert_sklearn(
         pipeline,
-        initial_types=[("input", FloatTensorType(["batch", 5]))],
-        final_types=[("label", Int64TensorType(["batch"])), ("output", FloatTensorType(["batch", 2]))],
+        name="my_model",  # else a random one, and no two conversions are alike
+        initial_types=[("input", FloatTensorType([None, 5]))],
+        final_types=[("label", Int64TensorType([None])), ("output", FloatTensorType([None, 2]))],
         options={id(pipeline): {"zipmap": False}},  # probabilities as one array, not a list of dictionaries
         target_opset=OPSET,
     )
@@ -150,8 +151,8 @@ def convert_sklearn_to_onnx(pipeline: Pipeline) -> onnx.ModelProto:
 def describe(model: onnx.ModelProto, recipe: dict, version: str, source: str) -> None:
     """Replace what the exporters noted for themselves by what a user of the file wants to know.
 
-    torch notes a stack trace with this machine's paths at every node, and shapes of intermediate results that
-    quantize_dynamic later refuses (ShapeInferenceError: "batch" against "unk").
+    torch notes a stack trace with this machine's paths at every node, and the shapes of all intermediate results,
+    on which quantize_dynamic later fails (ShapeInferenceError: inferred shape and existing shape differ).
     """
     graph = model.graph
     for annotated in [graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:

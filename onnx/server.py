@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import errno
 import gc
+import os
 import re
 import signal
 import socket
@@ -307,8 +308,11 @@ def too_large() -> Refusal:
 
 
 def stop(*_) -> None:
-    """End with exit code 0: being asked to stop is no failure. uvicorn hands the signal on after its clean-up."""
-    raise SystemExit(0)
+    """End with exit code 0: being asked to stop is no failure. uvicorn hands the signal on after its clean-up.
+
+    Raising SystemExit instead would be lost now and then: Python ignores what is raised inside a destructor.
+    """
+    os._exit(0)
 
 
 def main() -> int:

@@ -300,6 +300,7 @@ def test_serve_with_reload_takes_up_a_change_and_ends_with_its_terminal(folder_c
         assert_ends_whole(server, signal.SIGHUP)
 
 
-def test_the_worker_ends_when_the_supervisor_is_killed(folder_copy):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_worker_ends_with_its_supervisor(folder_copy, number):
     with server_of(folder_copy, "bentoml", "serve", "service:svc") as server:
-        assert_ends_whole(server, signal.SIGKILL)
+        assert_ends_whole(server, number)

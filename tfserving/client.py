@@ -9,6 +9,7 @@ Sends the first rows of ../data/test.csv both ways, prints the probabilities, wr
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import sys
@@ -75,23 +76,32 @@ def predict_grpc(data, host: str = "127.0.0.1", port: int = 8500, version: str =
     return np.array(output.float_val).reshape([dim.size for dim in output.tensor_shape.dim])
 
 
-def import_stubs():
-    """Return the message and the service module of tensorflow-serving-api without importing TensorFlow.
+@contextlib.contextmanager
+def messages_without_tensorflow():
+    """Inside the block, tensorflow-serving-api's stubs can be imported without importing TensorFlow.
 
     The stubs import message definitions that lie inside the tensorflow package, and importing any part of
     a package runs all of its __init__: 6 to 9 seconds that a client has no use for. An empty module of
-    that name with the package's search path lets the definitions be found without it.
+    that name with the package's search path lets the definitions be found without it. Afterwards it is
+    gone again, so whoever needs the real TensorFlow later gets it.
     """
-    stand_in = None
-    if "tensorflow" not in sys.modules:
-        stand_in = types.ModuleType("tensorflow")
-        stand_in.__path__ = importlib.util.find_spec("tensorflow").submodule_search_locations
-        sys.modules["tensorflow"] = stand_in
+    if "tensorflow" in sys.modules:
+        yield
+        return
+    stand_in = types.ModuleType("tensorflow")
+    stand_in.__path__ = importlib.util.find_spec("tensorflow").submodule_search_locations
+    sys.modules["tensorflow"] = stand_in
     try:
-        from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+        yield
     finally:
-        if stand_in:
-            del sys.modules["tensorflow"]  # whoever wants the real one later shall get it
+        for name in [name for name in sys.modules if name.split(".")[0] == "tensorflow"]:
+            del sys.modules[name]
+
+
+def import_stubs():
+    """Return the message and the service module of tensorflow-serving-api."""
+    with messages_without_tensorflow():
+        from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
     return predict_pb2, prediction_service_pb2_grpc
 
 

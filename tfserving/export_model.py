@@ -3,7 +3,7 @@
     python export_model.py
 
 Reads ../data. Writes models/my_model/1 and models/my_model/2, each with its graph, its weights and
-five warm-up requests. Running it again replaces both versions with the same predictions.
+five warm-up requests. Running it again writes the same bytes, but for fingerprint.pb, which holds a random id.
 """
 
 import argparse
@@ -84,14 +84,13 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
         logits = served((raw - mean.astype(np.float32)) / scale.astype(np.float32))  # (n, 1)
         return {"probabilities": tf.concat([tf.sigmoid(-logits), tf.sigmoid(logits)], axis=1)}  # (n, 2)
 
-    archive = tf.keras.export.ExportArchive()
-    archive.track(served)
-    archive.add_endpoint("serve", serve)  # also written as "serving_default", the signature of a plain request
+    module = tf.Module()
+    module.weights = [variable.value for variable in served.variables]  # what `module` does not hold is not written
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"writing-{target.name}-", dir=target.parent) as folder:
         finished = Path(folder) / target.name
-        archive.write_out(str(finished), verbose=False)
+        tf.saved_model.save(module, str(finished), signatures={"serving_default": serve})
         write_warm_up(finished / "assets.extra" / "tf_serving_warmup_requests", recipe["model_name"], rows)
         if target.exists():
             target.rename(Path(folder) / "replaced")

@@ -50,7 +50,10 @@ def _nest(texts: list[str], shape: tuple[int, ...], indent: str | None) -> str:
     size = len(texts) // shape[0]
     inner = None if indent is None else f"{indent}    "
     items = [_nest(texts[i * size : (i + 1) * size], shape[1:], inner) for i in range(shape[0])]
-    return f"[{', '.join(items)}]" if indent is None else f"[\n{inner}{f',{chr(10)}{inner}'.join(items)}\n{indent}]"
+    if indent is None:
+        return f"[{', '.join(items)}]"
+    lines = f",\n{inner}".join(items)
+    return f"[\n{inner}{lines}\n{indent}]"
 
 
 def write_rows(outputs: dict[str, np.ndarray]) -> bytes:

@@ -11,6 +11,7 @@ The same models, models.config, ports and requests in all three. REST on 8501, g
 
 import argparse
 import contextlib
+import http.client
 import re
 import shutil
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,12 +143,33 @@ def render_config(config_path: Path) -> None:
     config_path.write_text(re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", CONFIG_PATH.read_text()))
 
 
-def run_until_stopped(command: list[str], stop_command: list[str] | None = None, quiet: bool = False) -> int:
-    """Run `command` until it ends or a stop is requested; return its exit code. Nothing of it is left then."""
+def is_available(rest_port: int) -> bool:
+    """Whether the server says that a version of the model is available."""
+    connection = http.client.HTTPConnection("127.0.0.1", rest_port, timeout=1)
+    try:
+        connection.request("GET", "/v1/models/my_model")
+        return b"AVAILABLE" in connection.getresponse().read()
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def run_until_stopped(
+    command: list[str],
+    stop_command: list[str] | None = None,
+    quiet: bool = False,
+    announce: Callable[[], bool] = lambda: True,
+) -> int:
+    """Run `command` until it ends or a stop is requested; return its exit code. Nothing of it is left then.
+
+    `announce` is called again and again while it runs, until it returns True.
+    """
     output = subprocess.DEVNULL if quiet else None
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    announced = False
     while child.poll() is None and not stopping.wait(0.1):
-        pass
+        announced = announced or announce()
     if child.poll() is None:
         if stop_command:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -170,6 +193,12 @@ def main() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stopping.set())
 
+    def announce() -> bool:
+        if not is_available(ports["rest"]):
+            return False
+        print(f"ready: REST at http://127.0.0.1:{ports['rest']}, gRPC at 127.0.0.1:{ports['grpc']}", flush=True)
+        return True
+
     try:
         check_models()
         check_ports(ports)
@@ -178,7 +207,7 @@ def main() -> None:
             render_config(config_path)
             server = choose_server(arguments.server, ports, config_path)
             print(f"serving with {server.kind}: {server.what}", flush=True)
-            exit_code = run_until_stopped(server.command, server.stop_command)
+            exit_code = run_until_stopped(server.command, server.stop_command, announce=announce)
     except (ServeError, OSError) as error:
         sys.exit(f"serve.py: {error}")
     if not stopping.is_set():

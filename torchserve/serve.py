@@ -145,7 +145,7 @@ class TorchServe:
         # Short, because the path of a Unix socket may have 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
-        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_dir.mkdir(exist_ok=True)
         self.key_path = self.folder / "key_file.json"  # there is none unless config.properties asks for tokens
         self.console = self.log_dir / "console.log"
         self.rest_address = urlsplit(config["inference_address"])
@@ -198,16 +198,16 @@ class TorchServe:
 
     def predicts(self, version: str) -> bool:
         """Whether `version` answers one real row with two probabilities."""
-        headers = {"Content-Type": "application/json"}
-        if self.key_path.is_file():
-            headers["Authorization"] = f"Bearer {json.loads(self.key_path.read_text())['inference']['key']}"
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_address.port, timeout=1)
+        headers = {"Content-Type": "application/json"}
         try:
+            if self.key_path.is_file():
+                headers["Authorization"] = f"Bearer {json.loads(self.key_path.read_text())['inference']['key']}"
             body = json.dumps({"data": [SAMPLE_ROW]})
             connection.request("POST", f"/predictions/{MODEL_NAME}/{version}", body, headers)
             reply = connection.getresponse()
             return reply.status == 200 and abs(sum(json.loads(reply.read())[0]) - 1) < 1e-5
-        except (OSError, http.client.HTTPException, json.JSONDecodeError):  # not yet up, or only halfway
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):  # not yet up, or a file half written
             return False
         finally:
             connection.close()
@@ -273,6 +273,12 @@ def main() -> None:
     signals = Signals()
     check_archives(arguments.model_store)
     check_ports(arguments.host, ports)
+    if arguments.log_dir:
+        try:
+            arguments.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            sys.exit(f"serve: {arguments.log_dir}: {error.strerror}; choose another folder with --log-dir")
+    java_home = find_java_home()
     config |= {
         "inference_address": f"http://{arguments.host}:{ports['rest']}",
         "management_address": f"http://{arguments.host}:{ports['management']}",
@@ -282,7 +288,9 @@ def main() -> None:
         "grpc_management_address": arguments.host,
         "grpc_management_port": str(ports["grpc-management"]),
     }
-    server = TorchServe(config, arguments.model_store.resolve(), find_java_home(), arguments.log_dir)
+    # The server runs in another folder, so its paths must be whole.
+    log_dir = arguments.log_dir and arguments.log_dir.resolve()
+    server = TorchServe(config, arguments.model_store.resolve(), java_home, log_dir)
     try:
         serve(server, signals)
     except Interrupted:

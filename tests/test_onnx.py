@@ -1,0 +1,594 @@
+"""onnx/: conversion, inference in process, optimisation, and the HTTP server."""
+
+import http.client
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import psutil
+import pytest
+from bad_requests import GOOD_ROW, bad_requests
+from endpoint import Request
+from onnx.reference import ReferenceEvaluator
+from reference import TOLERANCE, load_expected, load_test_rows
+from server_process import ask, find_free_ports, send
+
+REPOSITORY_DIR = Path(__file__).resolve().parent.parent
+ONNX_DIR = REPOSITORY_DIR / "onnx"
+WORDS = {  # what the answer to each bad request must say
+    "four features": "length 5",
+    "six features": "length 5",
+    "ragged rows": "row 1",
+    "empty batch": "empty",
+    "empty row": "length 5",
+    "a string among numbers": "row 0, mean radius",
+    "a numeric string": "got `str`",
+    "null among numbers": "got `null`",
+    "null instead of rows": "got `null`",
+    "a string instead of rows": "got `str`",
+    "a number instead of rows": "Expected `array`",
+    "NaN": "no NaN",
+    "Infinity": "no Infinity",
+    "minus Infinity": "no Infinity",
+    "larger than float32": "float32",
+    "nested too deep": "got `array`",
+    "the wrong key": "`wrong`",
+    "an array instead of an object": "Expected `object`",
+    "malformed JSON": "truncated",
+    "an empty body": "empty",
+    "not UTF-8": "data",
+    "the wrong content type": "application/xml",
+    "10 MB of junk": "1000000 bytes",
+    "10 MB of brackets": "1000000 bytes",
+    "an unknown version": "'99'",
+}
+
+
+def run_script(*arguments: str, cwd: Path = ONNX_DIR) -> subprocess.CompletedProcess:
+    """Run `python *arguments` in `cwd` and return it with its output as text."""
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+def post(server, path: str, body) -> tuple[int, dict]:
+    """Send `body`, bytes or what JSON makes of it, and return the status and the decoded reply."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, reply = send(server.endpoint.ports["rest"], Request(path, content))
+    return status, json.loads(reply)
+
+
+def get(server, path: str) -> tuple[int, dict]:
+    status, reply = send(server.endpoint.ports["rest"], Request(path, b"", method="GET"))
+    return status, json.loads(reply)
+
+
+def tensor(rows: list, **changes) -> dict:
+    """An inference request of the Open Inference Protocol, with changes to its one input."""
+    return {"inputs": [{"name": "input", "shape": [len(rows), 5], "datatype": "FP32", "data": rows, **changes}]}
+
+
+@pytest.fixture(scope="module")
+def reconverted(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    """convert_to_onnx.py run once more, from the repository's root, into a folder of its own."""
+    folder = tmp_path_factory.mktemp("converted")
+    return run_script("onnx/convert_to_onnx.py", "--output-dir", str(folder), cwd=REPOSITORY_DIR), folder
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+    folder = tmp_path_factory.mktemp("optimized")
+    return run_script("optimize.py", "--output-dir", str(folder)), folder
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    """The module onnx_inference."""
+    monkeypatch.syspath_prepend(str(ONNX_DIR))
+    return importlib.import_module("onnx_inference")
+
+
+@pytest.fixture
+def folder_copy(tmp_path) -> Path:
+    """A copy of onnx/ beside a link to data/, to be spoilt."""
+    (tmp_path / "data").symlink_to(REPOSITORY_DIR / "data")
+    return Path(shutil.copytree(ONNX_DIR, tmp_path / "onnx", ignore=shutil.ignore_patterns("__pycache__")))
+
+
+@pytest.fixture
+def start_server():
+    """A function that starts server.py with these arguments; what still runs at the end is killed."""
+    started = []
+
+    def start(*arguments: str, cwd: Path = ONNX_DIR) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "server.py", *arguments],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_until_serving(process: subprocess.Popen) -> int:
+    """Read the server's output up to its last line of the start; return the port that it names."""
+    for line in process.stdout:
+        if found := re.search(r"serving on http://127\.0\.0\.1:(\d+)", line):
+            return int(found[1])
+    raise AssertionError(f"ended with {process.wait()}: {process.stderr.read()}")
+
+
+# The server: right answers
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_every_test_row_gets_the_expected_probabilities(onnx_server, version):
+    rows, _ = load_test_rows()
+    assert np.abs(ask(onnx_server.endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_the_model_from_scikit_learn_answers_the_same(onnx_server, version):
+    rows, _ = load_test_rows()
+    status, reply = post(onnx_server, f"/v2/models/my_model_sklearn/versions/{version}/infer", tensor(rows))
+    assert status == 200
+    probabilities = np.reshape(reply["outputs"][0]["data"], reply["outputs"][0]["shape"])
+    assert np.abs(probabilities - load_expected(version)).max() <= TOLERANCE
+
+
+def test_without_a_version_the_newest_answers(onnx_server):
+    rows, _ = load_test_rows()
+    _, newest = post(onnx_server, "/predict", {"data": rows})
+    assert np.abs(np.array(newest["predictions"]) - load_expected("2")).max() <= TOLERANCE
+    assert post(onnx_server, "/v2/models/my_model/infer", tensor(rows))[1]["model_version"] == "2"
+
+
+def test_one_row_alone_is_answered_as_among_many(onnx_server):
+    rows, _ = load_test_rows()
+    alone = np.concatenate([ask(onnx_server.endpoint, [row], "2") for row in rows[:10]])
+    assert np.abs(alone - ask(onnx_server.endpoint, rows, "2")[:10]).max() <= 1e-6
+
+
+def test_integers_are_numbers(onnx_server):
+    status, reply = post(onnx_server, "/predict/1", b'{"data": [[14, 24, 0, 1, 0]]}')
+    assert (status, reply) == post(onnx_server, "/predict/1", b'{"data": [[14.0, 24.0, 0.0, 1.0, 0.0]]}')
+    assert status == 200
+
+
+def test_the_largest_body_is_answered_row_by_row(onnx_server):
+    rows, _ = load_test_rows()
+    many = (rows * 200)[:20_000]
+    probabilities = ask(onnx_server.endpoint, many, "2")
+    assert np.abs(probabilities - np.resize(load_expected("2"), probabilities.shape)).max() <= TOLERANCE
+
+
+# The server: the Open Inference Protocol
+
+
+def test_health_and_metadata_name_what_is_served(onnx_server):
+    assert get(onnx_server, "/v2/health/live") == (200, {"live": True})
+    assert get(onnx_server, "/v2/health/ready") == (200, {"ready": True})
+    assert get(onnx_server, "/v2/models/my_model/versions/1/ready") == (200, {"name": "my_model", "ready": True})
+    assert get(onnx_server, "/v2")[1]["name"] == "onnxruntime"
+    assert get(onnx_server, "/v2/models/my_model") == (
+        200,
+        {
+            "name": "my_model",
+            "versions": ["1", "2"],
+            "platform": "onnxruntime_onnx",
+            "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, 5]}],
+            "outputs": [{"name": "output", "datatype": "FP32", "shape": [-1, 2]}],
+        },
+    )
+
+
+def test_infer_takes_flat_and_nested_data_and_returns_the_id(onnx_server):
+    rows, _ = load_test_rows()
+    flat = [value for row in rows[:3] for value in row]
+    path = "/v2/models/my_model/versions/1/infer"
+    nested_reply = post(onnx_server, path, {"id": "42", **tensor(rows[:3]), "outputs": [{"name": "output"}]})
+    assert nested_reply == post(onnx_server, path, {"id": "42", **tensor(rows[:3], data=flat)})
+    status, reply = nested_reply
+    assert (status, reply["id"], reply["model_name"], reply["model_version"]) == (200, "42", "my_model", "1")
+    assert (reply["outputs"][0]["shape"], reply["outputs"][0]["datatype"]) == ([3, 2], "FP32")
+    assert np.abs(np.reshape(reply["outputs"][0]["data"], (3, 2)) - load_expected("1")[:3]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        (tensor([GOOD_ROW], name="other"), "'input'"),
+        ({"inputs": []}, "exactly one"),
+        (tensor([GOOD_ROW], datatype="INT8"), "INT8"),
+        (tensor([GOOD_ROW], shape=[5]), "shape"),
+        (tensor([GOOD_ROW], shape=[1, 4]), "shape"),
+        (tensor([GOOD_ROW], shape=[2, 5]), "do not fill"),
+        (tensor([], shape=[0, 5]), "shape"),
+        (tensor([GOOD_ROW], data=GOOD_ROW[:4]), "do not fill"),
+        (tensor([GOOD_ROW], data=[["1.0", *GOOD_ROW[1:]]]), "$.inputs[0].data[0][0]` (row 0, mean radius)"),
+        (tensor([GOOD_ROW], data=[1e39, *GOOD_ROW[1:]]), "float32"),
+        (tensor([GOOD_ROW], data=[[True, *GOOD_ROW[1:]]]), "got `bool`"),
+        (tensor([GOOD_ROW], data="abc"), "got `str`"),
+        ({**tensor([GOOD_ROW]), "outputs": [{"name": "other"}]}, "'other'"),
+        (b'{"inputs": [{"name": "input"}]}', "shape"),
+        (b'{"inputs": [], "parameters": ' + b"[" * 500_000, "nested too deep"),
+    ],
+)
+def test_infer_refuses_a_bad_tensor_and_says_why(onnx_server, body, word):
+    status, reply = post(onnx_server, "/v2/models/my_model/infer", body)
+    assert status == 400
+    assert word in reply["error"]
+
+
+# The server: bad requests
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_a_bad_request_is_refused_with_its_reason_and_the_server_serves_on(onnx_server, case):
+    request = bad_requests(onnx_server.endpoint)[case]
+    status, reply = send(onnx_server.endpoint.ports["rest"], request)
+    assert 400 <= status < 500
+    assert WORDS[case] in json.loads(reply)["error"]
+    assert np.abs(ask(onnx_server.endpoint, [GOOD_ROW], "1").sum() - 1) < 1e-6
+
+
+def test_every_shared_bad_request_is_covered(onnx_server):
+    assert set(WORDS) == set(bad_requests(onnx_server.endpoint))
+
+
+def test_a_boolean_is_not_a_number(onnx_server):
+    status, reply = post(onnx_server, "/predict", {"data": [GOOD_ROW, [*GOOD_ROW[:4], True]]})
+    assert status == 400
+    assert "(row 1, mean symmetry)" in reply["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "word"),
+    [
+        ("/v2/models/other/infer", "'other'"),
+        ("/v2/models/my_model/versions/99/infer", "'99'"),
+        ("/v2/models/my_model/versions/01/infer", "'01'"),
+        ("/predictions", "'/predictions'"),
+    ],
+)
+def test_an_unknown_path_model_or_version_is_404(onnx_server, path, word):
+    status, reply = post(onnx_server, path, tensor([GOOD_ROW]))
+    assert status == 404
+    assert word in reply["error"]
+
+
+def test_the_wrong_method_is_405_and_names_the_right_one(onnx_server):
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    for method, path, allowed in (("GET", "/predict", "POST"), ("POST", "/v2/health/live", "GET")):
+        connection.request(method, path)
+        reply = connection.getresponse()
+        assert (reply.status, reply.getheader("Allow")) == (405, allowed)
+        assert method in json.loads(reply.read())["error"]
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("content_type", "status"),
+    [
+        (None, 200),
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain", 415),
+    ],
+)
+def test_json_is_the_only_content_type(onnx_server, content_type, status):
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    headers = {} if content_type is None else {"Content-Type": content_type}
+    connection.request("POST", "/predict", json.dumps({"data": [GOOD_ROW]}), headers)
+    assert connection.getresponse().status == status
+    connection.close()
+
+
+def test_a_kept_connection_stays_in_step_after_refused_bodies(onnx_server):
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    good = json.dumps({"data": [GOOD_ROW]})
+    local_ports = set()
+    for path, body, status in (
+        ("/predict", good, 200),
+        ("/predict", b"x" * 3_000_000, 413),
+        ("/predict", good, 200),
+        ("/predict", iter([b"x" * 100_000] * 30), 413),  # chunked: its size is not announced
+        ("/predict", good, 200),
+        ("/predict/99", b"x" * 3_000_000, 404),
+        ("/predict", b"{", 400),
+        ("/predict", good, 200),
+    ):
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        local_ports.add(connection.sock.getsockname()[1])
+        reply = connection.getresponse()
+        assert reply.status == status
+        assert ("predictions" if status == 200 else "error") in json.loads(reply.read())
+    connection.close()
+    assert len(local_ports) == 1
+
+
+def test_an_oversized_body_is_not_kept_in_memory(onnx_server):
+    before_bytes = psutil.Process(onnx_server.pid).memory_info().rss
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=30)
+    connection.request("POST", "/predict", iter([b"x" * 1_000_000] * 60))
+    assert connection.getresponse().status == 413
+    connection.close()
+    assert psutil.Process(onnx_server.pid).memory_info().rss - before_bytes < 20_000_000
+
+
+def test_small_replies_do_not_wait_for_nagle(onnx_server):
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    body, latencies_s = json.dumps({"data": [GOOD_ROW]}), []
+    for _ in range(50):
+        start = time.perf_counter()
+        connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+        connection.getresponse().read()
+        latencies_s.append(time.perf_counter() - start)
+    connection.close()
+    assert np.median(latencies_s) < 0.02  # a delayed acknowledgement costs 0.04 s
+
+
+# The server: start and stop
+
+
+def test_without_a_model_the_server_says_how_to_make_one(folder_copy, start_server):
+    shutil.rmtree(folder_copy / "models")
+    process = start_server("--port", "0", cwd=folder_copy)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
+    assert "run python convert_to_onnx.py" in errors
+
+
+def test_a_corrupt_version_is_told_and_the_others_are_served(folder_copy, start_server):
+    path = folder_copy / "models" / "my_model" / "2" / "model.onnx"
+    path.write_bytes(path.read_bytes()[:5000])
+    process = start_server("--port", "0", cwd=folder_copy)
+    port = wait_until_serving(process)
+    rows, _ = load_test_rows()
+    status, reply = send(port, Request("/predict", json.dumps({"data": rows}).encode()))
+    assert status == 200
+    assert np.abs(np.array(json.loads(reply)["predictions"]) - load_expected("1")).max() <= TOLERANCE
+    process.terminate()
+    errors = process.communicate(timeout=10)[1]
+    assert (process.returncode, errors.count("\n")) == (0, 1)
+    assert "my_model version 2 is left out" in errors
+
+
+def test_with_every_version_corrupt_the_server_does_not_start(folder_copy, start_server):
+    for path in folder_copy.glob("models/*/*/model.onnx"):
+        path.write_bytes(b"junk")
+    process = start_server("--port", "0", cwd=folder_copy)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("server: no version of my_model to serve")
+    assert "Traceback" not in errors
+
+
+def test_a_taken_port_is_one_line_and_the_first_server_serves_on(onnx_server, start_server):
+    process = start_server("--port", str(onnx_server.endpoint.ports["rest"]))
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
+    assert "is in use" in errors
+    assert ask(onnx_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, -1)])
+def test_a_signal_ends_the_server_at_once_and_wholly(start_server, number, status):
+    process = start_server("--port", "0")
+    port = wait_until_serving(process)
+    idle = socket.create_connection(("127.0.0.1", port))  # a kept connection does not hold it up
+    send(port, Request("/predict", json.dumps({"data": [GOOD_ROW]}).encode()))
+    assert psutil.Process(process.pid).children(recursive=True) == []
+    process.send_signal(number)
+    errors = process.communicate(timeout=5)[1]
+    idle.close()
+    assert (process.returncode, errors) == (status, "")
+
+
+@pytest.mark.parametrize("arguments", [["--port", "70000"], ["--intra-op-threads", "-1"], ["--device", "tpu"]])
+def test_a_bad_flag_is_told(start_server, arguments):
+    process = start_server(*arguments)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert f"{arguments[0]}" in errors.splitlines()[-1]
+
+
+# Conversion
+
+
+def test_converting_again_gives_the_same_models(reconverted):
+    result, folder = reconverted
+    assert (result.returncode, result.stderr) == (0, "")
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert len(names) == 5
+    rows = np.array(load_test_rows()[0], dtype=np.float32)
+    for name in names:
+        assert np.abs(predict_with(folder / name, rows) - predict_with(ONNX_DIR / name, rows)).max() <= 1e-6
+
+
+def predict_with(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Evaluate a model with the reference evaluator of the package onnx: NumPy, and not ONNX Runtime."""
+    return ReferenceEvaluator(str(path)).run(["output"], {"input": rows})[0]
+
+
+def test_conversion_prints_the_accuracy_of_all_four_models(reconverted):
+    rows = re.findall(r"^(PyTorch|scikit-learn) +([12]) +(\S+) +(\S+) +(\S+) +(\S+)$", reconverted[0].stdout, re.M)
+    assert {row[:2] for row in rows} == {
+        (source, version) for source in ("PyTorch", "scikit-learn") for version in "12"
+    }
+    assert {(row[1], row[2], row[3]) for row in rows} == {("1", "0.9386", "0.3325"), ("2", "0.9386", "0.1559")}
+    assert all(float(row[4]) <= 1e-6 and float(row[5]) <= 1e-5 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ONNX_DIR.glob("models/*/*/model.onnx")), ids=lambda path: "-".join(path.parts[-3:-1])
+)
+def test_a_converted_model_is_valid_and_says_what_it_is(path):
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [value.name for value in model.graph.input] == ["input"]
+    assert [value.name for value in model.graph.output] == ["output"]
+    facts = {fact.key: fact.value for fact in model.metadata_props}
+    assert facts["version"] == path.parent.name
+    assert json.loads(facts["features"])[0] == "mean radius"
+    assert str(REPOSITORY_DIR).encode() not in path.read_bytes()
+
+
+def test_the_newest_version_lies_where_the_document_looks_for_it():
+    assert (ONNX_DIR / "model.onnx").read_bytes() == (ONNX_DIR / "models/my_model/2/model.onnx").read_bytes()
+
+
+# Inference in process
+
+
+def test_the_script_predicts_and_says_where():
+    result = run_script("onnx_inference.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "test accuracy: 0.9386" in result.stdout
+    assert "Prediction: [[1. 0.]]" in result.stdout
+    assert re.search(r"predicted 115 rows with (CPU|CUDA)ExecutionProvider$", result.stdout)
+
+
+def test_the_predictor_of_the_document_works_as_written(inference, monkeypatch):
+    monkeypatch.chdir(ONNX_DIR)
+    predictor = inference.ONNXPredictor("model.onnx")
+    assert predictor.predict([[1.0, 2.0, 3.0, 4.0, 5.0]]).shape == (1, 2)
+    rows, _ = load_test_rows()
+    assert np.abs(predictor.predict(rows) - load_expected("2")).max() <= TOLERANCE
+
+
+def test_demanding_cuda_never_falls_back_in_silence(inference):
+    result = run_script("onnx_inference.py", "--device", "cuda")
+    if result.returncode == 0:
+        assert "with CUDAExecutionProvider" in result.stdout
+    else:
+        assert (result.stdout, result.stderr.count("\n")) == ("", 1)
+        assert "CUDA was demanded" in result.stderr
+        with pytest.raises(inference.DeviceError, match="CUDA was demanded"):
+            inference.ONNXPredictor(ONNX_DIR / "model.onnx", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("rows", "word"),
+    [
+        ([], "empty"),
+        ([[]], r"shape \(1, 0\)"),
+        ([GOOD_ROW[:4]], r"shape \(1, 4\)"),
+        (GOOD_ROW, r"shape \(5,\)"),
+        ([GOOD_ROW, GOOD_ROW[:4]], "differ in length"),
+        ([["1", *GOOD_ROW[1:]]], "not a number"),
+        ([[None, *GOOD_ROW[1:]]], "not a number"),
+        ([[True] * 5], "not a number"),
+        ([GOOD_ROW, [float("nan"), *GOOD_ROW[1:]]], "row 1, mean radius"),
+        ([[*GOOD_ROW[:4], 1e39]], "row 0, mean symmetry"),
+        (None, "not a number"),
+    ],
+)
+def test_the_predictor_refuses_bad_rows(inference, rows, word):
+    with pytest.raises(ValueError, match=word):
+        inference.ONNXPredictor(ONNX_DIR / "model.onnx", "cpu").predict(rows)
+
+
+@pytest.mark.parametrize("script", ["onnx_inference.py", "optimize.py"])
+@pytest.mark.parametrize(("content", "word"), [(None, "not found"), (b"junk", "cannot be loaded")])
+def test_a_missing_or_corrupt_model_is_one_line(folder_copy, script, content, word):
+    model = folder_copy / "model.onnx"
+    model.unlink()
+    if content is not None:
+        model.write_bytes(content)
+    result = run_script(script, cwd=folder_copy)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert word in result.stderr
+    assert "run python convert_to_onnx.py" in result.stderr
+
+
+def test_a_model_of_another_shape_is_refused(inference, tmp_path):
+    number = onnx.helper.make_tensor_value_info("label", onnx.TensorProto.INT64, ["batch"])
+    node = onnx.helper.make_node("Identity", ["label"], ["same"])
+    same = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, ["batch"])
+    graph = onnx.helper.make_graph([node], "labels", [number], [same])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "labels.onnx")
+    with pytest.raises(inference.ModelError, match="'label' is tensor"):
+        inference.ONNXPredictor(tmp_path / "labels.onnx", "cpu")
+
+
+# Optimisation
+
+
+def test_optimizing_writes_every_variant_and_prints_one_table(optimized):
+    result, folder = optimized
+    assert (result.returncode, result.stderr) == (0, "")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == [
+        "model_all.onnx",
+        "model_basic.onnx",
+        "model_extended.onnx",
+        "model_quantized.onnx",
+        "model_quantized_static.onnx",
+    ]
+    assert all(len(re.findall(rf"^{name} ", result.stdout, re.M)) == 1 for name in [*names, "model.onnx"])
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_an_optimized_graph_answers_the_same(optimized, inference, level):
+    rows, _ = load_test_rows()
+    probabilities = inference.ONNXPredictor(optimized[1] / f"model_{level}.onnx", "cpu").predict(rows)
+    assert np.abs(probabilities - load_expected("2")).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["model_quantized.onnx", "model_quantized_static.onnx"])
+def test_a_quantized_model_stays_within_its_stated_tolerance(optimized, inference, name):
+    rows, labels = load_test_rows()
+    path = optimized[1] / name
+    probabilities = inference.ONNXPredictor(path, "cpu").predict(rows)
+    assert np.abs(probabilities - load_expected("2")).max() <= 0.1
+    assert np.mean(probabilities.argmax(axis=1) == labels) >= 0.9386 - 0.02
+    assert path.stat().st_size < (ONNX_DIR / "model.onnx").stat().st_size
+    weights = onnx.load(path).graph.initializer
+    assert any(weight.data_type == onnx.TensorProto.INT8 for weight in weights)
+
+
+# The folder
+
+
+def test_the_scripts_work_beside_data_alone(tmp_path):
+    shutil.copytree(ONNX_DIR, tmp_path / "onnx", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY_DIR / "data", tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
+    for script in ("optimize.py", "server.py"):
+        assert run_script(f"onnx/{script}", "--help", cwd=tmp_path).returncode == 0
+    assert "with" in run_script("onnx/onnx_inference.py", "--device", "cpu", cwd=tmp_path).stdout
+
+
+def test_the_image_has_the_pinned_versions():
+    pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ;\n]+)", (REPOSITORY_DIR / "requirements.txt").read_text(), re.M))
+    image_pins = dict(re.findall(r"^    ([a-z0-9-]+)==(\S+)", (ONNX_DIR / "Dockerfile").read_text(), re.M))
+    assert len(image_pins) == 11
+    assert {name: pins[name] for name in image_pins} == image_pins
+
+
+def test_the_image_health_check_is_a_real_prediction(onnx_server, start_server):
+    dockerfile = (ONNX_DIR / "Dockerfile").read_text().replace("\\\n", "")
+    command = json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", dockerfile, re.M)[1])
+    dead_port = find_free_ports(["rest"])["rest"]
+    for port, status in ((onnx_server.endpoint.ports["rest"], 0), (dead_port, 1)):
+        check = [sys.executable, *(part.replace(":8000", f":{port}") for part in command[1:])]
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        assert subprocess.run(check, capture_output=True, env=environment, timeout=10).returncode == status

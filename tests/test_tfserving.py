@@ -1,0 +1,578 @@
+"""TensorFlow Serving's folder with the classifier: training, the three ways to serve, REST, gRPC, the client."""
+
+import gzip
+import http.client
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import yaml
+from bad_requests import GOOD_ROW, bad_requests
+from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from reference import TOLERANCE, load_expected, load_test_rows
+from server_process import ask, find_free_ports, send
+
+FOLDER = REPOSITORY_DIR / "tfserving"
+DEADLINE_S = 60.0
+PREDICT = "/v1/models/my_model:predict"
+
+ACCEPTED = {"NaN", "Infinity", "minus Infinity"}  # numbers to TensorFlow Serving, by its own documentation
+WORDS = {  # what each refusal must name
+    "four features": "[1,4] is not compatible with expected shape [?,5]",
+    "six features": "[1,6] is not compatible with expected shape [?,5]",
+    "ragged rows": "element: 1 of 'instances' list. Error: INVALID_ARGUMENT: Expecting tensor size: 5 but got: 4",
+    "empty batch": "No values in 'instances' array",
+    "empty row": "[1,0] is not compatible with expected shape [?,5]",
+    "a string among numbers": 'JSON Value: "abc" Type: String is not of expected type: float',
+    "a numeric string": 'JSON Value: "13.82" Type: String is not of expected type: float',
+    "null among numbers": "Type: Null is not of expected type: float",
+    "null instead of rows": "Excepting 'instances' to be an list/array",
+    "a string instead of rows": "Excepting 'instances' to be an list/array",
+    "a number instead of rows": "Excepting 'instances' to be an list/array",
+    "larger than float32": "Cannot convert JSON value: 1e+39 to float without loss of precision",
+    "nested too deep": "[1,5,1] is not compatible with expected shape [?,5]",
+    "the wrong key": "Missing 'inputs' or 'instances' key",
+    "an array instead of an object": "Is not object",
+    "malformed JSON": "JSON Parse error: Missing a comma or ] after an array element. at offset: 52",
+    "an empty body": "JSON Parse error: The document is empty",
+    "not UTF-8": "Excepting 'instances' to be an list/array",
+    "the wrong content type": "JSON Parse error: Invalid value. at offset: 0",
+    "10 MB of junk": "JSON Parse error: Invalid value. at offset: 0",
+    "10 MB of brackets": "nested too deep",
+    "an unknown version": "Servable not found for request: Specific(my_model, 99)",
+}
+
+
+def get(port: int, path: str) -> tuple[int, dict]:
+    status, body = send(port, Request(path, b"", method="GET"))
+    return status, json.loads(body)
+
+
+def post(port: int, path: str, body) -> tuple[int, dict]:
+    status, reply = send(port, Request(path, body if isinstance(body, bytes) else json.dumps(body).encode()))
+    return status, json.loads(reply)
+
+
+def run_python(*arguments, cwd: Path = FOLDER, env: dict | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+
+
+@pytest.fixture(scope="module")
+def rest_port(tfserving_server) -> int:
+    return tfserving_server.endpoint.ports["rest"]
+
+
+@pytest.fixture(scope="module")
+def grpc_port(tfserving_server) -> int:
+    return tfserving_server.endpoint.ports["grpc"]
+
+
+@pytest.fixture(scope="module")
+def client():
+    """tfserving/client.py as a module."""
+    spec = importlib.util.spec_from_file_location("tfserving_client", FOLDER / "client.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def second_export(tmp_path_factory):
+    """export_model.py, running in the background from the module's start on, into a folder of its own."""
+    folder = tmp_path_factory.mktemp("second_export")
+    command = [sys.executable, "export_model.py", "--models-dir", str(folder)]
+    process = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    yield process, folder / "my_model"
+    process.kill()
+    process.wait()
+
+
+# The contract.
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_rest_gives_the_reference_probabilities(tfserving_server, version):
+    rows, _ = load_test_rows()
+    assert np.abs(ask(tfserving_server.endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_grpc_gives_the_reference_probabilities(client, grpc_port, version):
+    rows, _ = load_test_rows()
+    answer = client.predict_grpc(rows, port=grpc_port, version=version)
+    assert np.abs(answer - load_expected(version)).max() <= TOLERANCE
+
+
+def test_the_newest_version_answers_where_none_is_named(client, rest_port, grpc_port):
+    rows, _ = load_test_rows()
+    for answer in (client.predict(rows, port=rest_port), client.predict_grpc(rows, port=grpc_port)):
+        assert np.abs(answer - load_expected("2")).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(("label", "version"), [("stable", "1"), ("canary", "2")])
+def test_labels_name_versions(client, rest_port, grpc_port, label, version):
+    rows, _ = load_test_rows()
+    for answer in (
+        client.predict(rows, port=rest_port, label=label),
+        client.predict_grpc(rows, port=grpc_port, label=label),
+    ):
+        assert np.abs(answer - load_expected(version)).max() <= TOLERANCE
+
+
+def test_a_body_may_hold_one_row_or_thousands(tfserving_server):
+    rows, _ = load_test_rows()
+    expected = load_expected("1")
+    assert np.abs(ask(tfserving_server.endpoint, rows[:1], "1") - expected[:1]).max() <= TOLERANCE
+    many = ask(tfserving_server.endpoint, rows * 40, "1")  # 4,560 rows, beyond what is answered inline
+    assert np.abs(many - np.tile(expected, (40, 1))).max() <= TOLERANCE
+
+
+def test_integers_and_floats_are_the_same_numbers(rest_port):
+    as_integers = post(rest_port, PREDICT, b'{"instances": [[14, 20, 0, 0, 0]]}')
+    as_floats = post(rest_port, PREDICT, b'{"instances": [[14.0, 20.0, 0.0, 0.0, 0.0]]}')
+    assert as_integers == as_floats
+    assert as_integers[0] == 200
+
+
+def test_the_request_of_the_document_works_as_written(rest_port):
+    status, reply = post(rest_port, PREDICT, b'{"instances": [[1.0, 2.0, 3.0, 4.0, 5.0]]}')
+    assert status == 200
+    assert np.sum(reply["predictions"]) == pytest.approx(1.0)
+
+
+# Bad requests.
+
+
+def test_every_bad_request_is_refused_by_name_and_the_server_goes_on(tfserving_server):
+    endpoint = tfserving_server.endpoint
+    rows, _ = load_test_rows()
+    for name, request in bad_requests(endpoint).items():
+        status, body = send(endpoint.ports["rest"], request)
+        if name in ACCEPTED:
+            assert status == 200, name
+        else:
+            assert 400 <= status < 500, name
+            assert WORDS[name] in json.loads(body)["error"], name
+        answer = ask(endpoint, rows[:1], "1")
+        assert np.abs(answer - load_expected("1")[:1]).max() <= TOLERANCE, f"after {name}"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "error"),
+    [
+        ("/v1/models/nope:predict", None, 404, "Servable not found for request: Latest(nope)"),
+        ("/v1/models/my_model/labels/x:predict", None, 400, "Unrecognized servable version label: x"),
+        (f"{PREDICT}/", None, 400, f"Malformed request: POST {PREDICT}/"),
+        (f"{PREDICT}?a=1", None, 400, f"Malformed request: POST {PREDICT}?a=1"),
+        ("/v1/models/my_model:guess", None, 400, "Malformed request: POST /v1/models/my_model:guess"),
+        (PREDICT, b'{"instances": [[NaN, 1,}', 400, "JSON Parse error: Invalid value. at offset: 23"),
+        (PREDICT, b'{"a": 1 "b": 2}', 400, "JSON Parse error: Missing a comma or } after an object member."),
+        (PREDICT, b'{"a": 1e999}', 400, "JSON Parse error: Number too big to be stored in double."),
+        ("/v1/models/nope:predict", b"{", 400, "JSON Parse error: Missing a name for object member. at offset: 1"),
+        (
+            PREDICT,
+            b'{"signature_name": "z", "instances": [1]}',
+            400,
+            'Serving signature name: "z" not found in signature def',
+        ),
+        (PREDICT, b'{"instances": [[16777217, 0, 0, 0, 0]]}', 400, "16777217 to float without loss of precision"),
+        (PREDICT, b'{"instances": [[true, 0, 0, 0, 0]]}', 400, "JSON Value: true Type: True is not of expected type"),
+        (PREDICT, b'{"instances": [1], "inputs": [1]}', 400, "expecting only one of 'inputs' or 'instances'"),
+    ],
+)
+def test_errors_have_tensorflow_servings_status_and_text(rest_port, path, body, status, error):
+    answered, reply = post(rest_port, path, body or {"instances": [GOOD_ROW]})
+    assert (answered, error in reply["error"]) == (status, True), reply
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "GET"])
+def test_other_methods_are_malformed_requests(rest_port, method):
+    status, body = send(rest_port, Request(PREDICT, b"", method=method))
+    assert (status, json.loads(body)) == (400, {"error": f"Malformed request: {method} {PREDICT}"})
+
+
+def test_a_path_outside_v1_is_a_404_page(rest_port):
+    status, body = send(rest_port, Request("/predict", b"{}"))
+    assert status == 404
+    assert body.startswith(b"<html>")
+
+
+# Formats.
+
+
+def test_the_reply_is_laid_out_to_the_byte(rest_port):
+    status, body = send(rest_port, Request("/v1/models/my_model/versions/1:predict", b'{"instances": [[NaN,1,1,1,1]]}'))
+    assert status == 200
+    lines = body.decode().split("\n")
+    assert (lines[0], lines[2:]) == ("{", ["    ]", "}"])
+    assert lines[1].startswith('    "predictions": [[0.')
+
+
+def test_columns_and_named_rows_give_the_same_answer_as_rows(rest_port):
+    plain = post(rest_port, PREDICT, {"instances": [GOOD_ROW, GOOD_ROW]})[1]["predictions"]
+    assert post(rest_port, PREDICT, {"inputs": [GOOD_ROW, GOOD_ROW]})[1] == {"outputs": plain}
+    assert post(rest_port, PREDICT, {"inputs": {"features": [GOOD_ROW, GOOD_ROW]}})[1] == {"outputs": plain}
+    named = {"instances": [{"features": GOOD_ROW}] * 2, "signature_name": "serving_default", "ignored": [1]}
+    assert post(rest_port, PREDICT, named)[1] == {"predictions": plain}
+
+
+def test_one_connection_carries_gzip_and_plain_requests_of_any_content_type(rest_port):
+    body = json.dumps({"instances": [GOOD_ROW]}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", rest_port, timeout=DEADLINE_S)
+    replies = []
+    for sent, headers in (
+        (body, {}),
+        (gzip.compress(body), {"Content-Encoding": "gzip"}),
+        (body, {"Content-Type": "text/plain"}),
+        (b"no gzip", {"Content-Encoding": "gzip"}),
+    ):
+        connection.request("POST", PREDICT, sent, headers)
+        reply = connection.getresponse()
+        assert reply.getheader("Content-Encoding") is None
+        replies.append((reply.status, reply.read()))
+    connection.close()
+    assert replies[0] == replies[1] == replies[2]
+    assert replies[0][0] == 200
+    assert (replies[3][0], b"The document is empty" in replies[3][1]) == (400, True)
+
+
+def test_status_tells_every_version_newest_first(rest_port):
+    available = {"state": "AVAILABLE", "status": {"error_code": "OK", "error_message": ""}}
+    both = {"model_version_status": [{"version": "2", **available}, {"version": "1", **available}]}
+    assert get(rest_port, "/v1/models/my_model") == (200, both)
+    first = {"model_version_status": both["model_version_status"][1:]}
+    assert get(rest_port, "/v1/models/my_model/versions/1") == (200, first)
+    assert get(rest_port, "/v1/models/my_model/labels/stable") == (200, first)
+    assert get(rest_port, "/v1/models/nope") == (404, {"error": "Could not find any versions of model nope"})
+    status, reply = get(rest_port, "/v1/models/my_model/versions/9")
+    assert (status, reply) == (404, {"error": "Could not find version 9 of model my_model"})
+
+
+def test_metadata_tells_the_signature(rest_port):
+    status, reply = get(rest_port, "/v1/models/my_model/versions/1/metadata")
+    assert status == 200
+    assert reply["model_spec"] == {"name": "my_model", "signature_name": "", "version": "1"}
+    signature = reply["metadata"]["signature_def"]["signature_def"]["serving_default"]
+    features = signature["inputs"]["features"]
+    assert features["dtype"] == "DT_FLOAT"
+    assert [dim["size"] for dim in features["tensor_shape"]["dim"]] == ["-1", "5"]
+    assert signature["method_name"] == "tensorflow/serving/predict"
+
+
+# gRPC.
+
+
+@pytest.fixture(scope="module")
+def grpc_calls(client, grpc_port):
+    """(message modules by name, PredictionService stub, ModelService stub) of the running server."""
+    predict_pb2, prediction_grpc = client.import_stubs()
+    with client.messages_without_tensorflow():
+        from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_service_pb2_grpc
+
+    modules = {"predict": predict_pb2, "metadata": get_model_metadata_pb2, "status": get_model_status_pb2}
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        yield modules, prediction_grpc.PredictionServiceStub(channel), model_service_pb2_grpc.ModelServiceStub(channel)
+
+
+def predict_request(modules, rows, dtype: int = 1, name: str = "my_model", alias: str = "features"):
+    """A PredictRequest of `rows`, in DT_FLOAT (1) or DT_DOUBLE (2)."""
+    request = modules["predict"].PredictRequest()
+    request.model_spec.name = name
+    array = np.array(rows, {1: "<f4", 2: "<f8"}[dtype])
+    tensor = request.inputs[alias]
+    tensor.dtype = dtype
+    for size in array.shape:
+        tensor.tensor_shape.dim.add(size=size)
+    tensor.tensor_content = array.tobytes()
+    return request
+
+
+def test_a_grpc_reply_carries_version_signature_and_typed_values(grpc_calls):
+    modules, prediction, _ = grpc_calls
+    reply = prediction.Predict(predict_request(modules, [GOOD_ROW]))
+    assert (reply.model_spec.name, reply.model_spec.version.value) == ("my_model", 2)
+    assert reply.model_spec.signature_name == "serving_default"
+    output = reply.outputs["probabilities"]
+    assert len(output.float_val) == 2
+    assert not output.tensor_content
+
+
+def test_grpc_errors_have_tensorflow_servings_code_and_text(grpc_calls):
+    modules, prediction, models = grpc_calls
+
+    def check(call, request, code, text):
+        with pytest.raises(grpc.RpcError) as caught:
+            call(request, timeout=DEADLINE_S)
+        assert (caught.value.code().name, text in caught.value.details()) == (code, True), caught.value.details()
+
+    good = [GOOD_ROW]
+    unknown_version, unknown_label, unknown_signature, no_inputs, twice = (
+        predict_request(modules, good) for _ in range(5)
+    )
+    unknown_version.model_spec.version.value = 99
+    unknown_label.model_spec.version_label = "x"
+    unknown_signature.model_spec.signature_name = "z"
+    no_inputs.inputs.clear()
+    twice.output_filter.extend(["probabilities", "probabilities"])
+    forged = predict_request(modules, good)
+    forged.inputs["features"].tensor_shape.dim[0].size = 2**40
+    for request, code, text in (
+        (modules["predict"].PredictRequest(), "INVALID_ARGUMENT", "Missing ModelSpec"),
+        (predict_request(modules, good, name="nope"), "NOT_FOUND", "Latest(nope)"),
+        (unknown_version, "NOT_FOUND", "Servable not found for request: Specific(my_model, 99)"),
+        (unknown_label, "INVALID_ARGUMENT", "Unrecognized servable version label: x"),
+        (unknown_signature, "FAILED_PRECONDITION", 'Serving signature key "z" not found.'),
+        (no_inputs, "INVALID_ARGUMENT", "input size does not match signature: 0!=1"),
+        (predict_request(modules, good, alias="x"), "INVALID_ARGUMENT", "input tensor alias not found in signature: x"),
+        (predict_request(modules, good, dtype=2), "INVALID_ARGUMENT", "arg[0] to be float but double is provided"),
+        (predict_request(modules, [GOOD_ROW[:4]]), "INVALID_ARGUMENT", "[1,4] is not compatible"),
+        (twice, "INVALID_ARGUMENT", "duplicate output tensor alias: probabilities"),
+        (forged, "INVALID_ARGUMENT", "tensor parsing error: features"),
+    ):
+        check(prediction.Predict, request, code, text)
+    status = modules["status"].GetModelStatusRequest()
+    status.model_spec.name = "nope"
+    check(models.GetModelStatus, status, "NOT_FOUND", "Could not find any versions of model nope")
+    assert prediction.Predict(predict_request(modules, good)).outputs
+
+
+def test_grpc_tells_status_and_metadata(grpc_calls):
+    modules, prediction, models = grpc_calls
+    status = modules["status"].GetModelStatusRequest()
+    status.model_spec.name = "my_model"
+    assert [entry.version for entry in models.GetModelStatus(status).model_version_status] == [2, 1]
+    metadata = modules["metadata"].GetModelMetadataRequest(metadata_field=["signature_def"])
+    metadata.model_spec.name = "my_model"
+    reply = prediction.GetModelMetadata(metadata)
+    signatures = modules["metadata"].SignatureDefMap()
+    reply.metadata["signature_def"].Unpack(signatures)
+    assert reply.model_spec.version.value == 2
+    assert list(signatures.signature_def["serving_default"].inputs) == ["features"]
+
+
+# The client.
+
+
+def test_the_client_prints_the_same_probabilities_over_both_transports(rest_port, grpc_port):
+    ports = ["--rest-port", rest_port, "--grpc-port", grpc_port]
+    done = run_python("client.py", *ports, "--version", "1", "--rows", "2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "REST row 1: malignant 0.760781, benign 0.239219 (truth: malignant)"
+    assert lines[2:4] == [line.replace("REST", "gRPC") for line in lines[:2]]
+    done = run_python("client.py", *ports, "--label", "nope")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "Unrecognized servable version label: nope" in done.stderr
+
+
+def test_the_client_says_in_one_line_that_no_server_runs(client):
+    port = find_free_ports(["none"])["none"]
+    for function in (client.predict, client.predict_grpc):
+        with pytest.raises(client.ClientError, match="nothing answers at 127.0.0.1:.*python serve.py"):
+            function([GOOD_ROW], port=port)
+
+
+def test_the_client_does_not_import_tensorflow():
+    code = "import sys, client; client.import_stubs(); print([m for m in sys.modules if m.startswith('tensorflow.')])"
+    assert run_python("-c", code).stdout == "[]\n"
+
+
+# The launcher.
+
+
+STAND_IN = """\
+#!{python}
+import os, pathlib, shutil, signal, sys, time
+record = pathlib.Path({record!r})
+name = pathlib.Path(sys.argv[0]).name
+with record.open("a") as file:
+    print(name, *sys.argv[1:], sep="|", file=file)
+if name == "docker" and sys.argv[1] != "run":
+    failing = os.environ.get("FAKE_DOCKER_FAILS", "").split(",")
+    sys.exit(sys.argv[1] in failing)
+for flag in sys.argv:
+    if flag.startswith("--model_config_file=") and name != "docker":
+        shutil.copy(flag.partition("=")[2], record.with_name("config"))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+print("stand-in ready", os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def copied_folder(tmp_path) -> Path:
+    """The launcher with an empty model, a local_server.py and a PATH of stand-ins: nothing of TensorFlow runs."""
+    folder = tmp_path / "tfserving"
+    (folder / "models" / "my_model" / "1").mkdir(parents=True)
+    (folder / "models" / "my_model" / "1" / "saved_model.pb").touch()
+    for name in ("serve.py", "models.config"):
+        shutil.copy(FOLDER / name, folder)
+    write_stand_in(folder / "local_server.py", tmp_path)
+    (tmp_path / "bin").mkdir()
+    return folder
+
+
+def write_stand_in(path: Path, tmp_path: Path) -> None:
+    path.write_text(STAND_IN.format(python=sys.executable, record=str(tmp_path / "record")))
+    path.chmod(0o755)
+
+
+class Launcher:
+    """`python serve.py` in `folder`, with only `folder`/../bin and no real docker on PATH; ready once a server is."""
+
+    def __init__(self, folder: Path, *arguments: str, docker_fails: str = ""):
+        self.ports = find_free_ports(["rest", "grpc"])
+        self.record = folder.parent / "record"
+        environment = {**os.environ, "PATH": str(folder.parent / "bin"), "FAKE_DOCKER_FAILS": docker_fails}
+        ports = [f"--{role}-port={port}" for role, port in self.ports.items()]
+        self.process = subprocess.Popen(
+            [sys.executable, "serve.py", *ports, *arguments],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line.strip())
+            if line.startswith("stand-in ready"):
+                self.server = psutil.Process(int(line.split()[-1]))
+                break
+
+    def calls(self) -> list[list[str]]:
+        return [line.split("|") for line in self.record.read_text().splitlines()]
+
+    def stop(self, number: int) -> None:
+        """Send the signal; assert exit code 0 within seconds, the server gone and nothing on stderr."""
+        self.process.send_signal(number)
+        _, errors = self.process.communicate(timeout=15)
+        assert (self.process.returncode, errors) == (0, "")
+        assert not self.server.is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_tensorflow_model_server_on_the_path_comes_first(copied_folder, tmp_path, number):
+    program = tmp_path / "bin" / "tensorflow_model_server"
+    write_stand_in(program, tmp_path)
+    write_stand_in(tmp_path / "bin" / "docker", tmp_path)
+    launcher = Launcher(copied_folder)
+    assert launcher.lines[0] == f"serving with native: {program}"
+    ((name, *flags),) = launcher.calls()
+    assert name == "tensorflow_model_server"
+    assert flags[:2] == [f"--port={launcher.ports['grpc']}", f"--rest_api_port={launcher.ports['rest']}"]
+    assert "--allow_version_labels_for_unavailable_models=true" in flags
+    config = (tmp_path / "config").read_text()
+    assert f'base_path: "{copied_folder}/models/my_model"' in config
+    launcher.stop(number)
+    assert not Path(flags[2].partition("=")[2]).exists(), "the rendered config is left behind"
+
+
+def test_the_docker_image_comes_second_and_is_stopped_by_name(copied_folder, tmp_path):
+    write_stand_in(tmp_path / "bin" / "docker", tmp_path)
+    launcher = Launcher(copied_folder)
+    image = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())["services"]["tfserving"]["image"]
+    assert launcher.lines[0] == f"serving with docker: {image}"
+    *questions, run = [call[1:] for call in launcher.calls()]
+    assert questions == [["info"], ["image", "inspect", image]]
+    assert f"127.0.0.1:{launcher.ports['rest']}:8501" in run
+    assert f"127.0.0.1:{launcher.ports['grpc']}:8500" in run
+    assert f"{copied_folder}/models:/models:ro" in run
+    assert run[run.index(image) + 1 :] == [
+        "--model_config_file=/config/models.config",
+        "--allow_version_labels_for_unavailable_models=true",
+    ]
+    launcher.stop(signal.SIGTERM)
+    assert launcher.calls()[-1][1:] == ["stop", "--time", "5", run[run.index("--name") + 1]]
+
+
+@pytest.mark.parametrize("fails", ["info", "image,pull"])
+def test_the_local_server_comes_last(copied_folder, tmp_path, fails):
+    write_stand_in(tmp_path / "bin" / "docker", tmp_path)
+    launcher = Launcher(copied_folder, docker_fails=fails)
+    assert launcher.lines[0] == "serving with local: local_server.py"
+    assert launcher.calls()[-1][0] == "local_server.py"
+    launcher.process.send_signal(signal.SIGTERM)
+    launcher.process.communicate(timeout=15)
+    assert launcher.process.returncode == 0
+
+
+def test_a_server_can_be_chosen(copied_folder, tmp_path):
+    write_stand_in(tmp_path / "bin" / "tensorflow_model_server", tmp_path)
+    launcher = Launcher(copied_folder, "--server", "local")
+    assert launcher.lines[0] == "serving with local: local_server.py"
+    launcher.stop(signal.SIGINT)
+
+
+def test_the_endpoint_reads_the_kind_from_the_launchers_first_line(tfserving_server):
+    assert tfserving_server.log().startswith(f"serving with {tfserving_server.kind}: ")
+    endpoint = load_endpoints()["tfserving"]()
+    for kind in ("native", "docker", "local"):
+        assert endpoint.kind_from_log(f"serving with {kind}: x\nready\n") == kind
+
+
+def test_the_launcher_says_in_one_line_what_is_missing(copied_folder, tfserving_server, tmp_path):
+    def says(text: str, *arguments: str) -> None:
+        environment = {**os.environ, "PATH": str(tmp_path / "bin")}
+        done = run_python("serve.py", *arguments, cwd=copied_folder, env=environment)
+        assert (done.returncode, len(done.stderr.splitlines()), text in done.stderr) == (1, 1, True), done.stderr
+
+    ports = [f"--{role}-port={port}" for role, port in find_free_ports(["rest", "grpc"]).items()]
+    says("no tensorflow_model_server on PATH", *ports, "--server", "native")
+    says("no docker on PATH", *ports, "--server", "docker")
+    for role, port in tfserving_server.endpoint.ports.items():
+        says(f"127.0.0.1:{port} (--{role}-port) is in use", *ports, f"--{role}-port={port}")
+    shutil.rmtree(copied_folder / "models" / "my_model")
+    says("run python export_model.py", *ports)
+
+
+def test_a_server_that_ends_by_itself_is_an_error(copied_folder, tmp_path):
+    launcher = Launcher(copied_folder, "--server", "local")
+    launcher.server.terminate()
+    _, errors = launcher.process.communicate(timeout=15)
+    assert launcher.process.returncode == 1
+    assert "local_server.py ended with exit code 7" in errors
+
+
+# Training and export.
+
+
+def test_training_again_writes_the_same_bytes(second_export):
+    process, folder = second_export
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert "version 1: test accuracy 0.9386, log loss 0.3325" in output
+    assert "version 2: test accuracy 0.9386, log loss 0.1559" in output
+    first = FOLDER / "models" / "my_model"
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "fingerprint.pb":  # holds a random id
+            assert path.read_bytes() == (first / path.relative_to(folder)).read_bytes(), path.name
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"], "an unfinished export is left behind"
+
+
+def test_exporting_without_data_says_so_in_one_line(tmp_path):
+    done = run_python("export_model.py", "--data-dir", tmp_path, "--models-dir", tmp_path)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "run python make_data.py in data" in done.stderr
+
+
+def test_the_compose_file_and_the_config_agree():
+    service = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())["services"]["tfserving"]
+    assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+    mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
+    assert mounts == {"./models": "/models", "./models.config": "/config/models.config"}
+    assert "--model_config_file=/config/models.config" in service["command"]
+    assert 'base_path: "/models/my_model"' in (FOLDER / "models.config").read_text()

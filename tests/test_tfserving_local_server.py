@@ -1,0 +1,329 @@
+"""The local server as a stand-in for tensorflow_model_server: any SavedModel, versions, damage, flags, its end."""
+
+import base64
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from bad_requests import GOOD_ROW
+from endpoint import REPOSITORY_DIR, Request
+from server_process import find_free_ports, send
+
+FOLDER = REPOSITORY_DIR / "tfserving"
+MODELS = FOLDER / "models" / "my_model"
+DEADLINE_S = 60.0
+
+TOY_MODELS = """
+import sys
+from pathlib import Path
+from quiet_tensorflow import tf
+
+target = Path(sys.argv[1])
+
+# Two inputs of rank 1 and 2, two outputs; strings and bytes; integers; a graph that fails.
+class Toys(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x"), tf.TensorSpec([None, 2], tf.float64, "y")])
+    def mixed(self, x, y):
+        return {"a": x + 1, "b": y * 2}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "text")])
+    def texts(self, text):
+        return {"upper": tf.strings.upper(text), "raw_bytes": text}
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64, "n")])
+    def integers(self, n):
+        return {"sum": tf.reduce_sum(n, axis=1), "even": tf.reduce_all(n % 2 == 0, axis=1)}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def whole(self, x):
+        return {"mean": tf.reduce_mean(x)}
+
+toys = Toys()
+tf.saved_model.save(toys, str(target / "toys" / "007"), {
+    "serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole})
+
+# TensorFlow 1's way: a session, variables by name, signatures made by hand.
+with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+    x = tf.compat.v1.placeholder(tf.float32, [None], "x")
+    half = tf.compat.v1.get_variable("half", initializer=0.5)
+    y = x * half + 2
+    session.run(tf.compat.v1.global_variables_initializer())
+    tf.compat.v1.saved_model.simple_save(session, str(target / "half_plus_two" / "123"), {"x": x}, {"y": y})
+print("written")
+"""
+
+
+def python(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
+    """Return the exit code and the lines of output of a process that is expected to end."""
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, output.splitlines()
+
+
+def post(port: int, path: str, body: dict) -> tuple[int, dict]:
+    status, reply = send(port, Request(f"/v1/models/{path}", json.dumps(body).encode()))
+    return status, json.loads(reply)
+
+
+def statuses(port: int, model: str) -> dict[str, dict]:
+    status, reply = send(port, Request(f"/v1/models/{model}", b"", method="GET"))
+    assert status == 200, reply
+    return {entry["version"]: entry for entry in json.loads(reply)["model_version_status"]}
+
+
+@pytest.fixture(scope="module")
+def toy_models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("toy_models")
+    code, lines = finish(python("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{TOY_MODELS}", folder))
+    assert (code, lines[-1:]) == (0, ["written"]), lines
+    return folder
+
+
+@pytest.fixture(scope="module")
+def only_damaged(tmp_path_factory):
+    """A server in the background, started with no version that can be loaded."""
+    folder = tmp_path_factory.mktemp("only_damaged")
+    (folder / "1").mkdir()
+    (folder / "1" / "saved_model.pb").write_bytes(b"no graph")
+    port = find_free_ports(["grpc"])["grpc"]
+    process = python("local_server.py", f"--port={port}", "--model_name=m", f"--model_base_path={folder}")
+    yield process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(only_damaged, toy_models, tmp_path_factory):
+    """(process, ports, log) of a local server with damaged, toy and real models."""
+    folder = tmp_path_factory.mktemp("models")
+    for version in ("1", "2", "3", "4", "5"):
+        if version != "4":
+            shutil.copytree(MODELS / "1", folder / "my_model" / version)
+    (folder / "my_model" / "2" / "saved_model.pb").write_bytes(b"no graph")
+    data = folder / "my_model" / "3" / "variables" / "variables.data-00000-of-00001"
+    data.write_bytes(data.read_bytes()[:100])
+    (folder / "my_model" / "4").mkdir()
+    (folder / "my_model" / "5" / "assets.extra" / "tf_serving_warmup_requests").write_bytes(b"no records" * 10)
+    (folder / "my_model" / "not-a-version").mkdir()
+    config = folder / "models.config"
+    config.write_text(
+        "model_config_list {\n"
+        f'  config {{ name: "my_model" base_path: "{folder}/my_model" model_platform: "tensorflow"\n'
+        '    model_version_policy { all {} } version_labels { key: "gone" value: 2 } }\n'
+        f'  config {{ name: "toys" base_path: "{toy_models}/toys" }}\n'
+        f'  config {{ name: "half_plus_two" base_path: "{toy_models}/half_plus_two" }}\n'
+        f'  config {{ name: "latest" base_path: "{MODELS}" }}\n'
+        f'  config {{ name: "specific" base_path: "{MODELS}"\n'
+        "    model_version_policy { specific { versions: 1 versions: 7 } } }\n"
+        "}\n"
+    )
+    ports = find_free_ports(["rest", "grpc"])
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [
+                FOLDER / "local_server.py",
+                *("--port", str(ports["grpc"]), f"--rest_api_port={ports['rest']}", f"--model_config_file={config}"),
+                "--allow_version_labels_for_unavailable_models",
+            ],
+            env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while " ready at " not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.05)
+        yield process, ports, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def port(server) -> int:
+    return server[1]["rest"]
+
+
+# Any SavedModel.
+
+
+def test_several_inputs_and_outputs_are_named_in_rows_and_columns(port):
+    rows = {"instances": [{"x": 1, "y": [1, 2]}, {"x": 0.1, "y": [0.5, -1]}]}
+    expected = [{"a": 2.0, "b": [2.0, 4.0]}, {"a": 1.1, "b": [1.0, -2.0]}]
+    assert post(port, "toys:predict", rows) == (200, {"predictions": expected})
+    columns = {"inputs": {"x": [1], "y": [[1, 2]]}, "signature_name": "serving_default"}
+    assert post(port, "toys:predict", columns) == (200, {"outputs": {"a": [2.0], "b": [[2.0, 4.0]]}})
+
+
+def test_strings_go_in_plain_or_as_base64_and_bytes_come_out_as_base64(port):
+    body = {"signature_name": "texts", "instances": ["abc", {"b64": base64.b64encode(b"\xc3\xa4x").decode()}]}
+    status, reply = post(port, "toys:predict", body)
+    assert status == 200
+    assert [row["upper"] for row in reply["predictions"]] == ["ABC", "äX"]
+    assert [base64.b64decode(row["raw_bytes"]["b64"]) for row in reply["predictions"]] == [b"abc", b"\xc3\xa4x"]
+
+
+def test_integers_and_booleans_keep_their_type(port):
+    body = {"signature_name": "integers", "instances": [[2**53 + 1, 1], [3, -4]]}
+    expected = [{"even": True, "sum": 2**53 + 2}, {"even": False, "sum": -1}]
+    expected[0]["even"] = False
+    assert post(port, "toys:predict", body) == (200, {"predictions": expected})
+    status, reply = post(port, "toys:predict", {"signature_name": "integers", "instances": [[1.0]]})
+    assert (status, "Type: Number is not of expected type: int64" in reply["error"]) == (400, True)
+
+
+def test_an_output_without_rows_needs_the_columnar_format(port):
+    body = {"signature_name": "whole", "inputs": [1, 2, 6]}
+    assert post(port, "toys:predict", body) == (200, {"outputs": 3.0})
+    status, reply = post(port, "toys:predict", {"signature_name": "whole", "instances": [1, 2, 6]})
+    assert (status, reply["error"]) == (400, "Tensor name: mean has no shape information ")
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        ({"instances": [1, 2]}, "instances is a plain list, but expecting list of objects"),
+        ({"inputs": [1, 2]}, "inputs is a plain value/list, but expecting an object"),
+        ({"inputs": {"x": [1]}}, "Missing named input: y in 'inputs' object."),
+        ({"instances": [{"x": 1}]}, "keys must be equal to: x,y"),
+        ({"instances": [{"x": 1, "y": [1, 2], "z": 3}]}, "JSON object: does not have named input: z"),
+        ({"instances": [{"x": 1, "y": [1, 2]}, 5]}, "Expecting object but got list at item 1 of input list"),
+        ({"instances": [{"x": 1, "y": [1, 2]}, {"x": 1, "y": [[1], [2]]}]}, "Expecting shape [2] but got: [2,1]"),
+        ({"instances": [{"x": 1, "y": [1, [2]]}]}, "Encountered list at unexpected level: 1 expected < 1"),
+        ({"inputs": {"x": [1], "y": [[1], 2]}}, "found at incorrect level: 2 in the JSON DOM. Expected at level: 2"),
+        ({"signature_name": "texts", "instances": [{"b64": "?"}]}, "Unable to base64 decode"),
+        ({"signature_name": "texts", "instances": ["a", {"b": "?"}]}, "Expecting value/list but got object at item 1"),
+        ({"signature_name": 1}, "'signature_name' key must be a string value."),
+    ],
+)
+def test_errors_of_named_inputs_are_worded_as_tensorflow_serving_does(port, body, error):
+    status, reply = post(port, "toys:predict", body)
+    assert (status, error in reply["error"]) == (400, True), reply
+
+
+def test_a_model_of_tensorflow_1_is_served(port):
+    assert post(port, "half_plus_two:predict", {"instances": [1.0, 2.0, 5.0]}) == (
+        200,
+        {"predictions": [2.5, 3.0, 4.5]},
+    )
+    status, body = send(port, Request("/v1/models/half_plus_two:predict", b'{"instances": [1.0, 2.0, 5.0]}'))
+    assert body == b'{\n    "predictions": [2.5, 3.0, 4.5\n    ]\n}'
+
+
+def test_what_is_not_built_says_so(port):
+    for verb in ("classify", "regress"):
+        status, reply = post(port, f"toys:{verb}", {"examples": []})
+        assert (status, f"no {verb} yet" in reply["error"]) == (501, True)
+
+
+# Versions.
+
+
+def test_version_folders_are_read_as_integers(port):
+    assert list(statuses(port, "toys")) == ["7"]
+    assert post(port, "toys/versions/7:predict", {"inputs": {"x": [], "y": []}})[0] in (200, 400)
+
+
+def test_policies_choose_versions(port):
+    assert list(statuses(port, "latest")) == ["2"]
+    assert list(statuses(port, "specific")) == ["1"]
+    status, reply = post(port, "specific/versions/2:predict", {"instances": [GOOD_ROW]})
+    assert (status, reply["error"]) == (404, "Servable not found for request: Specific(specific, 2)")
+
+
+def test_a_damaged_version_is_kept_out_and_the_others_are_served(server):
+    _, ports, log = server
+    states = statuses(ports["rest"], "my_model")
+    assert {version: entry["state"] for version, entry in states.items()} == {
+        "5": "END",
+        "4": "END",
+        "3": "END",
+        "2": "END",
+        "1": "AVAILABLE",
+    }
+    assert states["4"]["status"]["error_code"] == "NOT_FOUND"
+    assert all(states[version]["status"]["error_message"] for version in "2345")
+    lines = [line for line in log.read_text().splitlines() if "not loaded" in line]
+    assert [line.split()[4] for line in lines] == ["5", "4", "3", "2"]
+    assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
+    status, reply = post(ports["rest"], "my_model/labels/gone:predict", {"instances": [GOOD_ROW]})
+    assert (status, reply["error"]) == (404, "Servable not found for request: Specific(my_model, 2)")
+
+
+def test_with_no_version_that_loads_the_server_ends(only_damaged):
+    code, lines = finish(only_damaged)
+    assert code == 1
+    assert lines[0].startswith("local server: m version 1 not loaded: Cannot parse file")
+    assert lines[1:] == ["local server: no version could be loaded; run python export_model.py"]
+
+
+# Start and end.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
+        (["--enable_batching"], "unrecognized arguments: --enable_batching"),
+        (["--port=many", "--model_base_path=m"], "argument --port: invalid int value: 'many'"),
+        ([], "give --model_base_path or --model_config_file"),
+        (["--port=1", "--rest_api_port=1", "--model_base_path=m"], "--port and --rest_api_port cannot be the same"),
+        (["--rest_api_port=70000", "--model_base_path=m"], "port must be 0-65535"),
+        (["--port={free}", "--model_base_path=/nowhere"], "no version folder in /nowhere; run python export_model.py"),
+        (["--port={free}", "--model_config_file=/nowhere"], "/nowhere: No such file or directory"),
+        (
+            ["--port={free}", "--model_config_file=client.py"],
+            "Error parsing text-format tensorflow.serving",
+        ),
+        (["--port={free}", "--model_config_file=models.config"], "Request to assign label to version"),
+        (["--port={taken}", "--model_base_path=m"], "Address already in use; choose another port"),
+    ],
+)
+def test_a_start_that_cannot_work_ends_at_once_with_one_line(server, arguments, error):
+    ports = {"free": find_free_ports(["grpc"])["grpc"], "taken": server[1]["rest"]}
+    started_s = time.monotonic()
+    code, lines = finish(python("local_server.py", *(argument.format(**ports) for argument in arguments)))
+    assert code != 0
+    assert len(lines) == 1, lines
+    assert error in lines[0]
+    assert time.monotonic() - started_s < 5, "TensorFlow was imported first"
+
+
+def test_a_stop_while_it_starts_is_no_error():
+    port = find_free_ports(["grpc"])["grpc"]
+    process = python("local_server.py", f"--port={port}", f"--model_base_path={MODELS}")
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not any("tensorflow" in item.path for item in psutil.Process(process.pid).memory_maps()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    code, lines = finish(process)
+    assert (code, lines) == (0, [])
+
+
+def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server):
+    process, ports, log = server
+    assert all(line.startswith("local server: ") for line in log.read_text().splitlines()), log.read_text()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=15) == 0
+    assert log.read_text().splitlines()[-1] == "local server: stopped"
+    with pytest.raises(ConnectionRefusedError):
+        send(ports["rest"], Request("/v1/models/my_model", b"", method="GET"))
