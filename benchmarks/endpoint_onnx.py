@@ -22,15 +22,10 @@ class OnnxEndpoint(Endpoint):
         return f"/predict/{self.native_version(version)}"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        return decode_predictions(reply)
-
-
-def decode_predictions(reply: bytes) -> np.ndarray:
-    """Return "predictions" as an array; ValueError where there are none of two columns."""
-    try:
-        predictions = np.array(json.loads(reply)["predictions"], dtype=float)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"no predictions in {reply[:200]!r}") from error
-    if predictions.ndim != 2 or predictions.shape[1] != 2:
-        raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
-    return predictions
+        try:
+            predictions = np.array(json.loads(reply)["predictions"], dtype=float)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no predictions in {reply[:200]!r}") from error
+        if predictions.ndim != 2 or predictions.shape[1] != 2:
+            raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
+        return predictions

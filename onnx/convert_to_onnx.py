@@ -177,7 +177,7 @@ def run_onnx(model: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write the whole file or none of it: a server that loads meanwhile never sees half a model."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", suffix=".onnx", delete=False) as file:
         temporary = Path(file.name)
         try:
             file.write(content)

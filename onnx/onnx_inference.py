@@ -75,6 +75,15 @@ class ONNXPredictor:
             raise ModelError(f"{self.path} not found: run python convert_to_onnx.py")
         try:
             self.session = open_session(self.path, device, intra_op_threads)
+            self.input = self.session.get_inputs()[0]
+            self.output = self.session.get_outputs()[0]
+            for tensor in (self.input, self.output):
+                if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
+                    raise ModelError(
+                        f"{self.path}: {tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of "
+                        "(batch, columns); run python convert_to_onnx.py"
+                    )
+            self.run(np.ones((1, self.input.shape[1]), np.float32))  # allocates, and shows that it not only loads
         except LOAD_ERRORS as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"{self.path} cannot be loaded ({reason}); run python convert_to_onnx.py") from None
@@ -82,14 +91,6 @@ class ONNXPredictor:
         self.providers = self.session.get_providers()
         if device == "cuda" and "CUDAExecutionProvider" not in self.providers:
             raise DeviceError(f"CUDA was demanded and cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
-        self.input = self.session.get_inputs()[0]
-        self.output = self.session.get_outputs()[0]
-        for tensor in (self.input, self.output):
-            if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
-                raise ModelError(
-                    f"{self.path}: {tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of "
-                    "(batch, columns): run python convert_to_onnx.py"
-                )
         self.features = self.input.shape[1]
         noted = self.session.get_modelmeta().custom_metadata_map.get("features")
         self.feature_names = json.loads(noted) if noted else [f"feature {i}" for i in range(self.features)]

@@ -191,7 +191,7 @@ def main() -> int:
     logging.getLogger().setLevel(logging.ERROR)  # quantize_* recommend pre-processing that this model does not need
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".writing-") as folder:
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".writing-", suffix=".onnx") as folder:
         variants = make_variants(source, Path(folder))
         wide, wide_int8 = Path(folder) / "wide.onnx", Path(folder) / "wide_int8.onnx"
         make_wide_network(wide)

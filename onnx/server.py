@@ -30,8 +30,8 @@ from onnx_inference import PROVIDERS, DeviceError, ModelError, ONNXPredictor
 FOLDER = Path(__file__).resolve().parent
 
 MAX_BODY_BYTES = 1_000_000
-# One row takes some 10 µs and is best computed on the spot. A body of MAX_BODY_BYTES takes some 30 ms, in which the
-# event loop would answer nobody else: above this size the work moves to a thread.
+# One row takes some 10 µs and is best computed on the spot. A body of MAX_BODY_BYTES takes some 20 ms, in which the
+# event loop would answer nobody else: above this size the work moves to a thread (ONNX Runtime frees Python's lock).
 INLINE_BODY_BYTES = 32_000
 
 UVICORN_SETTINGS = {
@@ -165,14 +165,13 @@ def load_repository(folder: Path, device: str, intra_op_threads: int) -> dict[st
     for path in sorted(paths, key=lambda path: (path.parts[-3], int(path.parent.name))):
         name, version = path.parts[-3:-1]
         try:
-            model = Model(name, version, ONNXPredictor(path, device, intra_op_threads))
-            model.predict(encode({"data": [[1.0] * model.predictor.features]}))  # the first call allocates
+            predictor = ONNXPredictor(path, device, intra_op_threads)  # predicts once before it is served
         except DeviceError:
             raise
         except ModelError as error:
             print(f"server: {name} version {version} is left out: {error}", file=sys.stderr, flush=True)
         else:
-            models.setdefault(name, {})[version] = model
+            models.setdefault(name, {})[version] = Model(name, version, predictor)
     return models
 
 

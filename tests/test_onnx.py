@@ -371,6 +371,24 @@ def test_a_corrupt_version_is_told_and_the_others_are_served(folder_copy, start_
     assert "my_model version 2 is left out" in errors
 
 
+def test_the_newest_version_is_the_highest_number(folder_copy, start_server):
+    shutil.copytree(folder_copy / "models/my_model/1", folder_copy / "models/my_model/10")
+    (folder_copy / "models/my_model/draft").mkdir()
+    process = start_server("--port", "0", cwd=folder_copy)
+    port = wait_until_serving(process)
+    metadata = json.loads(send(port, Request("/v2/models/my_model", b"", method="GET"))[1])
+    assert metadata["versions"] == ["1", "2", "10"]
+    body = json.dumps({"data": [GOOD_ROW]}).encode()
+    assert send(port, Request("/predict", body)) == send(port, Request("/predict/1", body))
+
+
+def test_the_server_can_put_another_model_behind_predict(start_server):
+    port = wait_until_serving(start_server("--port", "0", "--model", "my_model_sklearn"))
+    rows, _ = load_test_rows()
+    reply = json.loads(send(port, Request("/predict/2", json.dumps({"data": rows}).encode()))[1])
+    assert np.abs(np.array(reply["predictions"]) - load_expected("2")).max() <= TOLERANCE
+
+
 def test_with_every_version_corrupt_the_server_does_not_start(folder_copy, start_server):
     for path in folder_copy.glob("models/*/*/model.onnx"):
         path.write_bytes(b"junk")

@@ -24,6 +24,9 @@ NOT_EXECUTED = {
     "make test": "it is the command that runs this test",
     "bentoml containerize my_model_service:latest --image-tag my_model_service:latest": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
+    "docker build -t my_model-torchserve .": NO_ENGINE,
+    "docker run --rm -d --name my_model -p 127.0.0.1:8080:8080 my_model-torchserve": NO_ENGINE,
+    "docker stop my_model": NO_ENGINE,
 }
 
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -125,7 +125,10 @@ def main() -> None:
     choice.add_argument("--label", help="stable or canary (default: none)")
     arguments = parser.parse_args()
 
-    rows, truths = load_rows(DATA_DIR / "test.csv", arguments.rows)
+    try:
+        rows, truths = load_rows(DATA_DIR / "test.csv", arguments.rows)
+    except FileNotFoundError as error:
+        sys.exit(f"client.py: {error.filename} not found: run python make_data.py in data")
     asked = {"host": arguments.host, "version": str(arguments.version or ""), "label": arguments.label or ""}
     try:
         for transport, function, port in (

@@ -236,7 +236,7 @@ def serve(server: TorchServe, signals: Signals) -> None:
         signals.wait()
         server.check()
         waiting = [version for version in waiting if not server.predicts(version)]
-        if time.monotonic() > deadline_s:
+        if waiting and time.monotonic() > deadline_s:
             raise RuntimeError(f"no prediction from version {waiting[0]} within {START_TIMEOUT_S:.0f} s")
     print(f"logs: {server.log_dir}")
     if server.key_path.is_file():
