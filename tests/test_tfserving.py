@@ -455,20 +455,35 @@ class Launcher:
     def calls(self) -> list[list[str]]:
         return [line.split("|") for line in self.record.read_text().splitlines()]
 
-    def stop(self, number: int) -> None:
-        """Send the signal; assert exit code 0 within seconds, the server gone and nothing on stderr."""
+    def stop(self, number: int, expected_errors: str = "") -> None:
+        """Send the signal; assert exit code 0 within seconds, the server gone and `expected_errors` on stderr."""
         self.process.send_signal(number)
         _, errors = self.process.communicate(timeout=15)
-        assert (self.process.returncode, errors) == (0, "")
+        assert (self.process.returncode, errors) == (0, expected_errors)
         assert not self.server.is_running()
 
 
+@pytest.fixture
+def launch(copied_folder):
+    """A function that starts the launcher of `copied_folder`; what a failed test leaves running ends with it."""
+    started = []
+
+    def start(*arguments: str, docker_fails: str = "") -> Launcher:
+        started.append(Launcher(copied_folder, *arguments, docker_fails=docker_fails))
+        return started[-1]
+
+    yield start
+    for launcher in started:
+        launcher.process.terminate()
+        launcher.process.communicate(timeout=15)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_tensorflow_model_server_on_the_path_comes_first(copied_folder, tmp_path, number):
+def test_a_tensorflow_model_server_on_the_path_comes_first(launch, copied_folder, tmp_path, number):
     program = tmp_path / "bin" / "tensorflow_model_server"
     write_stand_in(program, tmp_path)
     write_stand_in(tmp_path / "bin" / "docker", tmp_path)
-    launcher = Launcher(copied_folder)
+    launcher = launch()
     assert launcher.lines[0] == f"serving with native: {program}"
     ((name, *flags),) = launcher.calls()
     assert name == "tensorflow_model_server"
@@ -480,9 +495,9 @@ def test_a_tensorflow_model_server_on_the_path_comes_first(copied_folder, tmp_pa
     assert not Path(flags[2].partition("=")[2]).exists(), "the rendered config is left behind"
 
 
-def test_the_docker_image_comes_second_and_is_stopped_by_name(copied_folder, tmp_path):
+def test_the_docker_image_comes_second_and_is_stopped_by_name(launch, copied_folder, tmp_path):
     write_stand_in(tmp_path / "bin" / "docker", tmp_path)
-    launcher = Launcher(copied_folder)
+    launcher = launch()
     image = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())["services"]["tfserving"]["image"]
     assert launcher.lines[0] == f"serving with docker: {image}"
     *questions, run = [call[1:] for call in launcher.calls()]
@@ -498,20 +513,20 @@ def test_the_docker_image_comes_second_and_is_stopped_by_name(copied_folder, tmp
     assert launcher.calls()[-1][1:] == ["stop", "--time", "5", run[run.index("--name") + 1]]
 
 
-@pytest.mark.parametrize("fails", ["info", "image,pull"])
-def test_the_local_server_comes_last(copied_folder, tmp_path, fails):
+@pytest.mark.parametrize(
+    ("fails", "said"), [("info", ""), ("image,pull", "fetching tensorflow/serving:2.21.0, once\n")]
+)
+def test_the_local_server_comes_last(launch, tmp_path, fails, said):
     write_stand_in(tmp_path / "bin" / "docker", tmp_path)
-    launcher = Launcher(copied_folder, docker_fails=fails)
+    launcher = launch(docker_fails=fails)
     assert launcher.lines[0] == "serving with local: local_server.py"
     assert launcher.calls()[-1][0] == "local_server.py"
-    launcher.process.send_signal(signal.SIGTERM)
-    launcher.process.communicate(timeout=15)
-    assert launcher.process.returncode == 0
+    launcher.stop(signal.SIGTERM, said)
 
 
-def test_a_server_can_be_chosen(copied_folder, tmp_path):
+def test_a_server_can_be_chosen(launch, tmp_path):
     write_stand_in(tmp_path / "bin" / "tensorflow_model_server", tmp_path)
-    launcher = Launcher(copied_folder, "--server", "local")
+    launcher = launch("--server", "local")
     assert launcher.lines[0] == "serving with local: local_server.py"
     launcher.stop(signal.SIGINT)
 
@@ -538,8 +553,8 @@ def test_the_launcher_says_in_one_line_what_is_missing(copied_folder, tfserving_
     says("run python export_model.py", *ports)
 
 
-def test_a_server_that_ends_by_itself_is_an_error(copied_folder, tmp_path):
-    launcher = Launcher(copied_folder, "--server", "local")
+def test_a_server_that_ends_by_itself_is_an_error(launch):
+    launcher = launch("--server", "local")
     launcher.server.terminate()
     _, errors = launcher.process.communicate(timeout=15)
     assert launcher.process.returncode == 1
