@@ -41,11 +41,11 @@ doctor: ## say what this machine has and what that means for each folder
 
 ## artifacts: made when they are missing or older than what they are made of
 
-DATA := data/train.csv data/test.csv data/recipe.json data/initial_weights.json
+DATA := data/train.csv data/test.csv data/recipe.json data/initial_weights.json data/expected.csv
 TORCHSERVE_MODELS := torchserve/model_store/model_v2.mar
 TFSERVING_MODELS := tfserving/models/my_model/2/saved_model.pb
 BENTOML_MODELS := $(BENTOML_HOME)/models/my_model/latest
-ONNX_MODELS := onnx/models/my_model/2/model.onnx
+ONNX_MODELS := onnx/model.onnx
 
 torchserve/models/2.0/model.pth: torchserve/train_model.py torchserve/model.py $(DATA) | setup
 	cd torchserve && python train_model.py
@@ -53,7 +53,7 @@ torchserve/models/2.0/model.pth: torchserve/train_model.py torchserve/model.py $
 $(TORCHSERVE_MODELS): torchserve/models/2.0/model.pth torchserve/handlers/custom_handler.py torchserve/archive.py | setup
 	cd torchserve && python archive.py
 
-$(TFSERVING_MODELS): tfserving/export_model.py $(DATA) | setup
+$(TFSERVING_MODELS): tfserving/export_model.py tfserving/quiet_tensorflow.py $(DATA) | setup
 	cd tfserving && python export_model.py
 
 $(BENTOML_MODELS): bentoml/train_and_save.py $(DATA) | setup
@@ -111,5 +111,5 @@ requirements: setup ## pin requirements.txt anew from requirements.in
 
 clean: ## remove what was trained, exported and archived; .venv and results stay
 	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs \
-		tfserving/models/my_model/[0-9]* bentoml/store onnx/models/my_model* onnx/*.onnx
+		tfserving/models/my_model/[0-9]* bentoml/store onnx/models/my_model* onnx/*.onnx onnx/.writing-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -531,6 +531,15 @@ def test_a_server_can_be_chosen(launch, tmp_path):
     launcher.stop(signal.SIGINT)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has gone")
+def test_killing_the_launcher_outright_ends_the_server_too(launch):
+    launcher = launch("--server", "local")
+    launcher.process.kill()
+    launcher.process.communicate(timeout=15)
+    _, left = psutil.wait_procs([launcher.server], timeout=10)
+    assert not left
+
+
 def test_the_endpoint_reads_the_kind_from_the_launchers_first_line(tfserving_server):
     assert tfserving_server.log().startswith(f"serving with {tfserving_server.kind}: ")
     endpoint = load_endpoints()["tfserving"]()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from quiet_tensorflow import tf
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE.parent / "data"
@@ -54,8 +55,6 @@ def train(recipe: dict, initial_weights: list, inputs: np.ndarray, labels: np.nd
 
 def write_warm_up(path: Path, model_name: str, rows: np.ndarray) -> None:
     """Write PredictionLog records; the server replays them before it says that the version is available."""
-    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
-
     path.parent.mkdir()
     with tf.io.TFRecordWriter(str(path)) as writer:
         for size in WARM_UP_BATCH_SIZES:

@@ -11,6 +11,7 @@ The same models, models.config, ports and requests in all three. REST on 8501, g
 
 import argparse
 import contextlib
+import ctypes
 import http.client
 import re
 import shutil
@@ -31,6 +32,7 @@ IMAGE = "tensorflow/serving:2.21.0"  # as in docker-compose.yml
 NATIVE_PROGRAM = "tensorflow_model_server"
 ENGINE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Without this flag TensorFlow Serving refuses a config with labels: it reads them before any version is loaded.
 LABELS_FLAG = "--allow_version_labels_for_unavailable_models=true"
@@ -155,6 +157,12 @@ def is_available(rest_port: int) -> bool:
         connection.close()
 
 
+def end_with_launcher() -> None:
+    """Have the kernel send this process SIGTERM when the launcher ends, even by kill -9; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def run_until_stopped(
     command: list[str],
     stop_command: list[str] | None = None,
@@ -166,7 +174,9 @@ def run_until_stopped(
     `announce` is called again and again while it runs, until it returns True.
     """
     output = subprocess.DEVNULL if quiet else None
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    child = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_launcher
+    )
     announced = False
     while child.poll() is None and not stopping.wait(0.1):
         announced = announced or announce()
