@@ -116,32 +116,55 @@ def collect_cell(result: dict, endpoint: str, connections: int) -> Cell | None:
     )
 
 
-def make_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Return the header and the rows, as strings, of the summary table."""
+@dataclass
+class TextTable:
+    """A table whose cells are formatted; the first `left_columns` are words, the rest figures."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    left_columns: int
+
+
+def make_tables(result: dict) -> list[TextTable]:
+    """Return the tables of speed and of correctness and cost; a server that failed has its row in the second."""
     connections = result["settings"]["connections"]
-    header = ["server", "kind", "max |Δp|", f"p50 ms at {connections[0]}", "p99 ms"]
-    header += [f"req/s at {count}" for count in connections]
-    header += ["CPU s per 1,000", "memory MB", "start s", "failed", "wrong"]
-    rows = []
+    speed = TextTable(
+        "Speed, closed loop, by number of connections",
+        ["server", "kind", f"p50 ms at {connections[0]}", f"p99 ms at {connections[0]}"]
+        + [f"req/s at {count}" for count in connections],
+        [],
+        left_columns=2,
+    )
+    cost = TextTable(
+        "Correctness and cost",
+        ["server", "max |Δp|", "failed", "wrong", "start s", "CPU s per 1,000", "memory MB"],
+        [],
+        left_columns=1,
+    )
     for name, about in result["endpoints"].items():
         cells = [collect_cell(result, name, count) for count in connections]
         differences = about.get("max_abs_difference") or {}
-        row = [name, about["kind"], f"{max(differences.values()):.0e}" if differences else "–"]
+        difference = f"{max(differences.values()):.0e}" if differences else "no model"
         if about.get("failure") or any(cell is None for cell in cells):
-            rows.append(row + ["–"] * (len(header) - 5) + [about.get("failure") or "not measured", "–"])
+            speed.rows.append([name, about["kind"], *["–"] * (len(speed.header) - 2)])
+            cost.rows.append([name, difference, "did not", "finish", "–", "–", "–"])
             continue
-        row += [_milliseconds(cells[0].percentile_s(50)), _milliseconds(cells[0].percentile_s(99))]
-        row += [f"{np.median(cell.rates):,.0f}" for cell in cells]
+        percentiles = [_milliseconds(cells[0].percentile_s(percent)) for percent in (50, 99)]
+        speed.rows.append([name, about["kind"], *percentiles, *(f"{np.median(cell.rates):,.0f}" for cell in cells)])
         windows = [window for window in result["windows"] if window["endpoint"] == name]
-        row += [
-            f"{cells[-1].server_cpu_s_per_1000:.3f}",
-            f"{max(window['server_rss_bytes'] for window in windows) / 1e6:,.0f}",
-            f"{about['ready_s']:.1f}",
-            str(sum(cell.failed for cell in cells)),
-            str(sum(cell.wrong for cell in cells)),
-        ]
-        rows.append(row)
-    return header, rows
+        cost.rows.append(
+            [
+                name,
+                difference,
+                str(sum(cell.failed for cell in cells)),
+                str(sum(cell.wrong for cell in cells)),
+                f"{about['ready_s']:.1f}",
+                f"{cells[-1].server_cpu_s_per_1000:.3f}",
+                f"{max(window['server_rss_bytes'] for window in windows) / 1e6:,.0f}",
+            ]
+        )
+    return [speed, cost]
 
 
 def list_remarks(result: dict) -> list[str]:
@@ -178,22 +201,29 @@ def list_remarks(result: dict) -> list[str]:
 
 
 def format_markdown(result: dict) -> str:
-    """Return the table and the remarks as Markdown."""
-    header, rows = make_table(result)
-    lines = ["| " + " | ".join(line) + " |" for line in (_escape(header), *map(_escape, rows))]
-    lines.insert(1, "|---|---|" + "---:|" * (len(header) - 2))
-    return "\n".join([*lines, "", *(f"- {remark}" for remark in list_remarks(result))]) + "\n"
+    """Return the tables and the remarks as Markdown."""
+    lines = []
+    for table in make_tables(result):
+        alignment = "|" + "---|" * table.left_columns + "---:|" * (len(table.header) - table.left_columns)
+        body = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [table.header, *table.rows]
+        ]
+        lines += [f"**{table.title}**", "", body[0], alignment, *body[1:], ""]
+    return "\n".join([*lines, *(f"- {remark}" for remark in list_remarks(result))]) + "\n"
 
 
 def print_result(result: dict, console: Console) -> None:
-    """Print the table and the remarks to the terminal."""
-    header, rows = make_table(result)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, title in enumerate(header):
-        table.add_column(title, justify="left" if column < 2 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+    """Print the tables and the remarks to the terminal; they fit 80 columns."""
+    for table in make_tables(result):
+        console.print(f"\n{table.title}", style="bold")
+        grid = Table(box=None, pad_edge=False, header_style="bold")
+        for column, title in enumerate(table.header):
+            is_word = column < table.left_columns
+            grid.add_column(title, justify="left" if is_word else "right", no_wrap=is_word)
+        for row in table.rows:
+            grid.add_row(*row)
+        console.print(grid)
+    console.print()
     for remark in list_remarks(result):
         console.print(f"- {remark}", markup=False)
 
@@ -215,10 +245,6 @@ def newest_result_path() -> Path:
 
 def _milliseconds(seconds: float | None) -> str:
     return "too few" if seconds is None else f"{seconds * 1000:.2f}"
-
-
-def _escape(cells: list[str]) -> list[str]:
-    return [cell.replace("|", "\\|") for cell in cells]
 
 
 def main() -> None:
