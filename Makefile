@@ -5,8 +5,8 @@ VENV := .venv
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements.in)
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-# A model store of this checkout's own: ~/bentoml stays as it is.
-export BENTOML_HOME ?= $(CURDIR)/bentoml/store
+# A model store of this checkout's own, whatever the caller's is: ~/bentoml stays as it is.
+export BENTOML_HOME := $(CURDIR)/bentoml/store
 export BENTOML_DO_NOT_TRACK ?= True
 # Where pip is told of local wheels, uv is told too.
 ifdef PIP_FIND_LINKS

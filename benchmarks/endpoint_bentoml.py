@@ -1,7 +1,6 @@
 """BentoML with the two saved versions of the scikit-learn pipeline."""
 
 import json
-import os
 
 import numpy as np
 from endpoint import REPOSITORY_DIR, Endpoint
@@ -23,8 +22,7 @@ class BentomlEndpoint(Endpoint):
         return command
 
     def environment(self) -> dict[str, str]:
-        store = os.environ.get("BENTOML_HOME", str(self.folder / "store"))  # the Makefile's, where it has set one
-        return {"BENTOML_HOME": store, "BENTOML_DO_NOT_TRACK": "True"}
+        return {"BENTOML_HOME": str(self.folder / "store"), "BENTOML_DO_NOT_TRACK": "True"}
 
     def path(self, version: str) -> str:
         return "/predict"

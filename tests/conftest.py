@@ -8,8 +8,8 @@ import pytest
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY_DIR / "benchmarks"))
-os.environ.setdefault("BENTOML_HOME", str(REPOSITORY_DIR / "bentoml" / "store"))
-os.environ.setdefault("BENTOML_DO_NOT_TRACK", "True")
+os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 from endpoint import load_endpoints  # noqa: E402
 from server_process import ServerProcess, find_free_ports  # noqa: E402
