@@ -25,10 +25,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Request:
-    """One HTTP request, ready to send; the client adds Host and Content-Length."""
+    """One request, ready to send. For REST the client adds Host and Content-Length, for gRPC the framing."""
 
-    path: str
-    body: bytes
+    path: str  # for gRPC "/service/method"
+    body: bytes  # for gRPC the serialized message
     method: str = "POST"
     content_type: str = "application/json"
 
@@ -43,10 +43,12 @@ class Endpoint:
     name: str  # the row's name in every table and the word for --endpoints
     kind: str  # one of KINDS
     folder: Path  # where `command` runs: the framework's folder
-    default_ports: dict[str, int]  # by role; "rest" is the one that is timed
+    protocol: str = "REST"  # or "gRPC": what the timed requests speak; a server with both is two endpoints
+    default_ports: dict[str, int]  # by role; "rest" or "grpc", after the protocol, is the one that is timed
     versions: dict[str, str] = {"1": "1", "2": "2"}
     rows_key: str  # the key of the rows in the JSON body
     settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    packages: tuple[str, ...] = ()  # whose versions the result file tells
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify
 
@@ -56,10 +58,25 @@ class Endpoint:
         if unknown:
             raise ValueError(f"{self.name}: no port called {sorted(unknown)}; it has {sorted(self.default_ports)}")
         self.ports = {**self.default_ports, **(ports or {})}
+        self.extra_options: list[str] = []  # added to the command by whoever measures a setting
+
+    @property
+    def timed_port(self) -> str:
+        """The role of the port that is timed."""
+        return self.protocol.lower()
+
+    @property
+    def port(self) -> int:
+        """The port that is timed."""
+        return self.ports[self.timed_port]
 
     def command(self) -> list[str]:
         """The command of the folder's README; port options are added only where they differ from the default."""
         raise NotImplementedError
+
+    def full_command(self) -> list[str]:
+        """The command with the options of this measurement."""
+        return [*self.command(), *self.extra_options]
 
     def environment(self) -> dict[str, str]:
         """Environment variables that the command needs beside the caller's."""
@@ -70,7 +87,7 @@ class Endpoint:
         return self.versions.get(version, version)
 
     def path(self, version: str) -> str:
-        """The URL path that predicts with `version`."""
+        """The URL path, or the gRPC method, that predicts with `version`."""
         raise NotImplementedError
 
     def body(self, rows: list, version: str) -> bytes:
@@ -82,7 +99,10 @@ class Endpoint:
         return Request(self.path(version), self.body(rows, version))
 
     def decode(self, reply: bytes) -> np.ndarray:
-        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none."""
+        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none.
+
+        For gRPC the body is the serialized message.
+        """
         raise NotImplementedError
 
     def kind_from_log(self, log: str) -> str:

@@ -4,7 +4,8 @@ import json
 import re
 
 import numpy as np
-from endpoint import REPOSITORY_DIR, Endpoint
+from endpoint import REPOSITORY_DIR, Endpoint, Request
+from predict_messages import METHOD, decode_predict_response, encode_predict_request
 
 
 class TensorFlowServingEndpoint(Endpoint):
@@ -13,7 +14,13 @@ class TensorFlowServingEndpoint(Endpoint):
     folder = REPOSITORY_DIR / "tfserving"
     default_ports = {"rest": 8501, "grpc": 8500}
     rows_key = "instances"
-    settings = {"workers": "1", "threads": "1 (local), one per core (native, docker)", "batching": "off"}
+    packages = ("tensorflow", "uvicorn", "uvloop", "httptools", "grpcio")
+    settings = {
+        "workers": "1",
+        "threads": "1 (local), one per core (native, docker)",
+        "batching": "off",
+        "access log": "off",
+    }
     start_timeout_s = 300.0  # with an engine but no image, the launcher fetches the image first
 
     def command(self) -> list[str]:
@@ -35,3 +42,20 @@ class TensorFlowServingEndpoint(Endpoint):
     def kind_from_log(self, log: str) -> str:
         said = re.search(r"^serving with (\w+):", log, re.MULTILINE)
         return said[1] if said else self.kind
+
+
+class TensorFlowServingGrpcEndpoint(TensorFlowServingEndpoint):
+    """The same server asked over gRPC: a process of its own, so that both rows have their own cost."""
+
+    name = "tfserving-grpc"
+    protocol = "gRPC"
+
+    def path(self, version: str) -> str:
+        return METHOD
+
+    def request(self, rows: list, version: str) -> Request:
+        body = encode_predict_request(rows, "my_model", int(self.native_version(version)))
+        return Request(self.path(version), body, content_type="application/grpc")
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        return decode_predict_response(reply)

@@ -1,9 +1,10 @@
 """TorchServe, started by its folder's serve.py."""
 
+import functools
 import json
 
 import numpy as np
-from endpoint import REPOSITORY_DIR, Endpoint
+from endpoint import REPOSITORY_DIR, Endpoint, Request
 
 
 class TorchServeEndpoint(Endpoint):
@@ -19,7 +20,12 @@ class TorchServeEndpoint(Endpoint):
     }
     versions = {"1": "1.0", "2": "2.0"}
     rows_key = "data"
-    settings = {"workers": "one per core and version (TorchServe's default)", "batching": "off (batchSize 1)"}
+    packages = ("torchserve", "torch")
+    settings = {
+        "workers": "one per usable core and version (default)",
+        "batching": "off (batchSize 1, default)",
+        "access log": "on (default)",
+    }
 
     def command(self) -> list[str]:
         options = []
@@ -32,7 +38,70 @@ class TorchServeEndpoint(Endpoint):
         return f"/predictions/my_model/{self.native_version(version)}"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        probabilities = np.array(json.loads(reply), dtype=float)
+        try:
+            probabilities = np.array(json.loads(reply), dtype=float)
+        except TypeError as error:  # an object: TorchServe's own form of an error
+            raise ValueError(f"torchserve: not a list of probability pairs: {reply[:200]!r}") from error
         if probabilities.ndim != 2 or probabilities.shape[1] != 2:
             raise ValueError(f"torchserve: not a list of probability pairs: {reply[:200]!r}")
         return probabilities
+
+
+class TorchServeGrpcEndpoint(TorchServeEndpoint):
+    """The same server asked over gRPC: a process of its own, so that both rows have their own cost."""
+
+    name = "torchserve-grpc"
+    protocol = "gRPC"
+
+    def path(self, version: str) -> str:
+        return "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
+
+    def request(self, rows: list, version: str) -> Request:
+        field = _messages()["Field"](key=self.rows_key, value=json.dumps(rows).encode())
+        message = _messages()["PredictionsRequest"](
+            model_name="my_model", model_version=self.native_version(version), input=[field]
+        )
+        return Request(self.path(version), message.SerializeToString(), content_type="application/grpc")
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        from google.protobuf.message import DecodeError
+
+        try:
+            prediction = _messages()["PredictionResponse"].FromString(reply).prediction
+        except DecodeError as error:
+            raise ValueError(f"torchserve: no PredictionResponse: {reply[:200]!r}") from error
+        return super().decode(prediction)  # over gRPC a refusal has status OK too; it is no list of pairs
+
+
+@functools.cache
+def _messages() -> dict[str, type]:
+    """Return the messages of the Predictions call by name. The numbers are those of TorchServe's inference.proto.
+
+    In a pool of their own, so that they meet no other definition in this process. A map is on the wire
+    what a repeated message of key and value is.
+    """
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    kinds = descriptor_pb2.FieldDescriptorProto
+    fields = {
+        "Field": [("key", 1, kinds.TYPE_STRING), ("value", 2, kinds.TYPE_BYTES)],
+        "PredictionsRequest": [
+            ("model_name", 1, kinds.TYPE_STRING),
+            ("model_version", 2, kinds.TYPE_STRING),
+            ("input", 3, kinds.TYPE_MESSAGE),
+        ],
+        "PredictionResponse": [("prediction", 1, kinds.TYPE_BYTES)],
+    }
+    file = descriptor_pb2.FileDescriptorProto(name="predictions.proto", syntax="proto3")
+    for message, members in fields.items():
+        description = file.message_type.add(name=message)
+        for name, number, kind in members:
+            if kind == kinds.TYPE_MESSAGE:
+                description.field.add(
+                    name=name, number=number, type=kind, label=kinds.LABEL_REPEATED, type_name=".Field"
+                )
+            else:
+                description.field.add(name=name, number=number, type=kind, label=kinds.LABEL_OPTIONAL)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in fields}

@@ -39,6 +39,16 @@ def mean_interval(values: list[float]) -> Interval:
     return Interval(*(float(np.exp(middle + shift)) for shift in (0, -half, half)))
 
 
+def t_interval(values: list[float]) -> Interval:
+    """Interval of the arithmetic mean of `values`, one a round: Student's t with k - 1 degrees of freedom."""
+    array = np.asarray(values, dtype=float)
+    middle = float(array.mean())
+    if len(array) < 2:
+        return Interval(middle, 0.0, float("inf"))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
+    return Interval(middle, middle - half, middle + half)
+
+
 def percentile_interval(sorted_values: np.ndarray, percent: float) -> Interval:
     """Interval of a percentile of independent observations, from order statistics.
 
@@ -60,9 +70,30 @@ def compare_rates(name_a: str, rates_a: list[float], name_b: str, rates_b: list[
 
     The rounds are pairs (interleaved in time), so the ratio is taken round by round.
     """
+    if len(rates_a) < 2:
+        return f"{name_a} and {name_b}: one round cannot tell a difference from chance"
     ratio = mean_interval([a / b for a, b in zip(rates_a, rates_b, strict=True)])
     if ratio.low > 1:
         return f"{name_a} faster than {name_b} by {ratio.low:.2f}–{ratio.high:.2f}×"
     if ratio.high < 1:
         return f"{name_b} faster than {name_a} by {1 / ratio.high:.2f}–{1 / ratio.low:.2f}×"
     return f"{name_a} and {name_b}: no significant difference ({ratio.low:.2f}–{ratio.high:.2f}×)"
+
+
+def ratio_interval(values_a: list[float], values_b: list[float]) -> Interval:
+    """Interval of how many times larger a is than b, from rounds of two separate runs.
+
+    Welch's t on logarithms: unequal variances, degrees of freedom after Welch and Satterthwaite. With
+    fewer than two rounds on a side the range is (0, inf).
+    """
+    logs = [np.log(np.asarray(values, dtype=float)) for values in (values_a, values_b)]
+    middle = float(logs[0].mean() - logs[1].mean())
+    if min(map(len, logs)) < 2:
+        return Interval(float(np.exp(middle)), 0.0, float("inf"))
+    parts = [part.var(ddof=1) / len(part) for part in logs]
+    variance = sum(parts)
+    if variance == 0:
+        return Interval(*[float(np.exp(middle))] * 3)
+    freedom = variance**2 / sum(part**2 / (len(log) - 1) for part, log in zip(parts, logs, strict=True))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * np.sqrt(variance))
+    return Interval(*(float(np.exp(middle + shift)) for shift in (0, -half, half)))

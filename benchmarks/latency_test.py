@@ -1,37 +1,77 @@
-"""Measure one server's latency, one request at a time: percentiles in the terminal.
+"""Measure all about one server's latency, one request at a time: how long, how steadily, and where the time goes.
 
-    python latency_test.py --endpoint onnx             starts the server, measures, stops it
+    python latency_test.py --endpoint onnx             starts the server, measures a minute, stops it
     python latency_test.py --endpoint onnx --running   measures the one that already runs on its usual port
 
-Every reply is compared with the reference. Writes nothing.
+Prints a histogram, percentiles with 95 % intervals, the first, middle and last third of the time with a
+verdict on whether the server was steady, and, from a short pass after the timing, the parts of a request
+that the client can see. Every reply is compared with the reference. Writes nothing.
 """
 
 import argparse
 import contextlib
 import os
+import select
+import shlex
 import sys
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
-from endpoint import load_endpoints
+from endpoint import Endpoint, load_endpoints
 from environment import split_cpus
-from load_generator import LoadGenerator, make_exchanges
+from intervals import Interval, mean_interval, percentile_interval
+from load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, make_exchanges
 from reference import load_expected, load_test_rows
 from results import SAMPLES_BEYOND_PERCENTILE
 from rich.console import Console
+from scipy import stats
 from server_process import ServerError, ServerProcess, ask, find_free_ports, interrupt_on_sigterm
 
 PERCENTILES = (50, 90, 95, 99, 99.9)
 HISTOGRAM_BINS = 12
-BAR_WIDTH = 48
+BAR_WIDTH = 44  # with the bounds and the count 80 columns
+BATCHES = 20  # stretches of time whose percentiles are compared to see how far one lies from the truth
+LEAST_BATCHES = 5  # with fewer, Student's t is too wide to say anything
+THIRDS = ("first", "middle", "last")
+PIECES_PER_THIRD = 10
+SIGNIFICANCE = 0.01  # chance of calling a steady server unsteady, each for p50 and p99
+LEAST_CHANGE = {50: 0.05, 99: 0.2}  # by percentile: thirds that differ by a smaller share are called alike
+PARTS_REQUESTS = 300
+PARTS_SECONDS = 5.0
+
+
+def find_interval(latencies_s: np.ndarray, percent: float) -> Interval | None:
+    """Return a percentile in seconds with its 95 % interval; None where fewer than 10 observations lie beyond it.
+
+    `latencies_s` (n,) are in order of time. The interval is the wider of two: from order statistics,
+    as if requests were independent, and from the percentiles of consecutive batches, which also holds
+    what comes and goes (batch means: Law, "Simulation Modeling and Analysis", 5th ed., section 9.5.3).
+    """
+    beyond = round(len(latencies_s) * (1 - percent / 100), 6)
+    if beyond < SAMPLES_BEYOND_PERCENTILE:
+        return None
+    pooled = percentile_interval(np.sort(latencies_s), percent)
+    batches = min(BATCHES, int(beyond // SAMPLES_BEYOND_PERCENTILE))
+    if batches < LEAST_BATCHES:
+        return pooled
+    between = mean_interval([float(np.percentile(part, percent)) for part in np.array_split(latencies_s, batches)])
+    factor = between.high / between.estimate
+    return Interval(
+        pooled.estimate, min(pooled.low, pooled.estimate / factor), max(pooled.high, pooled.estimate * factor)
+    )
 
 
 def format_percentiles(latencies_s: np.ndarray) -> list[str]:
-    """One line a percentile, in ms; those that too few observations lie beyond are said to be so."""
+    """One line a percentile, in ms with its interval; those that too few observations lie beyond are said to be so."""
     lines = []
     for percent in PERCENTILES:
-        enough = len(latencies_s) * (1 - percent / 100) >= SAMPLES_BEYOND_PERCENTILE
-        figure = f"{np.percentile(latencies_s, percent) * 1000:8.3f} ms" if enough else " too few requests to say"
-        lines.append(f"p{percent:<5g}{figure}")
+        interval = find_interval(latencies_s, percent)
+        if interval is None:
+            lines.append(f"p{percent:<5g} too few requests to say")
+            continue
+        high = f"{interval.high * 1000:.3f}" if np.isfinite(interval.high) else "?"
+        lines.append(f"p{percent:<5g}{interval.estimate * 1000:8.3f} ms ({interval.low * 1000:.3f} to {high})")
     lines.append(f"mean  {latencies_s.mean() * 1000:8.3f} ms, slowest {latencies_s.max() * 1000:.3f} ms")
     return lines
 
@@ -47,16 +87,162 @@ def format_histogram(latencies_s: np.ndarray) -> list[str]:
     return lines
 
 
+def split_by_time(latencies_s: np.ndarray, parts: int) -> list[np.ndarray]:
+    """Split latencies, one after the other on one connection, into `parts` stretches equally long in time."""
+    ends_s = np.cumsum(latencies_s)  # (n,)
+    places = np.searchsorted(ends_s, ends_s[-1] * np.arange(1, parts) / parts)
+    return np.split(latencies_s, places)
+
+
+def judge_steadiness(latencies_s: np.ndarray) -> tuple[bool | None, str]:
+    """Return whether latency stayed the same over the three thirds of the time, and the sentence that says it.
+
+    Each third gives ten pieces, each piece a percentile; the Kruskal-Wallis test says whether the three
+    sets of ten differ by more than chance (Kruskal and Wallis, JASA 47, 1952). With a hundred thousand
+    requests it finds differences that nobody cares for, so a change must also be at least LEAST_CHANGE.
+    p50 is always judged, p99 where each piece supports it; None where there are too few requests for either.
+    """
+    pieces = split_by_time(latencies_s, len(THIRDS) * PIECES_PER_THIRD)
+    thirds = split_by_time(latencies_s, len(THIRDS))
+    judged = []
+    for percent, least_change in LEAST_CHANGE.items():
+        if min(map(len, pieces)) * (100 - percent) < 100 * SAMPLES_BEYOND_PERCENTILE:
+            continue
+        figures = np.array([np.percentile(piece, percent) for piece in pieces]).reshape(len(THIRDS), PIECES_PER_THIRD)
+        middles_s = np.array([np.percentile(third, percent) for third in thirds])
+        change = middles_s.max() / middles_s.min() - 1
+        alike = bool((figures == figures[0, 0]).all())  # the test is not defined for equal values
+        by_chance = alike or stats.kruskal(*figures).pvalue > SIGNIFICANCE
+        if not by_chance and change >= least_change:
+            values = ", ".join(f"{value * 1000:.3f}" for value in middles_s)
+            return False, f"not steady: p{percent} of the thirds is {values} ms; find what changed"
+        judged.append(f"p{percent} within {change:.1%}" + (" (chance)" if change >= least_change else ""))
+    if not judged:
+        return None, "steady? too few requests to say; measure longer"
+    return True, f"steady: the thirds agree, {', '.join(judged)}"
+
+
+def format_thirds(latencies_s: np.ndarray) -> list[str]:
+    """One line a third of the time, then the verdict."""
+    lines = [f"{'third':<8}{'requests':>10}{'p50 ms':>10}{'p90 ms':>10}{'p99 ms':>10}{'slowest ms':>12}"]
+    for name, third in zip(THIRDS, split_by_time(latencies_s, len(THIRDS)), strict=True):
+        cells = []
+        for percent in (50, 90, 99):
+            interval = find_interval(third, percent)
+            cells.append("too few" if interval is None else f"{interval.estimate * 1000:.3f}")
+        slowest = f"{third.max() * 1000:.3f}" if len(third) else "–"
+        lines.append(f"{name:<8}{len(third):>10,}" + "".join(f"{cell:>10}" for cell in cells) + f"{slowest:>12}")
+    return [*lines, judge_steadiness(latencies_s)[1]]
+
+
+@dataclass
+class Parts:
+    """Where the time of requests went, one entry a request, in seconds."""
+
+    connect_s: list[float] = field(default_factory=list)  # TCP handshake, each on a fresh connection
+    fresh_s: list[float] = field(default_factory=list)  # the first request on that connection, send to whole reply
+    send_s: list[float] = field(default_factory=list)  # handing the request to the kernel, on a kept-alive connection
+    wait_s: list[float] = field(default_factory=list)  # from there to the reply's first bytes: the server
+    receive_s: list[float] = field(default_factory=list)  # from there to its end
+    failed: int = 0  # connections and requests that failed, or whose status was not 200
+
+    @property
+    def request_s(self) -> np.ndarray:
+        """Send, wait and receive together, (n,)."""
+        return np.array(self.send_s) + np.array(self.wait_s) + np.array(self.receive_s)
+
+
+def ask_in_parts(connection, number: int, request) -> tuple[float, float, float]:
+    """Send exchange `number`'s request and read its reply; return the seconds of send, wait and receive.
+
+    `connection` is one of load_generator's. OSError where it breaks or the status is not 200.
+    """
+    poller = select.poll()
+    poller.register(connection.socket, select.POLLIN)
+    first_s = None
+    start_s = time.perf_counter()
+    connection.send(number, request)
+    sent_s = time.perf_counter()
+    while not connection.complete:
+        if not poller.poll(REPLY_TIMEOUT_S * 1000):
+            raise TimeoutError(f"no reply in {REPLY_TIMEOUT_S:.0f} s")
+        if first_s is None:
+            first_s = time.perf_counter()
+        reason = connection.receive()
+        if reason is not None and not connection.complete:
+            raise ConnectionError(reason)
+    end_s = time.perf_counter()
+    if connection.status != 200:
+        raise ConnectionError(connection.failure)
+    return sent_s - start_s, first_s - sent_s, end_s - first_s
+
+
+def measure_parts(endpoint: Endpoint, exchanges: list[Exchange], count: int = PARTS_REQUESTS) -> Parts:
+    """Ask `count` times on fresh connections, then `count` times on a kept one; each for PARTS_SECONDS at most."""
+    parts = Parts()
+    connection = CONNECTION_CLASSES[endpoint.protocol](endpoint.port)
+    for keep in (False, True):
+        end_s = time.perf_counter() + PARTS_SECONDS
+        connection.close()
+        for number in range(count):
+            if time.perf_counter() > end_s:
+                break
+            try:
+                start_s = time.perf_counter()
+                if connection.socket is None:
+                    connection.open()
+                connected_s = time.perf_counter()
+                times_s = ask_in_parts(connection, number, exchanges[number % len(exchanges)].request)
+            except OSError:
+                parts.failed += 1
+                connection.close()
+                continue
+            if keep:
+                for values_s, value_s in zip((parts.send_s, parts.wait_s, parts.receive_s), times_s, strict=True):
+                    values_s.append(value_s)
+            else:
+                parts.connect_s.append(connected_s - start_s)
+                parts.fresh_s.append(sum(times_s))
+            if not (keep and connection.keep_alive):
+                connection.close()
+    connection.close()
+    return parts
+
+
+def format_parts(parts: Parts) -> list[str]:
+    """One line a part of a request: p50 and p95 in ms, and the share of the whole time."""
+    if not parts.send_s or not parts.connect_s:
+        return [f"where the time goes: not one request of this pass was answered ({parts.failed} failed)"]
+    whole_s = parts.request_s.sum()
+    lines = [f"{'where the time goes':<46}{'p50 ms':>9}{'p95 ms':>9}{'share':>9}"]
+    for what, times_s, is_part in (
+        ("send: into the kernel", parts.send_s, True),
+        ("wait: network, server, to the first byte back", parts.wait_s, True),
+        ("receive: the rest of the reply", parts.receive_s, True),
+        (f"whole, {len(parts.send_s)} requests on a kept connection", parts.request_s, True),
+        ("beside it, connect: a fresh connection", parts.connect_s, False),
+        ("beside it, the first request on a fresh one", parts.fresh_s, False),
+    ):
+        share = f"{np.sum(times_s) / whole_s:.1%}" if is_part else "–"
+        p50_s, p95_s = np.percentile(times_s, (50, 95))
+        lines.append(f"{what:<46}{p50_s * 1000:>9.3f}{p95_s * 1000:>9.3f}{share:>9}")
+    if parts.failed:
+        lines.append(f"{parts.failed} requests of this pass failed and are not in it")
+    return lines
+
+
 def main() -> int:
     interrupt_on_sigterm()
     classes = load_endpoints()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--version", choices=("1", "2"), default="1", help="the model's version (default: 1)")
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure (default: 10)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure (default: 60)")
     parser.add_argument("--warmup-seconds", type=float, default=1.0, help="dropped before that (default: 1)")
     parser.add_argument("--running", action="store_true", help="use the server on its usual port (default: start one)")
     arguments = parser.parse_args()
+    if arguments.seconds <= 0 or arguments.warmup_seconds < 0:
+        parser.error("seconds must be positive")
     console = Console(highlight=False)
     endpoint_class = classes[arguments.endpoint]
     server_cpus, client_cpus = split_cpus()
@@ -68,8 +254,8 @@ def main() -> int:
                 ask(endpoint, rows[:1], arguments.version)
             except OSError as error:
                 raise ServerError(
-                    f"{endpoint.name}: nobody answers on 127.0.0.1:{endpoint.ports['rest']} ({error}); "
-                    f"run make {endpoint.name} in another terminal"
+                    f"{endpoint.name}: nobody answers on 127.0.0.1:{endpoint.port} ({error}); "
+                    f"start it in another terminal: cd {endpoint.folder.name} && {shlex.join(endpoint.command())}"
                 ) from None
         else:
             endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
@@ -78,12 +264,21 @@ def main() -> int:
             if client_cpus is not None:
                 os.sched_setaffinity(0, client_cpus)
         exchanges = make_exchanges(endpoint, arguments.version, rows, load_expected(arguments.version))
-        with console.status(f"{endpoint.name}: measuring"), LoadGenerator(endpoint, exchanges, connections=1) as load:
-            load.run_closed(arguments.warmup_seconds)
+        # A line, no spinner: its thread would take turns with the measuring one.
+        console.print(f"{endpoint.name}: measuring for {arguments.seconds:g} s", soft_wrap=True)
+        with LoadGenerator(endpoint, exchanges, connections=1) as load:
+            if arguments.warmup_seconds:
+                load.run_closed(arguments.warmup_seconds)
             window = load.run_closed(arguments.seconds)
-    if len(window.latencies_s) == 0:
-        raise ServerError(f"{endpoint.name}: not one right answer; errors {dict(window.errors)}, wrong {window.wrong}")
-    for line in [*format_histogram(window.latencies_s), "", *format_percentiles(window.latencies_s)]:
+        if len(window.latencies_s) == 0:
+            raise ServerError(
+                f"{endpoint.name}: not one right answer; errors {dict(window.errors)}, wrong {window.wrong}"
+            )
+        parts = measure_parts(endpoint, exchanges)
+    for section in (format_histogram, format_percentiles, format_thirds):
+        for line in ["", *section(window.latencies_s)]:
+            console.print(line, markup=False, soft_wrap=True)
+    for line in ["", *format_parts(parts), ""]:
         console.print(line, markup=False, soft_wrap=True)
     failed = window.errors.total()
     console.print(

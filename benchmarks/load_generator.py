@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 
 import httptools
 import numpy as np
-from endpoint import Endpoint
+from endpoint import Endpoint, Request
+from grpc_connection import GrpcConnection, GrpcRequest
 from reference import TOLERANCE
 
 REPLY_TIMEOUT_S = 30.0
@@ -33,9 +34,9 @@ RECEIVE_BYTES = 1 << 18
 
 @dataclass
 class Exchange:
-    """A request as bytes, and the answer to expect."""
+    """A request as its connection sends it, and the answer to expect."""
 
-    request: bytes
+    request: bytes | GrpcRequest
     expected: np.ndarray  # (n, 2)
 
 
@@ -64,14 +65,11 @@ def make_exchanges(
     endpoint: Endpoint, version: str, rows: list, expected: np.ndarray, batch: int = 1
 ) -> list[Exchange]:
     """Encode `rows` (n, 5) once, `batch` rows a request, with their `expected` answers (n, 2)."""
+    encode = CONNECTION_CLASSES[endpoint.protocol].encode
     exchanges = []
     for first in range(0, len(rows) - batch + 1, batch):
-        request = endpoint.request(rows[first : first + batch], version)
-        head = (
-            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{endpoint.ports['rest']}\r\n"
-            f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
-        )
-        exchanges.append(Exchange(head.encode() + request.body, expected[first : first + batch]))
+        request = encode(endpoint.port, endpoint.request(rows[first : first + batch], version))
+        exchanges.append(Exchange(request, expected[first : first + batch]))
     return exchanges
 
 
@@ -89,11 +87,27 @@ def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
 class _Connection:
     """One keep-alive connection with at most one request under way; httptools calls the on_ methods."""
 
+    closing_reason = "server closes after each reply"  # what is counted where not keep_alive
+
     def __init__(self, port: int):
         self.port = port
         self.socket: socket.socket | None = None
         self.number = 0  # of the exchange under way
         self.sent_ns = 0
+
+    @staticmethod
+    def encode(port: int, request: Request) -> bytes:
+        """Encode `request` once for many sends."""
+        head = (
+            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
+        )
+        return head.encode() + request.body
+
+    @property
+    def failure(self) -> str:
+        """Why the status is not 200, in a few words to count it under."""
+        return f"status {self.status}"
 
     def open(self) -> None:
         """Connect anew; OSError where nobody listens."""
@@ -145,6 +159,9 @@ class _Connection:
         self.keep_alive = self.parser.should_keep_alive()  # right only while the reply is being parsed
 
 
+CONNECTION_CLASSES = {"REST": _Connection, "gRPC": GrpcConnection}  # by endpoint.protocol
+
+
 class LoadGenerator:
     """Asks `exchanges` in turn over `connections` keep-alive connections; OSError where nobody listens.
 
@@ -156,7 +173,8 @@ class LoadGenerator:
     def __init__(self, endpoint: Endpoint, exchanges: list[Exchange], connections: int):
         self.endpoint = endpoint
         self.exchanges = exchanges
-        self.connections = [_Connection(endpoint.ports["rest"]) for _ in range(connections)]
+        connection_class = CONNECTION_CLASSES[endpoint.protocol]
+        self.connections = [connection_class(endpoint.port) for _ in range(connections)]
         self._numbers = itertools.cycle(range(len(exchanges)))
         self._right_bodies: dict[int, bytes] = {}  # exchange number -> a body that was decoded and found right
         for connection in self.connections:
@@ -197,11 +215,13 @@ class LoadGenerator:
             due_ns = (self._start_ns + np.round(np.asarray(due_s) * 1e9).astype(np.int64)).tolist()
             idle = collections.deque(self.connections)
             position, count = 0, len(due_ns)
-            end_ns = due_ns[-1] + int(REPLY_TIMEOUT_S * 1e9)
+            end_ns = (due_ns[-1] if due_ns else self._start_ns) + int(REPLY_TIMEOUT_S * 1e9)
             while position < count or self._waiting:
                 now_ns = time.perf_counter_ns()
                 while position < count and due_ns[position] <= now_ns and idle:
                     connection = idle.popleft()
+                    if connection.socket is None:  # closed while idle, and nobody listens any more
+                        continue
                     self._send(connection)
                     lateness_ns.append(connection.sent_ns - due_ns[position])
                     connection.sent_ns = due_ns[position]  # the latency counts from here
@@ -225,7 +245,7 @@ class LoadGenerator:
         self._latencies_ns = array.array("q")
         self._unchecked: list[tuple[int, int, bytes]] = []  # place in _latencies_ns, exchange number, body
         self._poller = select.poll()
-        self._waiting: dict[int, _Connection] = {}  # by socket descriptor: those with a request under way
+        self._waiting: dict[int, _Connection | GrpcConnection] = {}  # by descriptor: those with a request under way
         for connection in self.connections:
             if connection.socket is None:
                 connection.open()
@@ -253,7 +273,10 @@ class LoadGenerator:
     def _receive(self, descriptor: int) -> _Connection | None:
         """Take in what has arrived; return the connection when it is free to ask again, else None."""
         connection = self._waiting.get(descriptor)
-        if connection is None:
+        if connection is None:  # nothing was asked on it: the server keeps it alive, or closes it, which is no failure
+            for idle in self.connections:
+                if idle.socket is not None and idle.socket.fileno() == descriptor and idle.receive() is not None:
+                    self._reopen(idle, "")
             return None
         reason = connection.receive()
         if reason is None and not connection.complete:
@@ -268,15 +291,16 @@ class LoadGenerator:
                 self._latencies_ns.append(self._last_ns - connection.sent_ns)
                 self._window.reply_bytes = len(body)
             else:
-                self._window.errors[f"status {connection.status}"] += 1
+                self._window.errors[connection.failure] += 1
             if connection.keep_alive:
                 return connection
-            reason = "server closes after each reply"
+            reason = connection.closing_reason
         return connection if self._reopen(connection, reason) else None
 
     def _reopen(self, connection: _Connection, reason: str) -> bool:
-        """Count a failure and connect anew; False where nobody listens any more."""
-        self._window.errors[reason] += 1
+        """Count a failure, if it is one, and connect anew; False where nobody listens any more."""
+        if reason:
+            self._window.errors[reason] += 1
         self._poller.unregister(connection.socket)
         try:
             connection.open()
@@ -288,6 +312,7 @@ class LoadGenerator:
 
     def _give_up_waiting(self) -> None:
         """Count the requests under way as failed, and close their connections: a late reply would be misread."""
+        self._last_ns = time.perf_counter_ns()  # the time spent waiting in vain counts
         for connection in self._waiting.values():
             self._window.errors[f"no reply in {REPLY_TIMEOUT_S:.0f} s"] += 1
             connection.close()

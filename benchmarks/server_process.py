@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import grpc_connection
 import numpy as np
 import psutil
 from endpoint import Endpoint, Request
@@ -48,25 +49,36 @@ def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, byt
 
 
 def ask(endpoint: Endpoint, rows: list, version: str) -> np.ndarray:
-    """Return the probabilities (n, 2) that a running server gives; ServerError on any status but 200."""
-    status, body = send(endpoint.ports["rest"], endpoint.request(rows, version))
+    """Return the probabilities (n, 2) that a running server gives.
+
+    Raises ServerError on any status but 200 and on a reply without probabilities, OSError where nobody answers.
+    """
+    call = grpc_connection.send if endpoint.protocol == "gRPC" else send
+    try:
+        status, body = call(endpoint.port, endpoint.request(rows, version))
+    except http.client.HTTPException as error:
+        raise ServerError(f"{endpoint.name}: its answer is not HTTP: {error!r}") from error
     if status != 200:
         raise ServerError(f"{endpoint.name}: answered {status} to version {version}: {body[:200]!r}")
-    return endpoint.decode(body)
+    try:
+        return endpoint.decode(body)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ServerError(f"{endpoint.name}: no probabilities in its answer {body[:200]!r}") from error
 
 
 class ServerProcess:
     """A running server, as a context manager: inside the block it answers, after it no process of it is left.
 
-    `cpus` pins the server and all that it starts (None: not pinned). After the start `ready_s` holds
-    the seconds from the spawn to the first correct prediction. Raises ServerError where a port is
-    taken, the server ends early, or no correct prediction comes within `endpoint.start_timeout_s`.
+    `cpus` pins the server and all that it starts (None: not pinned). After the start `listens_s` and
+    `ready_s` hold the seconds from the spawn until the port took a connection, and until the first
+    correct prediction. Raises ServerError where a port is taken, the server ends early, or no correct
+    prediction comes within `endpoint.start_timeout_s`.
     """
 
     def __init__(self, endpoint: Endpoint, cpus: set[int] | None = None):
         self.endpoint = endpoint
         self.cpus = cpus
-        self.ready_s = float("nan")
+        self.listens_s = self.ready_s = float("nan")
         self.process: subprocess.Popen | None = None
         self._descendants: dict[int, psutil.Process] = {}
 
@@ -134,7 +146,7 @@ class ServerProcess:
             self._started_s = time.perf_counter()
             try:
                 self.process = subprocess.Popen(
-                    self.endpoint.command(),
+                    self.endpoint.full_command(),
                     cwd=self.endpoint.folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -157,6 +169,8 @@ class ServerProcess:
                     f"{self.endpoint.name}: ended with exit code {self.process.returncode} before it served: "
                     f"{self._last_words()}"
                 )
+            if np.isnan(self.listens_s) and self._listens():
+                self.listens_s = time.perf_counter() - self._started_s
             try:
                 answer = ask(self.endpoint, rows[:1], "1")
                 difference = np.abs(answer - expected).max() if self.endpoint.has_model else 0.0
@@ -165,13 +179,18 @@ class ServerProcess:
                     self.processes()
                     return
                 problem = f"wrong answer, off by {difference:.1e}"
-            except (OSError, http.client.HTTPException, ServerError, ValueError) as error:
+            except (OSError, ServerError, ValueError) as error:
                 problem = str(error)
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(
             f"{self.endpoint.name}: no correct prediction within {self.endpoint.start_timeout_s:.0f} s ({problem}): "
             f"{self._last_words()}"
         )
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.endpoint.port), timeout=1):
+            return True
+        return False
 
     def _last_words(self) -> str:
         lines = [line.strip() for line in self.log().splitlines() if line.strip()]
@@ -198,12 +217,12 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def deferred_interrupts():
-    """Hold back SIGINT and SIGTERM while the block runs, then deliver the first that came."""
+    """Hold back SIGINT, SIGTERM and SIGHUP while the block runs, then deliver the first that came."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
     try:
         yield
@@ -215,9 +234,11 @@ def deferred_interrupts():
 
 
 def interrupt_on_sigterm() -> None:
-    """Make SIGTERM unwind as Ctrl-C does, so that `finally` and `with` blocks stop what was started."""
+    """Make SIGTERM and a closed terminal unwind as Ctrl-C does, so that `with` blocks stop what was started."""
 
     def raise_interrupt(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, raise_interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, raise_interrupt)

@@ -1,0 +1,30 @@
+"""The floor for gRPC: a server that answers a constant, on the gRPC stack of tfserving/local_server.py."""
+
+import numpy as np
+from endpoint import BENCHMARKS_DIR, Endpoint, Request
+from predict_messages import METHOD, decode_predict_response, encode_predict_request
+
+
+class NullGrpcEndpoint(Endpoint):
+    name = "null-grpc"
+    kind = "floor"
+    protocol = "gRPC"
+    folder = BENCHMARKS_DIR
+    default_ports = {"grpc": 8011}
+    settings = {"processes": "1", "model": "none"}
+    has_model = False
+
+    def command(self) -> list[str]:
+        port = self.ports["grpc"]
+        options = [] if port == self.default_ports["grpc"] else ["--port", str(port)]
+        return ["python", "null_grpc_server.py", *options]
+
+    def path(self, version: str) -> str:
+        return METHOD
+
+    def request(self, rows: list, version: str) -> Request:
+        body = encode_predict_request(rows, "my_model", int(self.native_version(version)))
+        return Request(self.path(version), body, content_type="application/grpc")
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        return decode_predict_response(reply)
