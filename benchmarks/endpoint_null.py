@@ -12,7 +12,8 @@ class NullEndpoint(Endpoint):
     folder = BENCHMARKS_DIR
     default_ports = {"rest": 8010}
     rows_key = "data"
-    settings = {"processes": "1", "model": "none"}
+    packages = ("uvicorn", "uvloop", "httptools")
+    settings = {"processes": "1", "model": "none", "access log": "off"}
     has_model = False
 
     def command(self) -> list[str]:

@@ -12,7 +12,8 @@ class OnnxEndpoint(Endpoint):
     folder = REPOSITORY_DIR / "onnx"
     default_ports = {"rest": 8000}
     rows_key = "data"
-    settings = {"processes": "1", "intra-op threads": "1", "batching": "none"}
+    packages = ("onnxruntime-gpu", "onnxruntime", "onnx", "uvicorn", "uvloop", "httptools", "msgspec")
+    settings = {"processes": "1", "intra-op threads": "1", "batching": "none", "access log": "off"}
 
     def command(self) -> list[str]:
         port = self.ports["rest"]

@@ -13,7 +13,13 @@ class TensorFlowServingEndpoint(Endpoint):
     folder = REPOSITORY_DIR / "tfserving"
     default_ports = {"rest": 8501, "grpc": 8500}
     rows_key = "instances"
-    settings = {"workers": "1", "threads": "1 (local), one per core (native, docker)", "batching": "off"}
+    packages = ("tensorflow", "uvicorn", "uvloop", "httptools", "grpcio")
+    settings = {
+        "workers": "1",
+        "threads": "1 (local), one per core (native, docker)",
+        "batching": "off",
+        "access log": "off",
+    }
     start_timeout_s = 300.0  # with an engine but no image, the launcher fetches the image first
 
     def command(self) -> list[str]:

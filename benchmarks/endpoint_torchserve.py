@@ -19,7 +19,12 @@ class TorchServeEndpoint(Endpoint):
     }
     versions = {"1": "1.0", "2": "2.0"}
     rows_key = "data"
-    settings = {"workers": "one per core and version (TorchServe's default)", "batching": "off (batchSize 1)"}
+    packages = ("torchserve", "torch")
+    settings = {
+        "workers": "one per usable core and version (default)",
+        "batching": "off (batchSize 1, default)",
+        "access log": "on (default)",
+    }
 
     def command(self) -> list[str]:
         options = []

@@ -4,19 +4,19 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
-PACKAGES = [
-    "torch", "torchserve", "tensorflow", "bentoml", "scikit-learn", "onnx", "onnxruntime-gpu", "onnxruntime",
-    "uvicorn", "uvloop", "httptools", "msgspec", "numpy",
-]  # fmt: skip
 
 
-def describe_environment() -> dict:
-    """Return CPU, cores, memory, kernel, Python, package versions, load average, git commit, command and UTC time."""
+def describe_environment(packages: Iterable[str]) -> dict:
+    """Return the facts; of `packages` the versions of those that are installed.
+
+    CPU, cores, memory, kernel, Python, package versions, load average, git commit, command and UTC time.
+    """
     return {
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -29,23 +29,37 @@ def describe_environment() -> dict:
         "load_average_1min": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in packages if (version := _version(name))},
     }
 
 
 def usable_cpus() -> list[int]:
-    """The processors this process may run on; a list of that many zeros' numbers where the system cannot say."""
+    """The numbers of the processors this process may run on; where the system cannot say, of all."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def split_cpus() -> tuple[set[int] | None, set[int] | None]:
-    """Return (the servers' cores, the client's core): one core each, or (None, None) where there are not two."""
+    """Return (the servers' core, the client's core), or (None, None) where there are not two.
+
+    Two hardware threads of one physical core slow each other, so the client's is of another core.
+    """
     cpus = usable_cpus()
-    if len(cpus) < 2 or not hasattr(os, "sched_setaffinity"):
+    siblings = _parse_cpu_list(_read(f"/sys/devices/system/cpu/cpu{cpus[0]}/topology/thread_siblings_list"))
+    others = [cpu for cpu in cpus[1:] if cpu not in siblings]
+    if not others or not hasattr(os, "sched_setaffinity"):
         return None, None
-    return {cpus[0]}, {cpus[1]}
+    return {cpus[0]}, {others[0]}
+
+
+def _parse_cpu_list(text: str) -> set[int]:
+    """Return the numbers in Linux's list form: "0,4-6" is {0, 4, 5, 6}."""
+    cpus = set()
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ Every reply is compared with the reference. Writes nothing.
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 
 import numpy as np
@@ -69,7 +70,7 @@ def main() -> int:
             except OSError as error:
                 raise ServerError(
                     f"{endpoint.name}: nobody answers on 127.0.0.1:{endpoint.ports['rest']} ({error}); "
-                    f"run make {endpoint.name} in another terminal"
+                    f"start it in another terminal: cd {endpoint.folder.name} && {shlex.join(endpoint.command())}"
                 ) from None
         else:
             endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))

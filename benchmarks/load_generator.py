@@ -197,7 +197,7 @@ class LoadGenerator:
             due_ns = (self._start_ns + np.round(np.asarray(due_s) * 1e9).astype(np.int64)).tolist()
             idle = collections.deque(self.connections)
             position, count = 0, len(due_ns)
-            end_ns = due_ns[-1] + int(REPLY_TIMEOUT_S * 1e9)
+            end_ns = (due_ns[-1] if due_ns else self._start_ns) + int(REPLY_TIMEOUT_S * 1e9)
             while position < count or self._waiting:
                 now_ns = time.perf_counter_ns()
                 while position < count and due_ns[position] <= now_ns and idle:
@@ -253,7 +253,10 @@ class LoadGenerator:
     def _receive(self, descriptor: int) -> _Connection | None:
         """Take in what has arrived; return the connection when it is free to ask again, else None."""
         connection = self._waiting.get(descriptor)
-        if connection is None:
+        if connection is None:  # the server has closed a connection that had nothing under way: no failure
+            for idle in self.connections:
+                if idle.socket is not None and idle.socket.fileno() == descriptor:
+                    self._reopen(idle)
             return None
         reason = connection.receive()
         if reason is None and not connection.complete:
@@ -272,11 +275,11 @@ class LoadGenerator:
             if connection.keep_alive:
                 return connection
             reason = "server closes after each reply"
-        return connection if self._reopen(connection, reason) else None
-
-    def _reopen(self, connection: _Connection, reason: str) -> bool:
-        """Count a failure and connect anew; False where nobody listens any more."""
         self._window.errors[reason] += 1
+        return connection if self._reopen(connection) else None
+
+    def _reopen(self, connection: _Connection) -> bool:
+        """Connect anew; False where nobody listens any more."""
         self._poller.unregister(connection.socket)
         try:
             connection.open()
@@ -288,6 +291,7 @@ class LoadGenerator:
 
     def _give_up_waiting(self) -> None:
         """Count the requests under way as failed, and close their connections: a late reply would be misread."""
+        self._last_ns = time.perf_counter_ns()  # the time spent waiting in vain counts
         for connection in self._waiting.values():
             self._window.errors[f"no reply in {REPLY_TIMEOUT_S:.0f} s"] += 1
             connection.close()

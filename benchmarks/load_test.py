@@ -28,6 +28,7 @@ VERSION = "1"
 @events.init_command_line_parser.add_listener
 def add_arguments(parser) -> None:
     parser.add_argument("--endpoint", choices=list(ENDPOINTS), default="onnx", help="which server (default: onnx)")
+    parser.set_defaults(web_host="127.0.0.1")  # Locust's own default lets the whole network start a load
 
 
 @events.init.add_listener

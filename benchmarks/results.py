@@ -105,10 +105,10 @@ def collect_cell(result: dict, endpoint: str, connections: int) -> Cell | None:
     pairs = [pair for window in windows for pair in window["latency_us_counts"]]
     values = np.array([value for value, _ in pairs], dtype=float)
     latencies_s = np.sort(np.repeat(values, [count for _, count in pairs])) * HISTOGRAM_RESOLUTION_S
-    elapsed_s = sum(window["elapsed_s"] for window in windows)
+    elapsed_s = sum(window["elapsed_s"] for window in windows) or 1e-9
     return Cell(
         latencies_s=latencies_s,
-        rates=[sum(count for _, count in w["latency_us_counts"]) / w["elapsed_s"] for w in windows],
+        rates=[sum(count for _, count in w["latency_us_counts"]) / max(w["elapsed_s"], 1e-9) for w in windows],
         failed=sum(Counter(w["errors"]).total() for w in windows),
         wrong=sum(w["wrong"] for w in windows),
         client_share=sum(w["client_cpu_s"] for w in windows) / elapsed_s,
@@ -160,8 +160,11 @@ def make_tables(result: dict) -> list[TextTable]:
                 str(sum(cell.failed for cell in cells)),
                 str(sum(cell.wrong for cell in cells)),
                 f"{about['ready_s']:.1f}",
-                f"{cells[-1].server_cpu_s_per_1000:.3f}",
-                f"{max(window['server_rss_bytes'] for window in windows) / 1e6:,.0f}",
+                # A container's processes belong to the engine: they are not in the tree that is seen here.
+                "not seen" if about["kind"] == "docker" else f"{cells[-1].server_cpu_s_per_1000:.3f}",
+                "not seen"
+                if about["kind"] == "docker"
+                else f"{max(window['server_rss_bytes'] for window in windows) / 1e6:,.0f}",
             ]
         )
     return [speed, cost]
@@ -181,15 +184,18 @@ def list_remarks(result: dict) -> list[str]:
         f"Python {environment['python']}, load average {environment['load_average_1min']:.1f} at the start, "
         f"commit {environment['git_commit'] or 'unknown'}{' with changes' if environment['git_dirty'] else ''}.",
         f"`{environment['command']}`: version {settings['version']}, {settings['rows_per_request']} row a request, "
-        f"{settings['rounds']} interleaved rounds of {settings['seconds']} s after {settings['warmup_seconds']} s of "
-        f"warm-up, closed loop, {pinning}.",
+        f"{settings['rounds']} interleaved rounds of {settings['seconds']} s, closed loop, {pinning}; each server was "
+        f"warmed up until its rate stood still, and for {settings['warmup_seconds']} s before each window.",
         "req/s is the median of the rounds; CPU is of the server's whole process tree at the most connections; "
         "memory is resident, shared pages counted in each process; start is to the first right answer.",
         f"{versions}.",
     ]
     for name, about in result["endpoints"].items():
-        if about.get("settings"):
-            remarks.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in about["settings"].items()) + ".")
+        facts = dict(about.get("settings") or {})
+        if "warmup_s" in about:
+            facts["warmed up for"] = f"{about['warmup_s']:.0f} s"
+        if facts:
+            remarks.append(f"{name}: " + ", ".join(f"{key} {value}" for key, value in facts.items()) + ".")
         for count in settings["connections"]:
             cell = collect_cell(result, name, count)
             if cell is not None and cell.client_share > 0.9:

@@ -48,11 +48,20 @@ def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, byt
 
 
 def ask(endpoint: Endpoint, rows: list, version: str) -> np.ndarray:
-    """Return the probabilities (n, 2) that a running server gives; ServerError on any status but 200."""
-    status, body = send(endpoint.ports["rest"], endpoint.request(rows, version))
+    """Return the probabilities (n, 2) that a running server gives.
+
+    Raises ServerError on any status but 200 and on a reply without probabilities, OSError where nobody answers.
+    """
+    try:
+        status, body = send(endpoint.ports["rest"], endpoint.request(rows, version))
+    except http.client.HTTPException as error:
+        raise ServerError(f"{endpoint.name}: its answer is not HTTP: {error!r}") from error
     if status != 200:
         raise ServerError(f"{endpoint.name}: answered {status} to version {version}: {body[:200]!r}")
-    return endpoint.decode(body)
+    try:
+        return endpoint.decode(body)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ServerError(f"{endpoint.name}: no probabilities in its answer {body[:200]!r}") from error
 
 
 class ServerProcess:
@@ -165,7 +174,7 @@ class ServerProcess:
                     self.processes()
                     return
                 problem = f"wrong answer, off by {difference:.1e}"
-            except (OSError, http.client.HTTPException, ServerError, ValueError) as error:
+            except (OSError, ServerError, ValueError) as error:
                 problem = str(error)
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(
@@ -198,12 +207,12 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def deferred_interrupts():
-    """Hold back SIGINT and SIGTERM while the block runs, then deliver the first that came."""
+    """Hold back SIGINT, SIGTERM and SIGHUP while the block runs, then deliver the first that came."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received = []
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, lambda number, _: received.append(number)) for number in signals}
     try:
         yield
@@ -215,9 +224,11 @@ def deferred_interrupts():
 
 
 def interrupt_on_sigterm() -> None:
-    """Make SIGTERM unwind as Ctrl-C does, so that `finally` and `with` blocks stop what was started."""
+    """Make SIGTERM and a closed terminal unwind as Ctrl-C does, so that `with` blocks stop what was started."""
 
     def raise_interrupt(*_):
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, raise_interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, raise_interrupt)

@@ -111,7 +111,7 @@ class Model:
         if len(tensor.shape) != 2 or tensor.shape[0] < 1 or tensor.shape[1] != self.predictor.features:
             raise Refusal(400, f"inputs[0].shape: expected [n, {self.predictor.features}], got {tensor.shape}")
 
-        nested = bytes(tensor.data).replace(b" ", b"").startswith(b"[[")
+        nested = re.match(rb"\s*\[\s*\[", bytes(tensor.data)) is not None
         values = self.decode(self.decode_rows if nested else self.decode_flat, tensor.data, "$.inputs[0].data")
         count = len(values) * self.predictor.features if nested else len(values)
         if count != tensor.shape[0] * tensor.shape[1]:

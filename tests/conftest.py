@@ -1,6 +1,7 @@
 """Shared fixtures: one real server per framework, started once on free ports by its Endpoint."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -19,6 +20,18 @@ def start(name: str) -> ServerProcess:
     """A ServerProcess, not yet entered, for the endpoint `name` on free ports."""
     endpoint_class = load_endpoints()[name]
     return ServerProcess(endpoint_class(find_free_ports(list(endpoint_class.default_ports))))
+
+
+def refuse_taken_ports() -> None:
+    """Fail where a program holds one of the usual ports, which commands written in a README use."""
+    for name, endpoint_class in load_endpoints().items():
+        for role, port in endpoint_class.default_ports.items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    pytest.fail(f"{name}'s usual port {port} ({role}) is in use: stop the program that holds it")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY_DIR
+from conftest import REPOSITORY_DIR, refuse_taken_ports
 from endpoint import load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ask
@@ -78,6 +78,7 @@ def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_make_serves_in_the_foreground_and_one_ctrl_c_ends_all_of_it(name, tmp_path):
+    refuse_taken_ports()
     endpoint = load_endpoints()[name]()
     rows, _ = load_test_rows()
     log_path = tmp_path / "log"

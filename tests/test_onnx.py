@@ -198,6 +198,13 @@ def test_health_and_metadata_name_what_is_served(onnx_server):
     )
 
 
+def test_infer_takes_indented_json(onnx_server):
+    body = json.dumps(tensor([GOOD_ROW]), indent=2).encode()
+    request = Request("/v2/models/my_model/versions/1/infer", body)
+    status, reply = send(onnx_server.endpoint.ports["rest"], request)
+    assert (status, len(json.loads(reply)["outputs"][0]["data"])) == (200, 2), reply
+
+
 def test_infer_takes_flat_and_nested_data_and_returns_the_id(onnx_server):
     rows, _ = load_test_rows()
     flat = [value for row in rows[:3] for value in row]

@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from endpoint import Endpoint
+from endpoint import REPOSITORY_DIR, Endpoint
 
 
 class Toy(Endpoint):
     name = "toy"
     kind = "local"
-    folder = Path(os.environ["TOY_FOLDER"])
+    folder = Path(os.environ.get("TOY_FOLDER", REPOSITORY_DIR / "tests"))
     default_ports = {"rest": 9100}
     rows_key = "rows"
     settings = {"threads": "one a connection"}

@@ -1,10 +1,11 @@
 """A fifth server for the tests: answers by the reference's own numbers, or as badly as it is told to.
 
-    python toy_server.py PORT [right|wrong|erring|dropping|silent|crashing|deaf]
+    python toy_server.py PORT [right|wrong|erring|dropping|silent|garbled|crashing|deaf]
 
 Standard library only. `erring` answers 503 to every fourth request, `dropping` closes the connection
-at every fourth, `wrong` is off by 0.01 after its first 300 answers, `silent` never answers rightly,
-`crashing` ends at once, `deaf` ignores SIGTERM and leaves a child behind.
+at every fourth, `wrong` is off by 0.01 (all three after 300 right answers), `silent` never answers
+rightly, `garbled` answers 200 without probabilities, `crashing` ends at once, `deaf` ignores SIGTERM
+and leaves a child behind.
 """
 
 import json
@@ -43,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         if bad_turn and MANNER == "erring":
             status = 503
-        reply = json.dumps({"answers": answers}).encode()
+        reply = json.dumps({"oops" if MANNER == "garbled" else "answers": answers}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(reply)))
         self.end_headers()

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import ctypes
 import http.client
+import os
 import re
 import shutil
 import signal
@@ -76,6 +77,7 @@ def docker_server(ports: dict[str, int]) -> Server:
     name = f"tfserving-{ports['rest']}"
     command = [
         *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
+        *container_cpus(),
         *("--publish", f"127.0.0.1:{ports['grpc']}:8500"),
         *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
         *("--volume", f"{MODELS_DIR}:/models:ro"),
@@ -83,6 +85,13 @@ def docker_server(ports: dict[str, int]) -> Server:
         *(IMAGE, "--model_config_file=/config/models.config", LABELS_FLAG),
     ]
     return Server("docker", IMAGE, command, stop_command=["docker", "stop", "--time", "5", name])
+
+
+def container_cpus() -> list[str]:
+    """The option that keeps the container to this process's cores: the engine starts it, so it inherits none."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    return ["--cpuset-cpus", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
 
 
 def docker_problem() -> str | None:
