@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from intervals import Interval, compare_rates, mean_interval, percentile_interval, t_interval
+from intervals import Interval, compare_rates, mean_interval, percentile_interval
 from load_generator import Window
 from rich.console import Console
 from rich.table import Table
@@ -145,13 +145,16 @@ class Cell:
         from the rounds' own percentiles, which also holds what differs between rounds.
         """
         latencies_s = self.latencies_s
-        if len(latencies_s) * (1 - percent / 100) < SAMPLES_BEYOND_PERCENTILE:
+        if round(len(latencies_s) * (1 - percent / 100), 6) < SAMPLES_BEYOND_PERCENTILE:
             return None
         pooled = percentile_interval(latencies_s, percent)
         if len(self.rounds_s) < 2 or min(map(len, self.rounds_s)) == 0:
             return pooled
-        between = t_interval([float(np.percentile(part, percent)) for part in self.rounds_s])
-        return Interval(pooled.estimate, min(pooled.low, max(between.low, 0.0)), max(pooled.high, between.high))
+        between = mean_interval([float(np.percentile(part, percent)) for part in self.rounds_s])
+        factor = between.high / between.estimate
+        return Interval(
+            pooled.estimate, min(pooled.low, pooled.estimate / factor), max(pooled.high, pooled.estimate * factor)
+        )
 
     @property
     def keeps_up(self) -> bool:

@@ -25,6 +25,7 @@ from conftest import REPOSITORY_DIR, refuse_taken_ports
 SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0"
 NO_ENGINE = "needs a Docker engine and an image registry; proving it is a job of its own"
 NOT_EXECUTED = {
+    "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
     "make test": "it is the command that runs this test",
     "bentoml containerize my_model_service:latest --image-tag my_model_service:latest": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
