@@ -39,16 +39,6 @@ def mean_interval(values: list[float]) -> Interval:
     return Interval(*(float(np.exp(middle + shift)) for shift in (0, -half, half)))
 
 
-def t_interval(values: list[float]) -> Interval:
-    """Interval of the arithmetic mean of `values`, one a round: Student's t with k - 1 degrees of freedom."""
-    array = np.asarray(values, dtype=float)
-    middle = float(array.mean())
-    if len(array) < 2:
-        return Interval(middle, 0.0, float("inf"))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
-    return Interval(middle, middle - half, middle + half)
-
-
 def percentile_interval(sorted_values: np.ndarray, percent: float) -> Interval:
     """Interval of a percentile of independent observations, from order statistics.
 

@@ -20,7 +20,7 @@ class Measured:
         }
         self.knees = {name: knee for name in self.names if (knee := find_knee(result, name)) is not None}
         self.tables = make_tables(result)
-        self.verdicts = [verdict.replace(" (0.00–inf×)", "") for verdict in list_verdicts(result)]  # one round
+        self.verdicts = list_verdicts(result)
         self.warnings = list_warnings(result)
 
     def label(self, name: str) -> str:
