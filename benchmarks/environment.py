@@ -29,7 +29,7 @@ def describe_environment(packages: Iterable[str]) -> dict:
         "load_average_1min": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "packages": {name: version for name in packages if (version := _version(name))},
+        "packages": {name: version for name in sorted(packages) if (version := _version(name))},
     }
 
 

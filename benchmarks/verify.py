@@ -50,7 +50,7 @@ def main() -> int:
                 differences = {version: max_abs_difference(endpoint, version) for version in endpoint.versions}
                 kind = server.kind
         except (ServerError, OSError, ValueError) as error:
-            console.print(f"{name}: FAILED: {error}", soft_wrap=True, markup=False)
+            console.print(f"FAILED: {error}", soft_wrap=True, markup=False)
             broken += 1
             continue
         right = max(differences.values()) <= TOLERANCE

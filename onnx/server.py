@@ -144,6 +144,8 @@ class Model:
                 message += f" (row {place[1]}, {names[int(place[2])]})"
             elif place := re.search(r" of length .*\[(\d+)\]`$", message):
                 message += f" (row {place[1]}; the features are {', '.join(names)})"
+            elif decoder == self.decode_predict:
+                message += f'; send {{"data": [[{self.predictor.features} numbers], ...]}}'
             raise Refusal(400, message) from None
         except msgspec.DecodeError as error:
             reason = "the body is empty" if not body else str(error).removeprefix("JSON is malformed: ")

@@ -436,6 +436,7 @@ class Launcher:
         self.ports = find_free_ports(["rest", "grpc"])
         self.record = folder.parent / "record"
         environment = {**os.environ, "PATH": str(folder.parent / "bin"), "FAKE_DOCKER_FAILS": docker_fails}
+        environment["TMPDIR"] = str(folder.parent)  # what a killed launcher leaves goes with the test
         ports = [f"--{role}-port={port}" for role, port in self.ports.items()]
         self.process = subprocess.Popen(
             [sys.executable, "serve.py", *ports, *arguments],

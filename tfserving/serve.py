@@ -144,7 +144,7 @@ def check_ports(ports: dict[str, int]) -> None:
                 probe.bind(("127.0.0.1", port))
             except (OSError, OverflowError):
                 raise ServeError(
-                    f"127.0.0.1:{port} (--{role}-port) is in use or not allowed; stop that program or choose another"
+                    f"127.0.0.1:{port} (--{role}-port) is in use or refused; stop that program or choose another"
                 ) from None
 
 

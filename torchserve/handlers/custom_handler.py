@@ -88,7 +88,7 @@ def read_rows(request: dict, headers: dict) -> list[list[float]]:
     elif "data" in request:
         rows = parse_json(request["data"])
     else:
-        raise ValueError('there is neither a JSON body nor a field "data"')
+        raise ValueError('there is neither a JSON body (content type application/json) nor a field "data"')
     check_rows(rows)
     return rows
 
