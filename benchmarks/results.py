@@ -142,7 +142,9 @@ class Cell:
         """The percentile over all rounds with its interval, or None where the sample does not support it.
 
         The interval is the wider of two: from order statistics, as if requests were independent, and
-        from the rounds' own percentiles, which also holds what differs between rounds.
+        from the rounds' own percentiles, which also holds what differs between rounds. Two rounds give
+        no usable estimate of their spread (one degree of freedom): then both rounds' own are covered,
+        and the interval is narrower than its name says.
         """
         latencies_s = self.latencies_s
         if round(len(latencies_s) * (1 - percent / 100), 6) < SAMPLES_BEYOND_PERCENTILE:
@@ -150,7 +152,10 @@ class Cell:
         pooled = percentile_interval(latencies_s, percent)
         if len(self.rounds_s) < 2 or min(map(len, self.rounds_s)) == 0:
             return pooled
-        between = mean_interval([float(np.percentile(part, percent)) for part in self.rounds_s])
+        own = [float(np.percentile(part, percent)) for part in self.rounds_s]
+        if len(own) == 2:
+            return Interval(pooled.estimate, min(pooled.low, *own), max(pooled.high, *own))
+        between = mean_interval(own)
         factor = between.high / between.estimate
         return Interval(
             pooled.estimate, min(pooled.low, pooled.estimate / factor), max(pooled.high, pooled.estimate * factor)
