@@ -19,7 +19,7 @@ ENDPOINT ?= onnx
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test cross-check \
-        report compare calibrate readme test lint requirements clean
+        report compare calibrate readme test test-slow lint requirements clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -113,8 +113,11 @@ readme: setup ## make the README's measured table anew from benchmarks/results/s
 
 ## develop
 
-test: train ## run every test, on real servers
-	python -m pytest
+test: train ## run the tests, on real servers: under ten minutes
+	python -m pytest -m "not slow"
+
+test-slow: train ## run the rest: Locust, calibration, the benchmarks' README
+	python -m pytest -m slow
 
 lint: setup ## check style
 	ruff check .

@@ -53,6 +53,7 @@ def check_end(done: subprocess.CompletedProcess) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80 or "skipped" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed; the path without it is tested below")
 def test_the_client_costs_little_beside_wrk():
     done = run_calibrate("--rounds", "3", "--seconds", "1")
@@ -61,6 +62,7 @@ def test_the_client_costs_little_beside_wrk():
     assert done.stdout.splitlines()[-1].startswith("calibrate: ")
 
 
+@pytest.mark.slow
 def test_without_wrk_the_lateness_alone_is_measured_and_the_rest_said_to_be_skipped(tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     done = run_calibrate("--rounds", "2", "--seconds", "1", path=str(tmp_path))

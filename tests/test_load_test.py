@@ -27,6 +27,9 @@ DELAYS_MS = (2.2, 2.7)  # of delayed_server.py
 END_TIMEOUT_S = 30.0
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def house(tmp_path):
     """A copy of benchmarks/ and data/ with two more endpoints: toy, and delayed, whose delay is known."""

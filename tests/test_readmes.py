@@ -22,11 +22,12 @@ import pytest
 from conftest import REPOSITORY_DIR, refuse_taken_ports
 
 # `make benchmark` runs in full for a student; here it does all of its steps, with shorter windows.
-SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0"
+SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0 --connections 1 16 --rows 1 --rates 100"
 NO_ENGINE = "needs a Docker engine and an image registry; proving it is a job of its own"
 NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
     "make test": "it is the command that runs this test",
+    "make test-slow": "it is the command that runs this test",
     "bentoml containerize my_model_service:latest --image-tag my_model_service:latest": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
     "docker build -t my_model-torchserve .": NO_ENGINE,
@@ -202,7 +203,10 @@ class Shell:
         assert not names, f"Ctrl-C left {names} running"
 
 
-@pytest.mark.parametrize("readme", list_readmes())
+@pytest.mark.parametrize(
+    "readme",
+    [pytest.param(name, marks=pytest.mark.slow if name == "benchmarks/README.md" else ()) for name in list_readmes()],
+)
 def test_every_command_of_the_readme_works_as_written(readme, tmp_path):
     copy, home = tmp_path / "repository", tmp_path / "home"
     home.mkdir()
