@@ -96,6 +96,11 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--settle-seconds", type=float, default=15.0, help="longest warm-up of a server after its check (default: 15)"
     )
+    parser.add_argument(
+        "--no-report",
+        action="store_true",
+        help="leave the report to report.py, which draws it later (default: draw it)",
+    )
     parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
     arguments = parser.parse_args()
     profile = PROFILES[arguments.profile]
@@ -404,11 +409,13 @@ def main() -> int:
     path = arguments.output or RESULTS_DIR / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     write_result(result, path)
     write_whole(path.with_suffix(".md"), format_markdown(result))
-    report_path = write_report(result, path.with_suffix(""))
+    written = [str(path), path.with_suffix(".md").name]
+    if not arguments.no_report:
+        written.append(str(write_report(result, path.with_suffix(""))))
     print_result(result, console)
     for failure in list_failures(result):
         console.print(f"FAILED: {failure}", markup=False, soft_wrap=True)
-    console.print(f"wrote {path}, {path.with_suffix('.md').name} and {report_path}", soft_wrap=True)
+    console.print(f"wrote {', '.join(written[:-1])} and {written[-1]}", soft_wrap=True)
     return 1 if list_failures(result) else 0
 
 

@@ -63,7 +63,17 @@ def run(house, script: str, *arguments: str, manner: str = "right") -> subproces
 
 def benchmark(house, manner: str, *endpoints: str) -> tuple[subprocess.CompletedProcess, dict]:
     output = house / "result.json"
-    done = run(house, "benchmark_all.py", *QUICK, "--output", str(output), "--endpoints", *endpoints, manner=manner)
+    done = run(
+        house,
+        "benchmark_all.py",
+        *QUICK,
+        "--no-report",
+        "--output",
+        str(output),
+        "--endpoints",
+        *endpoints,
+        manner=manner,
+    )
     return done, read_result(output)
 
 
