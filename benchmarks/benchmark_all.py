@@ -99,7 +99,7 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--no-report",
         action="store_true",
-        help="leave the report to report.py, which draws it later (default: draw it)",
+        help="draw no report; report.py can later (default: draw it)",
     )
     parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
     arguments = parser.parse_args()
