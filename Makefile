@@ -116,7 +116,7 @@ readme: setup ## make the README's measured table anew from benchmarks/results/s
 test: train ## run the tests, on real servers: under ten minutes
 	python -m pytest -m "not slow"
 
-test-slow: train ## run the rest: Locust, calibration, the benchmarks' README
+test-slow: train ## run the rest, all of the measuring tools: Locust, truths, report, calibration
 	python -m pytest -m slow
 
 lint: setup ## check style

@@ -18,6 +18,8 @@ from load_generator import Window
 from report import write_report
 from results import SCHEMA_VERSION, encode_window, list_verdicts, list_warnings, write_result
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 BROWSER_TIMEOUT_S = 60.0
 CONNECTIONS, SIZES, ROUNDS = [1, 4, 16, 64], [1, 32, 1024], 3

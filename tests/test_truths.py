@@ -21,6 +21,8 @@ from load_generator import LoadGenerator, Window, constant_arrivals, make_exchan
 from machine_load import MachineLoad
 from results import Cell, encode_window, list_warnings, select
 
+pytestmark = pytest.mark.slow
+
 TESTS_DIR = Path(__file__).resolve().parent
 ROWS = [[float(first), 0.0, 0.0, 0.0, 0.0] for first in range(1, 99)]
 EXPECTED = np.array([[row[0] / 100, 1 - row[0] / 100] for row in ROWS])  # (98, 2)
