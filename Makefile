@@ -127,7 +127,7 @@ requirements: setup ## pin requirements.txt anew from requirements.in
 	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --system-certs --universal --python-version 3.11 \
 		--annotation-style line --custom-compile-command "make requirements" requirements.in -o $(VENV)/all-pins.txt
 	@# PyTorch names its own CUDA packages, and the wheel without CUDA names none: they are not pinned here.
-	grep -vE '^(triton|cuda-|nvidia-(cu|nc|nv))' $(VENV)/all-pins.txt > $(VENV)/pins.txt
+	grep -vE '^(triton==|cuda-|nvidia-(cu|nc|nv))' $(VENV)/all-pins.txt > $(VENV)/pins.txt
 	mv $(VENV)/pins.txt requirements.txt
 
 clean: ## remove what was trained, exported and archived; .venv and results stay
