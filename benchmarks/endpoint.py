@@ -43,6 +43,7 @@ class Endpoint:
     name: str  # the row's name in every table and the word for --endpoints
     kind: str  # one of KINDS
     folder: Path  # where `command` runs: the framework's folder
+    variant: str = ""  # "default" or "tuned", where a server is measured with both of its configuration files
     protocol: str = "REST"  # or "gRPC": what the timed requests speak; a server with both is two endpoints
     default_ports: dict[str, int]  # by role; "rest" or "grpc", after the protocol, is the one that is timed
     versions: dict[str, str] = {"1": "1", "2": "2"}
