@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from endpoint import Endpoint, load_endpoints
 from environment import describe_environment, split_cpus
-from load_generator import LoadGenerator, Window, make_exchanges, poisson_arrivals
+from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
 from machine_load import MachineLoad
 from reference import TOLERANCE, load_expected, load_test_rows
 from report import write_report
@@ -43,7 +43,6 @@ WARMUP_CONNECTIONS = 16
 WARMUP_WINDOW_S = 1.0
 WARMUP_CHANGE = 0.1
 OPEN_CONNECTIONS = 64  # what an open loop may have under way; a request that finds none free waits, and that counts
-OBJECTIVE_P99_S = 0.05  # a server breaks where its p99 goes beyond this, or where it falls behind the offered rate
 # MLPerf Inference asks for so many queries that a 99th percentile is known to a twentieth of its distance
 # from 100 % with 99 % confidence: 0.99 * 0.01 * (2.576 / 0.0005)**2 = 262,742, in whole multiples of 2**13
 # (mlcommons/inference_policies, inference_rules.adoc, "Number of queries").
@@ -63,13 +62,15 @@ class Profile:
     connections: tuple[int, ...]
     rows_per_request: tuple[int, ...]
     rate_shares: tuple[float, ...]  # offered rates, as shares of the server's fastest closed-loop rate
+    settle_seconds: float  # longest warm-up of a server after its check
+    defaults_in_full: bool  # False: a default beside its tuned set-up is measured by connections only
 
 
 PROFILES = {
-    "quick": Profile(1, 5, 2, 0.4, 0, 0.1, (1, 16, 64), (1, 32, 1024), (0.25, 0.5, 0.75, 1.1)),
+    "quick": Profile(1, 5, 2, 0.4, 0, 0.1, (1, 16, 64), (1, 32, 1024), (0.25, 0.5, 0.75, 1.1), 8.0, False),
     "rigorous": Profile(
         3, 10, 10, 5.0, MLPERF_QUERIES, 1.0, (1, 4, 16, 64), (1, 8, 32, 128, 1024),
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), 30.0, True,
     ),
 }  # fmt: skip
 
@@ -83,6 +84,15 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rates", type=float, nargs="+", help="offered requests per second (default: shares of each server's fastest)"
     )
+    parser.add_argument(
+        "--arrivals",
+        choices=("poisson", "constant"),
+        default="poisson",
+        help="how the requests of an offered rate arrive: at random or evenly (default: poisson)",
+    )
+    parser.add_argument(
+        "--objective-ms", type=float, default=50.0, help="p99 beyond which a server counts as broken (default: 50)"
+    )
     parser.add_argument("--rounds", type=int, help="rounds over all servers (default: the profile's)")
     parser.add_argument("--seconds", type=float, help="length of one window (default: the profile's)")
     parser.add_argument("--warmup-seconds", type=float, help="dropped before each window (default: the profile's)")
@@ -94,7 +104,7 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
         help='added to a server\'s command, e.g. "onnx=--intra-op-threads 2" (default: none)',
     )
     parser.add_argument(
-        "--settle-seconds", type=float, default=15.0, help="longest warm-up of a server after its check (default: 15)"
+        "--settle-seconds", type=float, help="longest warm-up of a server after its check (default: the profile's)"
     )
     parser.add_argument(
         "--no-report",
@@ -104,7 +114,7 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
     arguments = parser.parse_args()
     profile = PROFILES[arguments.profile]
-    for name in ("connections", "rounds", "seconds", "warmup_seconds"):
+    for name in ("connections", "rounds", "seconds", "warmup_seconds", "settle_seconds"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(profile, name))
     arguments.rows = sorted({1, *(arguments.rows or profile.rows_per_request)})
@@ -113,6 +123,8 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
         parser.error("connections and rounds must be positive, rows 1 to 1024")
     if arguments.seconds <= 0 or arguments.warmup_seconds < 0 or min(arguments.rates or [1]) <= 0:
         parser.error("seconds and rates must be positive")
+    if not arguments.objective_ms > 0:
+        parser.error("--objective-ms must be positive")
     if arguments.output and arguments.output.suffix != ".json":
         parser.error("--output must end in .json; tables and report are written beside it")
     options = dict(option.partition("=")[::2] for option in arguments.server_options)
@@ -208,7 +220,12 @@ class ServerUnderTest:
             if plan.warmup_seconds:
                 load.run_closed(plan.warmup_seconds)
             seconds = max(2 * plan.seconds, plan.queries / plan.open_rounds / rate)
-            due_s = poisson_arrivals(rate, max(seconds, 1 / rate), seed=round_number)
+            seconds = max(seconds, 1 / rate)
+            due_s = (
+                poisson_arrivals(rate, seconds, seed=round_number)
+                if plan.arrivals == "poisson"
+                else constant_arrivals(rate, seconds)
+            )
             return self.observe(
                 lambda: load.run_open(due_s), load="open", round=round_number, rows_per_request=1, nominal_rate=rate
             )
@@ -227,18 +244,27 @@ class Plan:
     rows: list[int]
     rates: list[float] | None
     rate_shares: tuple[float, ...]
+    arrivals: str
+    in_brief: frozenset[str] = frozenset()  # servers that are measured by connections only
 
-    def closed_turns(self) -> list[tuple[int, int]]:
+    def closed_turns(self, name: str) -> list[tuple[int, int]]:
         """(connections, rows a request): every number of connections with one row, the fewest with more."""
         return [(count, 1) for count in self.connections] + [
-            (self.connections[0], size) for size in self.rows if size > 1
+            (self.connections[0], size) for size in self.rows if size > 1 and name not in self.in_brief
         ]
 
     def rates_of(self, server: ServerUnderTest) -> list[float]:
         """The offered rates: those asked for, or shares of what the server reached, to two digits."""
+        if server.name in self.in_brief:
+            return []
         if self.rates:
             return sorted(set(self.rates))
         return sorted({float(f"{share * server.fastest:.2g}") for share in self.rate_shares if server.fastest > 1})
+
+
+def defaults_beside_tuned(names: list[str]) -> frozenset[str]:
+    """Return the servers whose tuned set-up is measured as well."""
+    return frozenset(name for name in names if f"{name}-tuned" in names)
 
 
 def start_and_verify(
@@ -250,6 +276,7 @@ def start_and_verify(
     """
     about = {
         "kind": endpoint.kind,
+        "variant": endpoint.variant,
         "protocol": endpoint.protocol,
         "command": shlex.join(endpoint.full_command()),
         "settings": endpoint.settings,
@@ -294,7 +321,7 @@ def measure_all(
     """Run every round; return the windows. A server that stops answering gets a "failure" and is left out from then."""
     windows: list[dict] = []
     shuffle = random.Random(SHUFFLE_SEED)
-    task = progress.add_task("", total=plan.rounds * len(servers) * len(plan.closed_turns()))
+    task = progress.add_task("", total=plan.rounds * sum(len(plan.closed_turns(name)) for name in servers))
 
     def run_round(turns: list[tuple[str, str, Callable[[], dict]]]) -> None:
         shuffle.shuffle(turns)
@@ -316,7 +343,7 @@ def measure_all(
                     lambda s=server, c=count, r=rows, n=number: s.measure_closed(c, r, n, plan),
                 )
                 for name, server in servers.items()
-                for count, rows in plan.closed_turns()
+                for count, rows in plan.closed_turns(name)
             ]  # fmt: skip
         )
     rates = {name: plan.rates_of(server) for name, server in servers.items()}
@@ -351,6 +378,8 @@ def main() -> int:
         rows=arguments.rows,
         rates=arguments.rates,
         rate_shares=profile.rate_shares,
+        arrivals=arguments.arrivals,
+        in_brief=frozenset() if profile.defaults_in_full else defaults_beside_tuned(arguments.endpoints),
     )
     console = Console(highlight=False)
     environment = describe_environment({package for name in arguments.endpoints for package in classes[name].packages})
@@ -399,7 +428,8 @@ def main() -> int:
             "seconds": plan.seconds,
             "queries": plan.queries,
             "warmup_seconds": plan.warmup_seconds,
-            "objective_p99_s": OBJECTIVE_P99_S,
+            "arrivals": plan.arrivals,
+            "objective_p99_s": arguments.objective_ms / 1000,
             "server_cpus": sorted(server_cpus) if server_cpus else None,
             "client_cpus": sorted(client_cpus) if client_cpus else None,
         },

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from intervals import Interval, ratio_interval
+from intervals import Interval, mean_interval, ratio_interval
 from results import Cell, ResultError, list_cells, read_result
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ class Change:
     figure: str
     before: float
     after: float
+    overlaps: bool  # whether the intervals of before and after, each from its own rounds, overlap
     ratio: Interval
     more_is_better: bool
 
@@ -53,7 +54,16 @@ def list_changes(before: dict, after: dict) -> list[Change]:
             rates = ratio_interval(new.rates, old.rates)
             medians = ratio_interval(_medians(new), _medians(old))
             changes.append(
-                Change(name, load, "requests/s", old.rate.estimate, new.rate.estimate, rates, more_is_better=True)
+                Change(
+                    name,
+                    load,
+                    "requests/s",
+                    old.rate.estimate,
+                    new.rate.estimate,
+                    old.rate.overlaps(new.rate),
+                    rates,
+                    more_is_better=True,
+                )  # fmt: skip
             )
             changes.append(
                 Change(
@@ -62,6 +72,7 @@ def list_changes(before: dict, after: dict) -> list[Change]:
                     "p50 ms",
                     float(np.median(old.latencies_s)) * 1000,
                     float(np.median(new.latencies_s)) * 1000,
+                    mean_interval(_medians(old)).overlaps(mean_interval(_medians(new))),
                     medians,
                     more_is_better=False,
                 )  # fmt: skip
@@ -98,7 +109,7 @@ def main() -> None:
     changes = list_changes(before, after)
     if not changes:
         sys.exit("compare: the two files have no server and load in common; measure the same ones")
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in (
         ("server", "left"), ("load", "left"), ("figure", "left"), ("before", "right"), ("after", "right"),
@@ -113,6 +124,8 @@ def main() -> None:
     console.print(table)
     for difference in list_machine_differences(before, after):
         console.print(f"differs: {difference}", markup=False)
+    overlap = [change.overlaps for change in changes if change.figure == "requests/s"]
+    console.print(f"requests/s: the intervals of before and after overlap in {sum(overlap)} of {len(overlap)} rows")
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ("better", "worse")}
     console.print(f"{counts['better']} better, {counts['worse']} worse, {len(changes)} figures compared")
 

@@ -63,7 +63,7 @@ class Measured:
         return (floors[0], cells[floors[0]][0]) if floors else None
 
 
-def measured_costs(measured: Measured) -> dict[str, tuple[float, float] | None]:
+def measured_costs(measured: Measured) -> dict[str, tuple[Interval, float] | None]:
     """Return (CPU s per 1,000 rows at the most connections, peak MB over all loads) of each measured server.
 
     None for a container: its processes are the engine's and not in the tree that was seen.
@@ -111,6 +111,10 @@ def format_ms(interval: Interval | None) -> str:
 
 def format_interval_ms(interval: Interval | None) -> str:
     return "too few" if interval is None else _with_range(scale(interval, 1e3), ".2f")
+
+
+def format_interval_s(interval: Interval, digits: int = 3) -> str:
+    return _with_range(interval, f".{digits}f")
 
 
 def format_rate(interval: Interval) -> str:

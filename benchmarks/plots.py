@@ -26,7 +26,7 @@ from measured import (
     scale,
     start_medians_s,
 )
-from results import SAMPLES_BEYOND_PERCENTILE, Cell, Knee
+from results import SAMPLES_BEYOND_PERCENTILE, Cell, Knee, describe_arrivals
 
 # Every colour is drawn as its light value and becomes var(--name) in the page, so both themes share one SVG.
 # The series hues are Okabe and Ito's ("Color universal design", 2008), darkened or lightened to reach a
@@ -74,7 +74,10 @@ class Style:
 
 
 def make_styles(measured: Measured) -> dict[str, Style]:
-    """Return each server's style: a framework has one colour and marker, gRPC is dashed and hollow, floors are grey."""
+    """Return each server's style: a framework has one colour and marker, gRPC is dashed and hollow, floors are grey.
+
+    A default beside its tuned set-up is dotted.
+    """
     families: dict[str, int] = {}
     styles = {}
     for name, about in measured.result["endpoints"].items():
@@ -84,8 +87,11 @@ def make_styles(measured: Measured) -> dict[str, Style]:
             dashes = (0, (5, 1.5, 1, 1.5)) if is_grpc else (0, (1, 1.2))
             styles[name] = Style(label, LIGHT["floor"], "d", dashes, not is_grpc)
             continue
-        number = families.setdefault(re.sub(r"[-_ ]?grpc$", "", name, flags=re.IGNORECASE), len(families))
+        family = re.sub(r"[-_ ]?grpc$", "", name.removesuffix("-tuned"), flags=re.IGNORECASE)
+        number = families.setdefault(family, len(families))
         dashes = (0, (4, 1.8)) if is_grpc else "-"
+        if about.get("variant") == "default":
+            dashes = (0, (1, 1.6))
         styles[name] = Style(label, LIGHT[f"series{number % 7}"], MARKERS[number % 7], dashes, not is_grpc)
     return styles
 
@@ -140,7 +146,7 @@ def draw_rate_p99(measured: Measured) -> tuple[Figure, str] | None:
         _mark_knee(axes, measured.open[name], measured.knees[name], style.colour)
         words.append(f"{style.label}: {describe_knee(measured.knees[name])}")
     _objective(axes, measured)
-    _log_axis(axes, "x", "offered rate (requests/s, Poisson arrivals)")
+    _log_axis(axes, "x", f"offered rate (requests/s, {describe_arrivals(measured.settings)} arrivals)")
     _fit(axes, [cell.percentile_s(99).estimate * 1e3 for cells in swept.values() for cell in cells])
     _log_axis(axes, "y", "p99 latency from the intended send (ms)")
     _legend(figure, axes, _knee_handles())
@@ -273,7 +279,10 @@ def draw_cost(measured: Measured) -> tuple[Figure, str] | None:
         (panels[0], 0, "server CPU (s per 1,000 rows)", "{:.3f}"),
         (panels[1], 1, "peak memory (MB resident)", "{:,.0f}"),
     ):
-        values = [costs[name][column] if costs[name] else 0.0 for name in names]
+        values = [0.0] * len(names)
+        for place, name in enumerate(names):
+            if costs[name]:
+                values[place] = costs[name][0].estimate if column == 0 else costs[name][1]
         for place, (name, value) in enumerate(zip(names, values, strict=True)):
             style = styles[name]
             axes.barh(place, value, height=0.62, color=style.colour, hatch="" if style.filled else "////")
@@ -285,7 +294,7 @@ def draw_cost(measured: Measured) -> tuple[Figure, str] | None:
         axes.tick_params(axis="y", length=0)
         axes.locator_params(axis="x", nbins=4)
     words = [
-        f"{measured.label(name)} " + (f"{cost[0]:.3f} s, {cost[1]:,.0f} MB" if cost else "not seen")
+        f"{measured.label(name)} " + (f"{cost[0].estimate:.3f} s, {cost[1]:,.0f} MB" if cost else "not seen")
         for name, cost in costs.items()
     ]
     return figure, "CPU seconds per 1,000 rows and peak memory: " + "; ".join(words)

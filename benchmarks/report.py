@@ -24,6 +24,7 @@ from measured import (
     format_count,
     format_interval_ms,
     format_interval_rate,
+    format_interval_s,
     format_ms,
     measured_costs,
     protocol_of,
@@ -36,6 +37,8 @@ from results import (
     Cell,
     Knee,
     ResultError,
+    describe_arrivals,
+    describe_rounds,
     newest_result_path,
     read_result,
 )
@@ -144,14 +147,14 @@ def answer_breaking(measured: Measured) -> Answer:
     for name, knee in sorted(measured.knees.items(), key=lambda item: -(item[1].sustained_rate or 0)):
         sustained = f"{knee.sustained_rate:,.0f}" if knee.sustained_rate else "none offered"
         broken = f"{knee.broken_rate:,.0f}" if knee.broken_rate else "did not"
-        rows.append([measured.label(name), sustained, broken, knee.reason])
+        rows.append([measured.label(name), sustained, broken, describe_rounds(knee), knee.reason])
         if not measured.is_floor(name):
             sentences.append(f"{measured.label(name)} {_bracket(knee)}")
     note = (
         f"A server breaks where it answers less than it is offered, errs, or its p99 passes {objective_ms:g} ms. The "
         "truth lies between the two rates; finer steps (--rates) narrow it."
     )
-    header = ["server", "keeps up with, req/s", "breaks at, req/s", "because"]
+    header = ["server", "keeps up with, req/s", "breaks at, req/s", "each round alone", "because"]
     return Answer(question, f"In requests/s: {'; '.join(sentences)}.", header, rows, [note])
 
 
@@ -163,20 +166,21 @@ def answer_cost(measured: Measured) -> Answer:
     if not servers:
         return Answer(question, "No cost was measured.", [], [], [])
     rows = []
-    for name, cost in sorted(costs.items(), key=lambda item: item[1] or (math.inf, math.inf)):
+    for name, cost in sorted(costs.items(), key=lambda item: item[1][0].estimate if item[1] else math.inf):
         starts = measured.result["endpoints"][name].get("starts")
         ready = f"{start_medians_s(starts)[1]:.2f}" if starts else "–"
-        figures = [f"{cost[0]:.3f}", f"{cost[1]:,.0f}"] if cost else [NOT_SEEN, NOT_SEEN]
+        figures = [format_interval_s(cost[0]), f"{cost[1]:,.0f}"] if cost else [NOT_SEEN, NOT_SEEN]
         rows.append([measured.label(name), *figures, ready])
-    notes = ["CPU is pooled over the rounds and has no interval here."]
+    notes = []
     if len(costs) > sum(map(bool, costs.values())):
         notes.append(f"{NOT_SEEN}: a container's processes are the engine's, so its CPU and memory are unknown.")
-    by_cpu = min(servers, key=lambda name: costs[name][0])
+    by_cpu = min(servers, key=lambda name: costs[name][0].estimate)
     by_memory = min(servers, key=lambda name: costs[name][1])
-    dearest = max(servers, key=lambda name: costs[name][0])
-    answer = f"Least CPU: {measured.label(by_cpu)}, {costs[by_cpu][0]:.3f} s per 1,000 rows"
-    if dearest != by_cpu and costs[by_cpu][0] > 0:
-        answer += f" ({measured.label(dearest)} takes {costs[dearest][0] / costs[by_cpu][0]:,.1f} times that)"
+    dearest = max(servers, key=lambda name: costs[name][0].estimate)
+    answer = f"Least CPU: {measured.label(by_cpu)}, {format_interval_s(costs[by_cpu][0])} s per 1,000 rows"
+    if dearest != by_cpu and costs[by_cpu][0].estimate > 0:
+        times = costs[dearest][0].estimate / costs[by_cpu][0].estimate
+        answer += f" ({measured.label(dearest)} takes {times:,.1f} times that)"
     answer += f". Least memory: {measured.label(by_memory)}, {costs[by_memory][1]:,.0f} MB."
     header = ["server", "CPU s per 1,000 rows", "peak MB", "cold start s"]
     return Answer(question, answer, header, rows, notes)
@@ -310,9 +314,9 @@ def list_method(measured: Measured) -> list[tuple[str, str]]:
         ),
         (
             "Two kinds of load",
-            f"Closed loop at {_join(settings['connections'])} connections: how fast can it go. Open loop, Poisson "
-            "arrivals, time counted from when a request was due: what would users see. A closed loop hides a stall, "
-            "since it stops asking; an open loop shows it."
+            f"Closed loop at {_join(settings['connections'])} connections: how fast can it go. Open loop, "
+            f"{describe_arrivals(settings)} arrivals, time counted from when a request was due: what would users see. "
+            "A closed loop hides a stall, since it stops asking; an open loop shows it."
             + (f" Requests left at most {max(late) * 1e3:.2f} ms late (p99)." if late else " No open loop was run."),
         ),
         (
@@ -435,7 +439,7 @@ def _every_row(measured: Measured) -> list[tuple[str, list[str], list[list[str]]
                 f"{cell.rows_per_request:,}",
                 format_interval_rate(cell.rate),
             ]
-            cpu = [f"{cell.server_cpu_s_per_1000:.4f}", f"{cell.rss_bytes / 1e6:,.0f}"]
+            cpu = [format_interval_s(cell.server_cpu_s_per_1000, 4), f"{cell.rss_bytes / 1e6:,.0f}"]
             cpu = [NOT_SEEN, NOT_SEEN] if measured.is_hidden(name) else cpu
             size = [f"{cell.request_bytes:,}", f"{cell.reply_bytes:,}"]
             closed.append([*first, *_percentiles(cell), *cpu, *size, *_doubts(cell)])

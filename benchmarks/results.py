@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -122,7 +122,7 @@ class Cell:
     failed: int  # errors and dropped connections
     wrong: int
     client_share: float  # of its core that the client used, 0 to 1; an open loop always uses all of it
-    server_cpu_s_per_1000: float  # per 1,000 predicted rows
+    server_cpu_s: list[float]  # per 1,000 predicted rows, one a round
     rss_bytes: int  # the largest seen
     late_p99_s: float  # open loop: 99th percentile of sending after a request was due; nan in a closed loop
     foreign_share: float  # of the machine, used by other programs, the worst window
@@ -137,6 +137,13 @@ class Cell:
     @property
     def rate(self) -> Interval:
         return mean_interval(self.rates)
+
+    @property
+    def server_cpu_s_per_1000(self) -> Interval:
+        """CPU seconds of the server's process tree per 1,000 predicted rows."""
+        if min(self.server_cpu_s) <= 0:  # below the kernel's tick of 10 ms: too short a window to tell
+            return Interval(float(np.mean(self.server_cpu_s)), 0.0, float("inf"))
+        return mean_interval(self.server_cpu_s)
 
     def percentile_s(self, percent: float) -> Interval | None:
         """The percentile over all rounds with its interval, or None where the sample does not support it.
@@ -192,7 +199,6 @@ def select(
         return None
     rounds_s = [decode_times(window["latency_us_counts"]) for window in windows]
     elapsed_s = sum(window["elapsed_s"] for window in windows) or 1e-9
-    answers = sum(map(len, rounds_s))
     lateness_s = np.concatenate([decode_times(window["lateness_us_counts"]) for window in windows])
     return Cell(
         rounds=[window["round"] for window in windows],
@@ -204,7 +210,10 @@ def select(
         failed=sum(Counter(window["errors"]).total() for window in windows),
         wrong=sum(window["wrong"] for window in windows),
         client_share=sum(window["client_cpu_s"] for window in windows) / elapsed_s,
-        server_cpu_s_per_1000=1000 * sum(w["server_cpu_s"] for w in windows) / max(answers * rows_per_request, 1),
+        server_cpu_s=[
+            1000 * window["server_cpu_s"] / max(len(part) * rows_per_request, 1)
+            for part, window in zip(rounds_s, windows, strict=True)
+        ],
         rss_bytes=max(window["server_rss_bytes"] for window in windows),
         late_p99_s=float(np.percentile(lateness_s, 99)) if len(lateness_s) else float("nan"),
         foreign_share=max(window["foreign_share"] for window in windows),
@@ -237,10 +246,28 @@ class Knee:
     sustained_rate: float | None  # the largest rate kept up with at all rates up to it; None: not even the smallest
     broken_rate: float | None  # the next one, which it was not; None: the sweep ended before it broke
     reason: str  # what broke
+    low_rate: float = 0.0  # each round judged alone: the lowest rate that one of them sustained
+    high_rate: float = float("inf")  # and the highest at which one of them broke; inf: one of them did not
 
 
 def find_knee(result: dict, endpoint: str) -> Knee | None:
-    """Return where the endpoint saturates; None where it was not swept."""
+    """Return where the endpoint saturates and how far the rounds agree; None where it was not swept."""
+    knee = _judge_sweep(result, endpoint)
+    if knee is None:
+        return None
+    opened = [window for window in result["windows"] if window["endpoint"] == endpoint and window["load"] == "open"]
+    alone = [
+        _judge_sweep({**result, "windows": [window for window in opened if window["round"] == number]}, endpoint)
+        for number in {window["round"] for window in opened}
+    ]
+    return replace(
+        knee,
+        low_rate=min(part.sustained_rate or 0.0 for part in alone),
+        high_rate=max(part.broken_rate or float("inf") for part in alone),
+    )
+
+
+def _judge_sweep(result: dict, endpoint: str) -> Knee | None:
     cells = list_cells(result, endpoint, "open")
     objective_s = result["settings"]["objective_p99_s"]
     sustained = None
@@ -335,8 +362,9 @@ def make_tables(result: dict) -> list[TextTable]:
         left_columns=2,
     )
     saturation = TextTable(
-        f"Saturation, open loop, Poisson arrivals: p99 within {settings['objective_p99_s'] * 1000:.0f} ms",
-        ["server", "keeps up with", "breaks at", "because", "p99 ms before"],
+        f"Saturation, open loop, {describe_arrivals(settings)} arrivals: p99 within "
+        f"{settings['objective_p99_s'] * 1000:g} ms",
+        ["server", "keeps up with", "breaks at", "rounds alone", "because", "p99 ms before"],
         [],
         left_columns=1,
     )
@@ -371,6 +399,7 @@ def make_tables(result: dict) -> list[TextTable]:
                     name,
                     f"{knee.sustained_rate:,.0f}/s" if knee.sustained_rate else "–",
                     f"{knee.broken_rate:,.0f}/s" if knee.broken_rate else "–",
+                    describe_rounds(knee),
                     knee.reason,
                     _milliseconds(before.percentile_s(99)) if before else "–",
                 ]
@@ -392,13 +421,61 @@ def make_tables(result: dict) -> list[TextTable]:
                 str(sum(cell.wrong for cell in everything)),
                 f"{np.median([start['ready_s'] for start in about['starts']]):.1f}",
                 # A container's processes belong to the engine: they are not in the tree that is seen here.
-                "not seen" if about["kind"] == "docker" else f"{cells[-1].server_cpu_s_per_1000:.3f}",
+                "not seen" if about["kind"] == "docker" else _seconds(cells[-1].server_cpu_s_per_1000),
                 "not seen" if about["kind"] == "docker" else f"{max(c.rss_bytes for c in everything) / 1e6:,.0f}",
                 str(cells[0].request_bytes),
                 str(cells[0].reply_bytes),
             ]
         )
-    return [table for table in (speed, saturation, batch, cost) if table.rows]
+    return [table for table in (speed, _make_ratio_table(result), saturation, batch, cost) if table.rows]
+
+
+def find_default(result: dict, name: str) -> str | None:
+    """Return the name of the default set-up of a tuned server, None where it was not measured."""
+    about = result["endpoints"][name]
+    default = name.removesuffix("-tuned")
+    return default if about.get("variant") == "tuned" and default in result["endpoints"] else None
+
+
+def find_floor(result: dict, name: str) -> str | None:
+    """Return the name of the floor of the same protocol, None where it was not measured."""
+    protocol = result["endpoints"][name].get("protocol", "REST")
+    for floor, about in result["endpoints"].items():
+        if about["kind"] == "floor" and about.get("protocol", "REST") == protocol:
+            return floor
+    return None
+
+
+def rate_ratio(result: dict, name: str, other: str, connections: int) -> Interval | None:
+    """Return how many times the requests per second of `other` a server answers, round by round; None if unknown."""
+    cells = [select(result, each, connections=connections) for each in (name, other)]
+    if any(cell is None or not len(cell.latencies_s) for cell in cells):
+        return None
+    own, others = (dict(zip(cell.rounds, cell.rates, strict=True)) for cell in cells)
+    both = sorted(own.keys() & others.keys())
+    return mean_interval([own[number] / others[number] for number in both]) if both else None
+
+
+def _make_ratio_table(result: dict) -> TextTable:
+    connections = result["settings"]["connections"]
+    header = [f"to default at {count}" for count in connections] + [f"to the floor at {count}" for count in connections]
+    table = TextTable(
+        "Tuned against default, and each against the floor of its protocol: ratios of requests per second",
+        ["server", *header],
+        [],
+        left_columns=1,
+    )
+    for name, about in result["endpoints"].items():
+        if about["kind"] == "floor":
+            continue
+        others = [find_default(result, name)] * len(connections) + [find_floor(result, name)] * len(connections)
+        ratios = [
+            rate_ratio(result, name, other, count) if other else None
+            for other, count in zip(others, connections * 2, strict=True)
+        ]
+        if any(ratios):
+            table.rows.append([name, *("–" if ratio is None else _ratio(ratio) for ratio in ratios)])
+    return table
 
 
 def list_remarks(result: dict) -> list[str]:
@@ -500,10 +577,31 @@ def _describe_load(cell: Cell, load: str) -> str:
     return f"{cell.connections} connection{'s' * (cell.connections > 1)}, {cell.rows_per_request} rows a request"
 
 
+def describe_arrivals(settings: dict) -> str:
+    """Return the word for how requests of the open loop arrive."""
+    return "Poisson" if settings.get("arrivals", "poisson") == "poisson" else "constant"
+
+
+def describe_rounds(knee: Knee) -> str:
+    """Return the rates between which the knee lies by each round alone."""
+    high = f"{knee.high_rate:,.0f}" if np.isfinite(knee.high_rate) else "?"
+    return f"{knee.low_rate:,.0f}–{high}"
+
+
+def _ratio(interval: Interval) -> str:
+    high = f"{interval.high:.2f}" if np.isfinite(interval.high) else "?"
+    return f"{interval.estimate:.2f} ({interval.low:.2f}–{high})"
+
+
 def _milliseconds(interval: Interval | None) -> str:
     if interval is None:
         return "too few"
     return f"{interval.estimate * 1000:.2f} ({interval.low * 1000:.2f}–{interval.high * 1000:.2f})"
+
+
+def _seconds(interval: Interval) -> str:
+    high = f"{interval.high:.3f}" if np.isfinite(interval.high) else "?"
+    return f"{interval.estimate:.3f} ({interval.low:.3f}–{high})"
 
 
 def _rate(interval: Interval) -> str:

@@ -39,7 +39,7 @@ def make_cell(rounds_s: list[np.ndarray]) -> Cell:
     return Cell(
         rounds=list(range(1, len(rounds_s) + 1)),
         rounds_s=rounds_s, rates=[float(len(part)) for part in rounds_s], offered_rate=0.0, connections=1,
-        rows_per_request=1, failed=0, wrong=0, client_share=0.5, server_cpu_s_per_1000=0.0, rss_bytes=0,
+        rows_per_request=1, failed=0, wrong=0, client_share=0.5, server_cpu_s=[0.0], rss_bytes=0,
         late_p99_s=float("nan"), foreign_share=0.0, request_bytes=0, reply_bytes=0,
     )  # fmt: skip
 
