@@ -12,12 +12,25 @@ class OnnxEndpoint(Endpoint):
     folder = REPOSITORY_DIR / "onnx"
     default_ports = {"rest": 8000}
     rows_key = "data"
-    packages = ("onnxruntime-gpu", "onnxruntime", "onnx", "uvicorn", "uvloop", "httptools", "msgspec")
-    settings = {"processes": "1", "intra-op threads": "1", "batching": "none", "access log": "off"}
+    packages = (
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "onnx",
+        "uvicorn",
+        "uvloop",
+        "httptools",
+        "msgspec",
+        "prometheus-client",
+    )
+    variant = "default"
+    config = "default.toml"
+    settings = {"workers": "1", "intra-op threads": "one per core", "batching": "none", "access log": "off"}
 
     def command(self) -> list[str]:
         port = self.ports["rest"]
-        return ["python", "server.py", *([] if port == self.default_ports["rest"] else ["--port", str(port)])]
+        options = [] if self.config == "default.toml" else ["--config", self.config]
+        options += [] if port == self.default_ports["rest"] else ["--port", str(port)]
+        return ["python", "server.py", *options]
 
     def path(self, version: str) -> str:
         return f"/predict/{self.native_version(version)}"
@@ -30,3 +43,10 @@ class OnnxEndpoint(Endpoint):
         if predictions.ndim != 2 or predictions.shape[1] != 2:
             raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
         return predictions
+
+
+class TunedOnnxEndpoint(OnnxEndpoint):
+    name = "onnx-tuned"
+    variant = "tuned"
+    config = "tuned.toml"
+    settings = {"workers": "1", "intra-op threads": "1", "batching": "by event-loop turn", "access log": "off"}

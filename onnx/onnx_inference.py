@@ -48,11 +48,13 @@ class DeviceError(ModelError):
     """The demanded device cannot be used, whatever the model."""
 
 
-def open_session(path: Path, device: str, intra_op_threads: int) -> ort.InferenceSession:
+def open_session(path: Path, device: str, intra_op_threads: int, allow_spinning: bool) -> ort.InferenceSession:
     """Return a session with the best of the device's providers that loads; one of LOAD_ERRORS for a bad file."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1  # the graph is a chain: no two operators can run at once
+    if not allow_spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = LOG_FATAL
     ort.set_default_logger_severity(LOG_FATAL)
     if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
@@ -68,15 +70,18 @@ class ONNXPredictor:
 
     `device` is "auto" (CUDA where it loads, else the CPU), "cpu", or "cuda" (ModelError where it does not load).
     `intra_op_threads` is the number of threads inside one operator; 0 lets ONNX Runtime take one per core. For a
-    model this small more than one only adds waiting. Afterwards `providers` holds what is really in use.
+    model this small more than one only adds waiting. `allow_spinning` lets them wait for work in a loop, which takes
+    their cores. Afterwards `providers` holds what is really in use.
     """
 
-    def __init__(self, model_path: str | Path, device: str = "auto", intra_op_threads: int = 1):
+    def __init__(
+        self, model_path: str | Path, device: str = "auto", intra_op_threads: int = 1, allow_spinning: bool = True
+    ):
         self.path = Path(model_path)
         if not self.path.is_file():
             raise ModelError(f"{self.path} not found: run python convert_to_onnx.py")
         try:
-            self.session = open_session(self.path, device, intra_op_threads)
+            self.session = open_session(self.path, device, intra_op_threads, allow_spinning)
             self.input = self.session.get_inputs()[0]
             self.output = self.session.get_outputs()[0]
             for tensor in (self.input, self.output):

@@ -1,12 +1,14 @@
 """Serve a repository of ONNX models over HTTP: ONNX Runtime is a library and brings no server.
 
-    python server.py [--port 8000] [--model-repository models] [--device cpu|cuda|auto]
+    python server.py [--config tuned.toml] [--port 8000] [--model-repository models] [--device cpu|cuda|auto]
 
 POST /predict             {"data": [[5 numbers], ...]} -> {"predictions": [[P(malignant), P(benign)], ...]}
 POST /predict/<version>   the same with that version; without one the newest answers
 GET  /v2...               the Open Inference Protocol: health, metadata and POST .../infer for every model
+GET  /metrics, /docs      Prometheus metrics; the OpenAPI page
 
-Serves models/<name>/<version>/model.onnx, as convert_to_onnx.py writes them. Writes nothing. Ctrl-C stops it.
+Serves models/<name>/<version>/model.onnx, as convert_to_onnx.py writes them, and follows changes there. Writes
+nothing. Ctrl-C stops it.
 """
 
 import argparse
@@ -18,21 +20,22 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-import msgspec
-import numpy as np
 import onnxruntime as ort
+import openapi
 import uvicorn
-from onnx_inference import PROVIDERS, DeviceError, ModelError, ONNXPredictor
+from metrics import CONTENT_TYPE, Metrics
+from models import BinaryReply, Refusal, Repository, encode
+from onnx_inference import PROVIDERS, DeviceError
+from settings import Settings, SettingsError, read_settings
+from workers import open_shared, supervise
 
 FOLDER = Path(__file__).resolve().parent
 
 MAX_BODY_BYTES = 1_000_000
-# One row takes some 10 µs and is best computed on the spot. A body of MAX_BODY_BYTES takes some 20 ms, in which the
-# event loop would answer nobody else: above this size the work moves to a thread (ONNX Runtime frees Python's lock).
-INLINE_BODY_BYTES = 32_000
 
 UVICORN_SETTINGS = {
     "loop": "uvloop",
@@ -46,222 +49,138 @@ UVICORN_SETTINGS = {
     "timeout_graceful_shutdown": 2,
 }
 
-Handler = Callable[[bytes], bytes]  # a request's body to a reply's body
-encode = msgspec.json.Encoder().encode
+# A request's body, and how much of it is JSON where that was said, to the reply.
+Handler = Callable[[bytes, int | None], Awaitable[bytes | BinaryReply]]
+JSON = b"application/json"
 
 
-class Refusal(Exception):
-    """A request that gets `status` and {"error": message} instead of an answer."""
+class Route:
+    """What answers one path and method."""
 
-    def __init__(self, status: int, message: str, headers: tuple[tuple[bytes, bytes], ...] = ()):
-        super().__init__(message)
-        self.status = status
-        self.headers = headers
-
-
-class InferInput(msgspec.Struct):
-    name: str
-    shape: list[int]
-    datatype: str
-    data: msgspec.Raw  # flat or nested: decoded once the shape is known
-
-
-class InferOutput(msgspec.Struct):
-    name: str
-
-
-class InferRequest(msgspec.Struct):
-    inputs: list[InferInput]
-    outputs: list[InferOutput] = []
-    id: str | None = None
-
-
-class Model:
-    """One version of one model: the predictor, and the decoders that turn bytes into its rows."""
-
-    def __init__(self, name: str, version: str, predictor: ONNXPredictor):
-        self.name = name
+    def __init__(self, handler: Handler, model: str = "", version: str = "", content_type: bytes = JSON):
+        self.handler = handler
+        self.model = model  # "" where no model is asked: such requests are not counted
         self.version = version
-        self.predictor = predictor
-        # Typed decoding refuses what NumPy would quietly accept (true, "1.5"), and says where it stood.
-        row = tuple[(float,) * predictor.features]
-        predict_request = msgspec.defstruct("PredictRequest", [("data", list[row])], forbid_unknown_fields=True)
-        self.decode_predict = msgspec.json.Decoder(predict_request).decode
-        self.decode_infer = msgspec.json.Decoder(InferRequest).decode
-        self.decode_rows = msgspec.json.Decoder(list[row]).decode
-        self.decode_flat = msgspec.json.Decoder(list[float]).decode
-
-    def predict(self, body: bytes) -> bytes:
-        """Answer POST /predict; Refusal where the body is not rows."""
-        rows = self.decode(self.decode_predict, body).data
-        return encode({"predictions": self.compute(rows).tolist()})
-
-    def infer(self, body: bytes) -> bytes:
-        """Answer POST /v2/models/<name>/infer; Refusal where the body is not one FP32 tensor of rows."""
-        request: InferRequest = self.decode(self.decode_infer, body)
-        expected = self.predictor.input.name
-        if [tensor.name for tensor in request.inputs] != [expected]:
-            raise Refusal(400, f"inputs: expected exactly one, called {expected!r}")
-        for output in request.outputs:
-            if output.name != self.predictor.output.name:
-                raise Refusal(400, f"outputs: {output.name!r} is unknown; there is {self.predictor.output.name!r}")
-        tensor = request.inputs[0]
-        if tensor.datatype != "FP32":
-            raise Refusal(400, f"inputs[0].datatype: expected 'FP32', got {tensor.datatype!r}")
-        if len(tensor.shape) != 2 or tensor.shape[0] < 1 or tensor.shape[1] != self.predictor.features:
-            raise Refusal(400, f"inputs[0].shape: expected [n, {self.predictor.features}], got {tensor.shape}")
-
-        nested = re.match(rb"\s*\[\s*\[", bytes(tensor.data)) is not None
-        values = self.decode(self.decode_rows if nested else self.decode_flat, tensor.data, "$.inputs[0].data")
-        count = len(values) * self.predictor.features if nested else len(values)
-        if count != tensor.shape[0] * tensor.shape[1]:
-            raise Refusal(400, f"inputs[0].data: {count} numbers do not fill the shape {tensor.shape}")
-        probabilities = self.compute(values if nested else np.reshape(values, tensor.shape))
-        output = {
-            "name": self.predictor.output.name,
-            "datatype": "FP32",
-            "shape": list(probabilities.shape),
-            "data": probabilities.ravel().tolist(),
-        }
-        reply = {"model_name": self.name, "model_version": self.version, "outputs": [output]}
-        return encode(reply if request.id is None else {"id": request.id, **reply})
-
-    def compute(self, rows) -> np.ndarray:
-        """Return the probabilities (n, 2); Refusal where a row is not finite in float32 or there is none."""
-        try:
-            return self.predictor.predict(rows)
-        except ValueError as error:
-            raise Refusal(400, str(error)) from None
-
-    def decode(self, decoder: Callable, body: bytes | msgspec.Raw, root: str = "$"):
-        """Return what `decoder` makes of `body`; Refusal with the place and the feature's name where it fails."""
-        try:
-            return decoder(body)
-        except msgspec.ValidationError as error:
-            message = str(error).replace("`$", f"`{root}")
-            names = self.predictor.feature_names
-            if place := re.search(r"\[(\d+)\]\[(\d+)\]`$", message):
-                message += f" (row {place[1]}, {names[int(place[2])]})"
-            elif place := re.search(r" of length .*\[(\d+)\]`$", message):
-                message += f" (row {place[1]}; the features are {', '.join(names)})"
-            elif decoder == self.decode_predict:
-                message += f'; send {{"data": [[{self.predictor.features} numbers], ...]}}'
-            raise Refusal(400, message) from None
-        except msgspec.DecodeError as error:
-            reason = "the body is empty" if not body else str(error).removeprefix("JSON is malformed: ")
-            hint = "; JSON has no NaN and no Infinity" if b"NaN" in body or b"Infinity" in body else ""
-            raise Refusal(400, f"malformed JSON: {reason}{hint}") from None
-        except UnicodeDecodeError:
-            raise Refusal(400, "the body is not UTF-8") from None
-        except RecursionError:
-            raise Refusal(400, "the JSON is nested too deep") from None
+        self.content_type = content_type
 
 
-def load_repository(folder: Path, device: str, intra_op_threads: int) -> dict[str, dict[str, Model]]:
-    """Return the models by name and version, the newest version last; a version that fails is told and left out.
+def make_routes(repository: Repository, model_name: str, metrics: Metrics | None) -> dict[str, dict[str, Route]]:
+    """Return every path that is served, and what answers it by method."""
 
-    Raises DeviceError where the demanded device cannot be used at all.
-    """
-    models: dict[str, dict[str, Model]] = {}
-    paths = [path for path in folder.glob("*/*/model.onnx") if path.parent.name.isdecimal()]
-    for path in sorted(paths, key=lambda path: (path.parts[-3], int(path.parent.name))):
-        name, version = path.parts[-3:-1]
-        try:
-            predictor = ONNXPredictor(path, device, intra_op_threads)  # predicts once before it is served
-        except DeviceError:
-            raise
-        except ModelError as error:
-            print(f"server: {name} version {version} is left out: {error}", file=sys.stderr, flush=True)
-        else:
-            models.setdefault(name, {})[version] = Model(name, version, predictor)
-    return models
+    def get(reply: bytes | Callable[[], bytes], content_type: bytes = JSON) -> dict[str, Route]:
+        async def handler(_body: bytes, _json_bytes: int | None) -> bytes:
+            return reply() if callable(reply) else reply
 
+        return {"GET": Route(handler, content_type=content_type)}
 
-def make_routes(models: dict[str, dict[str, Model]], model_name: str) -> dict[str, dict[str, Handler]]:
-    """Return every path that is served, and its handler by method."""
-
-    def constant(value) -> dict[str, Handler]:
-        reply = encode(value)
-        return {"GET": lambda _: reply}
-
-    server = constant({"name": "onnxruntime", "version": ort.__version__, "extensions": []})
+    models = repository.models
+    server = encode({"name": "onnxruntime", "version": ort.__version__, "extensions": ["binary_tensor_data"]})
+    description = openapi.describe(models, model_name, MAX_BODY_BYTES)
     routes = {
-        "/v2": server,
-        "/v2/": server,
-        "/v2/health/live": constant({"live": True}),
-        "/v2/health/ready": constant({"ready": True}),
+        "/v2": get(server),
+        "/v2/": get(server),
+        "/v2/health/live": get(encode({"live": True})),
+        "/v2/health/ready": get(encode({"ready": model_name in models})),
+        "/openapi.json": get(encode(description)),
+        "/docs": get(openapi.render_page(description), b"text/html; charset=utf-8"),
     }
+    if metrics is not None:
+        routes["/metrics"] = get(metrics.render, CONTENT_TYPE)
     for name, versions in models.items():
         newest = list(versions)[-1]
         for version, model in versions.items():
-            predictor = model.predictor
             paths = [f"/v2/models/{name}/versions/{version}"]
             if version == newest:
                 paths.append(f"/v2/models/{name}")
+            infer = {"POST": Route(model.infer, name, version)}
             for path in paths:
-                routes[path] = constant(
-                    {
-                        "name": name,
-                        "versions": list(versions),
-                        "platform": "onnxruntime_onnx",
-                        "inputs": [
-                            {"name": predictor.input.name, "datatype": "FP32", "shape": [-1, predictor.features]}
-                        ],
-                        "outputs": [
-                            {
-                                "name": predictor.output.name,
-                                "datatype": "FP32",
-                                "shape": [-1, predictor.output.shape[1]],
-                            }
-                        ],
-                    }
-                )
-                routes[f"{path}/ready"] = constant({"name": name, "ready": True})
-                routes[f"{path}/infer"] = {"POST": model.infer}
-    for version, model in models[model_name].items():
-        routes[f"/predict/{version}"] = {"POST": model.predict}
-        routes["/predict"] = {"POST": model.predict}  # the newest comes last and stays
+                routes[path] = get(encode(model.describe(list(versions))))
+                routes[f"{path}/ready"] = get(encode({"name": name, "ready": True}))
+                routes[f"{path}/infer"] = infer
+    for version, model in models.get(model_name, {}).items():
+        routes[f"/predict/{version}"] = {"POST": Route(model.predict, model_name, version)}
+        routes["/predict"] = routes[f"/predict/{version}"]  # the newest comes last and stays
     return routes
 
 
 class Application:
-    """The ASGI application: find the handler, read the body, answer in JSON."""
+    """The ASGI application: find the route, read the body, answer."""
 
-    def __init__(self, models: dict[str, dict[str, Model]], model_name: str):
-        self.models = models
+    def __init__(self, repository: Repository, model_name: str, settings: Settings):
+        self.repository = repository
         self.model_name = model_name
-        self.routes = make_routes(models, model_name)
+        self.body_timeout_s = settings.body_timeout_s
+        self.metrics = Metrics() if settings.metrics else None
+        self.update()
+
+    def update(self) -> None:
+        """Serve what the repository holds now; requests under way keep the model that they have."""
+        if self.metrics is not None:
+            self.metrics.set_loaded(self.repository.models)
+        self.routes = make_routes(self.repository, self.model_name, self.metrics)
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        status, headers = 200, ()
+        started_s = time.perf_counter()
+        status, headers, content_type, route = 200, (), JSON, None
         try:
-            handler = self.find_handler(scope["path"], scope["method"])
+            route = self.find_route(scope["path"], scope["method"])
+            content_type = route.content_type
             if scope["method"] == "POST":
-                refuse_wrong_headers(scope["headers"])
-                body = await read_body(receive)
+                json_bytes = read_headers(scope["headers"])
+                message = await receive()
+                body = message.get("body", b"")
+                if message["type"] != "http.request" or message.get("more_body", False) or len(body) > MAX_BODY_BYTES:
+                    body = await self.read_rest(message, receive)
+                reply = await route.handler(body, json_bytes)
             else:
-                body = b""
-            reply = handler(body) if len(body) <= INLINE_BODY_BYTES else await asyncio.to_thread(handler, body)
+                reply = await route.handler(b"", None)
+            if type(reply) is BinaryReply:
+                content_type = b"application/octet-stream"
+                headers = ((b"inference-header-content-length", b"%d" % reply.json_bytes),)
+                reply = reply.body
         except ConnectionResetError:
             return  # the client has gone
         except Refusal as refusal:
             # A body that is still on its way is read and dropped by uvicorn, so a kept connection stays in step.
-            status, headers, reply = refusal.status, refusal.headers, encode({"error": str(refusal)})
+            status, headers, reply, content_type = (
+                refusal.status,
+                refusal.headers,
+                encode({"error": str(refusal)}),
+                JSON,
+            )
         await send(
             {
                 "type": "http.response.start",
                 "status": status,
-                "headers": [
-                    (b"content-type", b"application/json"),
-                    (b"content-length", b"%d" % len(reply)),
-                    *headers,
-                ],
+                "headers": [(b"content-type", content_type), (b"content-length", b"%d" % len(reply)), *headers],
             }
         )
         await send({"type": "http.response.body", "body": reply})
+        if self.metrics is not None and route is not None and route.model:
+            self.metrics.observe(route.model, route.version, status, time.perf_counter() - started_s)
 
-    def find_handler(self, path: str, method: str) -> Handler:
-        """Return the handler; Refusal 404 or 405 where there is none."""
+    async def read_rest(self, message: dict, receive: Callable) -> bytes:
+        """Return the body that began with `message`.
+
+        Refusal 413 as soon as it grows too large, 408 where it takes too long; ConnectionResetError if it breaks off.
+        """
+        body = b""
+        try:
+            async with asyncio.timeout(self.body_timeout_s):
+                while message["type"] == "http.request":
+                    body += message.get("body", b"")
+                    if len(body) > MAX_BODY_BYTES:
+                        raise too_large()
+                    if not message.get("more_body", False):
+                        return body
+                    message = await receive()
+        except TimeoutError:
+            close = ((b"connection", b"close"),)
+            raise Refusal(408, f"the body did not arrive within {self.body_timeout_s:g} s", close) from None
+        raise ConnectionResetError
+
+    def find_route(self, path: str, method: str) -> Route:
+        """Return the route; Refusal 404 or 405 where there is none."""
         methods = self.routes.get(path)
         if methods is None:
             raise Refusal(404, self.explain_unknown(path))
@@ -274,34 +193,36 @@ class Application:
         """Return why `path` is not served: the model, the version, or the path itself."""
         found = re.match(r"/v2/models/([^/]+)(?:/versions/([^/]+))?", path) or re.match(r"/predict()/([^/]+)$", path)
         name, version = (found[1] or self.model_name, found[2]) if found else (None, None)
-        if name is not None and name not in self.models:
-            return f"model {name!r} is not served; there are {', '.join(self.models)}"
-        if version is not None and version not in self.models[name]:
-            return f"version {version!r} of {name} is not served; there are {', '.join(self.models[name])}"
+        models = self.repository.models
+        if reason := self.repository.failures.get((name, version)):
+            return f"version {version!r} of {name} is there and cannot be loaded: {reason}"
+        if name is not None and name not in models:
+            return f"model {name!r} is not served; there are {', '.join(models) or 'none'}"
+        if version is not None and version not in models[name]:
+            return f"version {version!r} of {name} is not served; there are {', '.join(models[name])}"
         return f"no such path: {path!r}; there are /predict, /predict/<version> and /v2"
 
 
-def refuse_wrong_headers(headers: list[tuple[bytes, bytes]]) -> None:
-    """Raise Refusal 415 for a body that is not JSON and 413 for one announced as too large, before reading any."""
+def read_headers(headers: list[tuple[bytes, bytes]]) -> int | None:
+    """Return how many bytes of the body are JSON where the binary tensor extension says so, else None.
+
+    Raises Refusal 415 for a body that is not JSON and 413 for one announced as too large, before any is read.
+    """
+    content_type, json_bytes = JSON, None
     for name, value in headers:
-        if name == b"content-type" and value.partition(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(415, f"Content-Type is {value.decode('latin-1')!r}, expected 'application/json'")
-        if name == b"content-length" and int(value) > MAX_BODY_BYTES:
+        if name == b"content-type":
+            content_type = value
+        elif name == b"content-length" and int(value) > MAX_BODY_BYTES:
             raise too_large()
-
-
-async def read_body(receive: Callable) -> bytes:
-    """Return the request's body; Refusal 413 as soon as it grows too large, ConnectionResetError if it breaks off."""
-    body = b""
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ConnectionResetError
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            raise too_large()
-        if not message.get("more_body", False):
-            return body
+        elif name == b"inference-header-content-length":
+            if not value.isdigit() or len(value) > 9:
+                raise Refusal(400, f"Inference-Header-Content-Length is {value.decode('latin-1')!r}, expected a number")
+            json_bytes = int(value)
+    if content_type != JSON:
+        word = content_type.partition(b";")[0].strip().lower()
+        if word != JSON and (json_bytes is None or word != b"application/octet-stream"):
+            raise Refusal(415, f"Content-Type is {content_type.decode('latin-1')!r}, expected 'application/json'")
+    return json_bytes
 
 
 def too_large() -> Refusal:
@@ -324,21 +245,40 @@ def main() -> int:
         "--model-repository", type=Path, default=FOLDER / "models", help="folder of the models (default: models)"
     )
     parser.add_argument("--model", default="my_model", help="the model behind /predict (default: my_model)")
-    parser.add_argument("--device", choices=list(PROVIDERS), default="cpu", help="where to compute (default: cpu)")
-    parser.add_argument("--intra-op-threads", type=int, default=1, help="threads in one operator (default: 1)")
+    parser.add_argument(
+        "--config", type=Path, default=FOLDER / "default.toml", help="settings (default: default.toml; see tuned.toml)"
+    )
+    parser.add_argument("--device", choices=list(PROVIDERS), help="where to compute (default: the settings')")
+    parser.add_argument("--intra-op-threads", type=int, help="threads in one operator (default: the settings')")
+    parser.add_argument("--batch-rows", type=int, help="rows of requests that share a run (default: the settings')")
+    parser.add_argument("--workers", type=int, help="processes that serve (default: the settings')")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the supervisor
     arguments = parser.parse_args()
     if not 0 <= arguments.port <= 65535:
         parser.error(f"--port {arguments.port}: expected 0 (any free port) to 65535")
-    if arguments.intra_op_threads < 0:
-        parser.error(f"--intra-op-threads {arguments.intra_op_threads}: expected 0 (one per core) or more")
+    try:
+        settings = read_settings(
+            arguments.config,
+            device=arguments.device,
+            intra_op_threads=arguments.intra_op_threads,
+            batch_rows=arguments.batch_rows,
+            workers=arguments.workers,
+        )
+    except SettingsError as error:
+        parser.error(str(error))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
+    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
+    if settings.workers > 1 and not arguments.worker:
+        return start_workers(arguments.host, arguments.port, family, settings.workers)
+    repository = Repository(arguments.model_repository, settings)
     try:
-        models = load_repository(arguments.model_repository, arguments.device, arguments.intra_op_threads)
+        repository.scan()
     except DeviceError as error:
         print(f"server: {error}", file=sys.stderr)
         return 1
+    models = repository.models
     if arguments.model not in models:
         print(
             f"server: no version of {arguments.model} to serve in {arguments.model_repository}: "
@@ -346,27 +286,61 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     try:
-        listener = socket.create_server((arguments.host, arguments.port), family=family)
-    except OSError as error:
-        address = f"{arguments.host}:{arguments.port}"
-        if error.errno == errno.EADDRINUSE:
-            problem = f"{address} is in use; stop the program that listens there, or choose another --port"
+        if arguments.worker:
+            listener = open_shared(family, arguments.host, arguments.port)
+            listener.listen(2048)
         else:
-            problem = f"cannot listen on {address} ({error.strerror}); choose another --host or --port"
-        print(f"server: {problem}", file=sys.stderr)
+            listener = socket.create_server((arguments.host, arguments.port), family=family)
+    except OSError as error:
+        tell_unusable(arguments.host, arguments.port, error)
         return 1
 
-    application = Application(models, arguments.model)
+    application = Application(repository, arguments.model, settings)
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look through it again and again
+    gc.set_threshold(50_000)  # a request makes some 50 objects and no cycles: 700, the default, is every 14 requests
     served = "; ".join(f"{name} {', '.join(versions)}" for name, versions in models.items())
     providers = next(iter(models[arguments.model].values())).predictor.providers
     print(f"models and versions: {served} ({providers[0]})")
     print(f"serving on http://{arguments.host}:{listener.getsockname()[1]}, Ctrl-C to stop", flush=True)
-    uvicorn.Server(uvicorn.Config(application, **UVICORN_SETTINGS)).run(sockets=[listener])
+    config = uvicorn.Config(application, limit_concurrency=settings.max_connections, **UVICORN_SETTINGS)
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(serve(uvicorn.Server(config), listener, repository, application))
     return 0
+
+
+async def serve(
+    server: uvicorn.Server, listener: socket.socket, repository: Repository, application: Application
+) -> None:
+    """Answer, and follow the repository, until a signal ends both."""
+    watcher = asyncio.create_task(repository.watch(application.update))
+    await server.serve(sockets=[listener])
+    watcher.cancel()
+
+
+def start_workers(host: str, port: int, family: socket.AddressFamily, workers: int) -> int:
+    """Hold the port, run the workers on it until they are told to end; return the exit code."""
+    try:
+        with socket.create_server((host, port), family=family) as probe:  # refused where others listen already
+            port = probe.getsockname()[1]
+        shared = open_shared(family, host, port)  # never listens: it keeps the port ours between two workers
+    except OSError as error:
+        tell_unusable(host, port, error)
+        return 1
+    with shared:
+        print(f"{workers} workers on http://{host}:{port}, Ctrl-C to stop", flush=True)
+        command = [sys.executable, str(FOLDER / "server.py"), *sys.argv[1:], "--port", str(port), "--worker"]
+        return supervise(command, workers)
+
+
+def tell_unusable(host: str, port: int, error: OSError) -> None:
+    """Print why the address cannot be listened on."""
+    if error.errno == errno.EADDRINUSE:
+        problem = f"{host}:{port} is in use; stop the program that listens there, or choose another --port"
+    else:
+        problem = f"cannot listen on {host}:{port} ({error.strerror}); choose another --host or --port"
+    print(f"server: {problem}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -234,7 +234,7 @@ def test_infer_takes_flat_and_nested_data_and_returns_the_id(onnx_server):
         (tensor([GOOD_ROW], data="abc"), "got `str`"),
         ({**tensor([GOOD_ROW]), "outputs": [{"name": "other"}]}, "'other'"),
         (b'{"inputs": [{"name": "input"}]}', "shape"),
-        (b'{"inputs": [], "parameters": ' + b"[" * 500_000, "nested too deep"),
+        (b'{"inputs": [], "other": ' + b"[" * 500_000, "nested too deep"),
     ],
 )
 def test_infer_refuses_a_bad_tensor_and_says_why(onnx_server, body, word):
@@ -432,7 +432,7 @@ def test_a_bad_flag_is_told(start_server, arguments):
     process = start_server(*arguments)
     errors = process.communicate(timeout=30)[1]
     assert process.returncode == 2
-    assert f"{arguments[0]}" in errors.splitlines()[-1]
+    assert arguments[0].strip("-").replace("-", "_") in errors.splitlines()[-1].replace("-", "_")
 
 
 # Conversion
@@ -605,7 +605,7 @@ def test_the_scripts_work_beside_data_alone(tmp_path):
 def test_the_image_has_the_pinned_versions():
     pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ;\n]+)", (REPOSITORY_DIR / "requirements.txt").read_text(), re.M))
     image_pins = dict(re.findall(r"^    ([a-z0-9-]+)==(\S+)", (ONNX_DIR / "Dockerfile").read_text(), re.M))
-    assert len(image_pins) == 11
+    assert len(image_pins) == 12
     assert {name: pins[name] for name in image_pins} == image_pins
 
 

@@ -1,0 +1,112 @@
+"""The OpenAPI description of server.py (GET /openapi.json) and a page that shows it (GET /docs), without network."""
+
+import json
+from html import escape
+
+VERSION = "1.0"
+ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
+
+
+def describe(models: dict[str, dict], model_name: str, max_body_bytes: int) -> dict:
+    """Return the OpenAPI 3.1 description of what is served now.
+
+    `models` holds a Model by name and version; `model_name` is the one behind /predict.
+    """
+    error = {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string", "description": "what is wrong, where, and what to do"}},
+    }
+    refusals = {
+        "400": "the body is not what this path takes",
+        "408": "the body did not arrive in time",
+        "413": f"the body is larger than {max_body_bytes} bytes",
+        "415": "the content type is not application/json",
+        "503": "more connections than this server takes: try again",
+    }
+
+    def operation(summary: str, request: dict | None, reply: dict, codes: tuple[str, ...] = ()) -> dict:
+        responses = {"200": {"description": "the answer", "content": {"application/json": {"schema": reply}}}}
+        for code in codes:
+            schema = {"application/json": {"schema": error}}
+            responses[code] = {"description": refusals[code]} | ({"content": schema} if code != "503" else {})
+        described = {"summary": summary, "responses": responses}
+        if request is not None:
+            described["requestBody"] = {"required": True, "content": {"application/json": request}}
+        return described
+
+    anything = {"type": "object"}
+    paths = {
+        "/v2": {"get": operation("The server's name, version and extensions", None, anything)},
+        "/v2/health/live": {"get": operation("Whether the server answers", None, anything)},
+        "/v2/health/ready": {"get": operation("Whether it has a model to serve", None, anything)},
+    }
+    posts = tuple(refusals)
+    for version, model in models.get(model_name, {}).items():
+        schema = {
+            "type": "object",
+            "required": ["data"],
+            "additionalProperties": False,
+            "properties": {"data": _rows_schema(model.predictor)},
+        }
+        reply = {
+            "type": "object",
+            "required": ["predictions"],
+            "properties": {"predictions": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}},
+        }
+        request = {"schema": schema, "example": {"data": [ROW]}}
+        paths[f"/predict/{version}"] = {
+            "post": operation(f"P(malignant) and P(benign) of each row, by version {version}", request, reply, posts)
+        }
+        paths["/predict"] = {"post": operation("The same by the newest version", request, reply, posts)}
+    for name, versions in models.items():
+        for version, model in versions.items():
+            path = f"/v2/models/{name}/versions/{version}"
+            tensor = {"name": model.predictor.input.name, "shape": [1, len(ROW)], "datatype": "FP32", "data": ROW}
+            request = {"schema": anything, "example": {"inputs": [tensor]}}
+            paths[path] = {"get": operation("Inputs, outputs and versions", None, anything)}
+            paths[f"{path}/ready"] = {"get": operation("Whether this version is loaded", None, anything)}
+            paths[f"{path}/infer"] = {
+                "post": operation("Open Inference Protocol: one FP32 tensor of rows", request, anything, posts)
+            }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "ONNX Runtime server",
+            "version": VERSION,
+            "description": "Without /versions/<version> a path of /v2/models/<name> means the newest version.",
+        },
+        "paths": paths,
+    }
+
+
+def render_page(description: dict) -> bytes:
+    """Return /docs: every path with its summary and, for a POST, a body to try."""
+    rows = []
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            content = operation.get("requestBody", {}).get("content", {})
+            example = next((value["example"] for value in content.values()), None)
+            body = "" if example is None else f"<pre>{escape(json.dumps(example))}</pre>"
+            rows.append(
+                f"<dt><code>{method.upper()} {escape(path)}</code></dt><dd>{escape(operation['summary'])}{body}"
+            )
+    title = escape(description["info"]["title"])
+    return (
+        f'<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:1rem/1.5 sans-serif;max-width:50rem;margin:2rem auto;padding:0 1rem}"
+        "pre{overflow-x:auto;background:#8882;padding:.5rem}dd{margin:0 0 1rem}:root{color-scheme:light dark}</style>"
+        f"<h1>{title}</h1><p>{escape(description['info']['description'])} Machines read "
+        f'<a href="/openapi.json">openapi.json</a>.</p><dl>{"".join(rows)}</dl></html>'
+    ).encode()
+
+
+def _rows_schema(predictor) -> dict:
+    names = ", ".join(predictor.feature_names)
+    row = {
+        "type": "array",
+        "items": {"type": "number", "minimum": -3e38, "maximum": 3e38},
+        "minItems": predictor.features,
+        "maxItems": predictor.features,
+    }
+    return {"type": "array", "items": row, "minItems": 1, "description": f"rows of {names}"}

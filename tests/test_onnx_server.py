@@ -1,0 +1,397 @@
+"""onnx/server.py beyond right answers: settings, batching, the binary tensors, metrics, reload, workers, limits."""
+
+import concurrent.futures
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.http
+from bad_requests import GOOD_ROW
+from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from load_generator import LoadGenerator, make_exchanges
+from reference import TOLERANCE, load_expected, load_test_rows
+from server_process import ServerProcess, ask, find_free_ports, send
+
+ONNX_DIR = REPOSITORY_DIR / "onnx"
+DEADLINE_S = 15.0
+
+
+@contextlib.contextmanager
+def running(*options: str, config: str = "tuned.toml", name: str = "onnx"):
+    """A started server.py with these options; inside the block it answers."""
+    endpoint_class = load_endpoints()[name]
+    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+    endpoint.extra_options = ["--config", config, *options]
+    with ServerProcess(endpoint) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tuned_server():
+    with running() as server:
+        yield server
+
+
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    """A model repository of its own, with version 1 of my_model."""
+    shutil.copytree(ONNX_DIR / "models" / "my_model" / "1", tmp_path / "my_model" / "1")
+    return tmp_path
+
+
+def publish(repository: Path, version: str, content: bytes) -> None:
+    """Put a version in its place as a whole: written elsewhere, then moved."""
+    folder = repository / "my_model" / f"writing-{version}"
+    folder.mkdir()
+    (folder / "model.onnx").write_bytes(content)
+    final = repository / "my_model" / version
+    if final.exists():
+        (folder / "model.onnx").replace(final / "model.onnx")
+        folder.rmdir()
+    else:
+        folder.rename(final)
+
+
+def wait_for(condition, what: str) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
+        time.sleep(0.02)
+
+
+def get(server, path: str) -> tuple[int, bytes]:
+    return send(server.endpoint.port, Request(path, b"", method="GET"))
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("batch_row = 3", "unknown key batch_row"),
+        ("device = 'tpu'", "expected cpu, cuda or auto"),
+        ("workers = 0", "workers is 0, expected 1 or more"),
+        ("metrics = 1", "metrics is 1, expected bool"),
+        ("= 3", "Invalid statement"),
+    ],
+)
+def test_a_bad_settings_file_is_told(tmp_path, text, words):
+    lines = (ONNX_DIR / "tuned.toml").read_text().splitlines()
+    key = text.partition(" ")[0]
+    kept = [line for line in lines if not line.startswith(f"{key} ")]
+    path = tmp_path / "bad.toml"
+    path.write_text("\n".join([*kept, text]))
+    command = [sys.executable, "server.py", "--config", str(path)]
+    ended = subprocess.run(command, cwd=ONNX_DIR, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert words in ended.stderr.splitlines()[-1]
+
+
+def test_both_settings_files_have_the_same_keys():
+    keys = [re.findall(r"^(\w+) =", (ONNX_DIR / name).read_text(), re.M) for name in ("default.toml", "tuned.toml")]
+    assert keys[0] == keys[1]
+
+
+# Batching
+
+
+def test_requests_that_share_a_run_get_their_own_answers(tuned_server):
+    rows, _ = load_test_rows()
+    expected = {version: load_expected(version) for version in ("1", "2")}
+
+    def ask_for(number: int) -> float:
+        version, start, count = "12"[number % 2], number % len(rows), 1 + number % 3
+        wanted = expected[version][start : start + count]
+        return np.abs(ask(tuned_server.endpoint, rows[start : start + count], version) - wanted).max()
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        assert max(pool.map(ask_for, range(600))) <= TOLERANCE
+
+
+def test_a_bad_row_fails_its_own_request_only(tuned_server):
+    body = json.dumps({"data": [[1e39, *GOOD_ROW[1:]]]}).encode()
+
+    def ask_for(number: int) -> int:
+        if number % 3:
+            return send(tuned_server.endpoint.port, tuned_server.endpoint.request([GOOD_ROW], "1"))[0]
+        status, reply = send(tuned_server.endpoint.port, Request("/predict/1", body))
+        assert b"row 0, mean radius: not a finite number in float32" in reply
+        return status
+
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        statuses = list(pool.map(ask_for, range(300)))
+    assert [status != 200 for status in statuses] == [number % 3 == 0 for number in range(300)]
+
+
+@pytest.mark.slow
+def test_tuned_is_twice_and_a_half_as_fast_as_fastapi_with_pydantic(tmp_path):
+    endpoint_class = load_endpoints()["onnx-tuned"]
+    rows, _ = load_test_rows()
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core: client and server cannot be kept apart")
+
+    class FastApi(endpoint_class):
+        folder = Path(__file__).parent
+
+        def command(self) -> list[str]:
+            return ["python", "fastapi_server.py", str(self.port)]
+
+        versions = {"1": "1"}
+
+    rates: dict[str, list[float]] = {}
+    os.sched_setaffinity(0, {cores[1]})
+    try:
+        with contextlib.ExitStack() as stack:
+            servers = [
+                stack.enter_context(ServerProcess(each(find_free_ports(["rest"])), {cores[0]}))
+                for each in (endpoint_class, FastApi)
+            ]
+            for _ in range(4):  # the first warms up
+                for server in servers:
+                    exchanges = make_exchanges(server.endpoint, "1", rows, load_expected("1"), 1)
+                    with LoadGenerator(server.endpoint, exchanges, 16) as load:
+                        window = load.run_closed(0.7)
+                    assert not window.errors
+                    assert not window.wrong
+                    rates.setdefault(type(server.endpoint).__name__, []).append(window.rate)
+    finally:
+        os.sched_setaffinity(0, set(cores))
+    ours, theirs = (values[1:] for values in rates.values())
+    ratio = np.median([a / b for a, b in zip(ours, theirs, strict=True)])
+    assert ratio >= 2.5, rates
+
+
+# The Open Inference Protocol, by a client that others wrote
+
+
+@pytest.fixture
+def client(tuned_server):
+    with tritonclient.http.InferenceServerClient(f"127.0.0.1:{tuned_server.endpoint.port}") as client:
+        yield client
+
+
+def test_tritonclient_finds_server_and_model(client):
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("my_model")
+    assert client.is_model_ready("my_model", "1")
+    assert not client.is_model_ready("my_model", "9")
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert client.get_model_metadata("my_model")["versions"] == ["1", "2"]
+
+
+@pytest.mark.parametrize("binary_input", [True, False])
+@pytest.mark.parametrize("output", ["binary", "json", "not named"])
+@pytest.mark.parametrize("count", [1, 114, 5000])
+def test_tritonclient_gets_the_right_answers(client, binary_input, output, count):
+    rows = np.resize(np.array(load_test_rows()[0], np.float32), (count, 5))
+    tensor = tritonclient.http.InferInput("input", list(rows.shape), "FP32")
+    tensor.set_data_from_numpy(rows, binary_data=binary_input)
+    outputs = [tritonclient.http.InferRequestedOutput("output", binary_data=output == "binary")]
+    wanted = None if output == "not named" else outputs
+    result = client.infer("my_model", [tensor], model_version="1", outputs=wanted, request_id="7")
+    assert result.get_response()["id"] == "7"
+    expected = np.resize(load_expected("1"), (count, 2))
+    assert np.abs(result.as_numpy("output") - expected).max() <= TOLERANCE
+
+
+def binary_request(port: int, header: dict, tail: bytes, length: str | None = None) -> tuple[int, dict]:
+    body = json.dumps(header).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    length = str(len(body)) if length is None else length
+    headers = {"Inference-Header-Content-Length": length, "Content-Type": "application/octet-stream"}
+    connection.request("POST", "/v2/models/my_model/infer", body + tail, headers)
+    reply = connection.getresponse()
+    return reply.status, json.loads(reply.read())
+
+
+@pytest.mark.parametrize(
+    ("size", "tail", "length", "words"),
+    [
+        (20, b"\0" * 16, None, "must be equal"),
+        (16, b"\0" * 16, None, "must be equal"),
+        (None, b"\0" * 20, None, "no input has a binary_data_size"),
+        (20, b"\0" * 20, "99999", "but the body has"),
+        (20, b"\0" * 20, "-1", "expected a number"),
+        (20, np.full(5, np.nan, np.float32).tobytes(), None, "not a finite number"),
+        (-20, b"", None, "must be equal"),
+        (None, b"", None, "neither data nor"),
+    ],
+)
+def test_a_bad_binary_tensor_is_told(tuned_server, size, tail, length, words):
+    parameters = {} if size is None else {"parameters": {"binary_data_size": size}}
+    header = {"inputs": [{"name": "input", "shape": [1, 5], "datatype": "FP32", **parameters}]}
+    status, reply = binary_request(tuned_server.endpoint.port, header, tail, length)
+    assert status == 400
+    assert words in reply["error"]
+
+
+# Pages
+
+
+def test_metrics_count_each_version_and_status(repository):
+    with running("--model-repository", str(repository)) as server:
+        endpoint = server.endpoint
+        for _ in range(5):
+            ask(endpoint, [GOOD_ROW], "1")
+        send(endpoint.port, Request("/predict/1", b"{"))
+        text = get(server, "/metrics")[1].decode()
+    series = dict(re.findall(r"^(onnx_server\S+) (\S+)$", text, re.M))
+    assert float(series['onnx_server_requests_total{model="my_model",status="400",version="1"}']) == 1
+    counted = float(series['onnx_server_request_latency_seconds_count{model="my_model",version="1"}'])
+    assert counted == float(series['onnx_server_requests_total{model="my_model",status="200",version="1"}']) >= 6
+    assert float(series['onnx_server_request_latency_seconds_bucket{le="0.1",model="my_model",version="1"}']) > 0
+    assert float(series['onnx_server_model_loaded{model="my_model",version="1"}']) == 1
+
+
+def test_the_openapi_description_tells_every_path_that_is_served(tuned_server):
+    description = json.loads(get(tuned_server, "/openapi.json")[1])
+    for path, methods in description["paths"].items():
+        for method, operation in methods.items():
+            content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            body = json.dumps(content["example"]).encode() if content else b""
+            status, _ = send(tuned_server.endpoint.port, Request(path, body, method=method.upper()))
+            assert status == 200, path
+    assert "/predict/2" in description["paths"]
+    status, page = get(tuned_server, "/docs")
+    assert status == 200
+    assert b"/predict/2" in page
+    assert b"http://" not in page.replace(b"/openapi.json", b"")
+
+
+# Reload
+
+
+def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(repository):
+    rows, _ = load_test_rows()
+    expected = {version: load_expected(version)[0] for version in ("1", "2")}
+    second = (ONNX_DIR / "models" / "my_model" / "2" / "model.onnx").read_bytes()
+    seen: list[str] = []
+    with running("--model-repository", str(repository)) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.endpoint.port, timeout=10)
+
+        def ask_newest() -> str:
+            body = json.dumps({"data": rows[:1]})
+            connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+            reply = connection.getresponse()
+            answer = np.array(json.loads(reply.read())["predictions"][0])
+            assert reply.status == 200
+            versions = [version for version in "12" if np.abs(answer - expected[version]).max() <= TOLERANCE]
+            assert len(versions) == 1
+            seen.append(versions[0])
+            return versions[0]
+
+        while len(seen) < 300:
+            ask_newest()
+        publish(repository, "2", second)
+        wait_for(lambda: ask_newest() == "2", "version 2 answers")
+        while len(seen) < 1000:
+            ask_newest()
+        shutil.rmtree(repository / "my_model" / "2")
+        wait_for(lambda: ask_newest() == "1", "version 1 answers again")
+    assert "".join(seen).strip("1").strip("2") == "", "versions changed more than once each way"
+
+
+def test_a_corrupt_version_never_replaces_a_good_one(repository):
+    good = (repository / "my_model" / "1" / "model.onnx").read_bytes()
+    with running("--model-repository", str(repository)) as server:
+        for version, content in (("3", good[:-100]), ("4", b""), ("1", b"junk")):
+            publish(repository, version, content)
+            wait_for(lambda v=version: f"my_model version {v} " in server.log(), f"version {version} is told of")
+            assert np.abs(ask(server.endpoint, [GOOD_ROW], "1").sum() - 1) < 1e-6
+        status, reply = send(server.endpoint.port, Request("/predict/3", b"{}"))
+        assert status == 404
+        assert b"is there and cannot be loaded" in reply
+        assert json.loads(get(server, "/v2/models/my_model")[1])["versions"] == ["1"]
+        assert "version 1 stays as it was" in server.log()
+        assert server.log().count("version 3 is left out") == 1, "told once, not every second"
+
+
+# Workers
+
+
+def test_workers_share_the_port_and_one_that_is_killed_is_replaced():
+    with running("--workers", "2") as server:
+        workers = psutil.Process(server.pid).children()
+        wait_for(lambda: server.log().count("serving on") == 2, "both workers serve")
+        assert len(workers) == 2
+        os.kill(workers[0].pid, signal.SIGKILL)
+        wait_for(lambda: server.log().count("serving on") == 3, "a third worker serves")
+        pids = {child.pid for child in psutil.Process(server.pid).children()}
+        assert len(pids) == 2
+        assert workers[1].pid in pids
+        for _ in range(40):  # a connection each: the kernel spreads them
+            ask(server.endpoint, [GOOD_ROW], "1")
+        text = get(server, "/metrics")[1].decode()
+        counts = re.findall(r'^onnx_server_requests_total{.*status="200".*} (\S+)$', text, re.M)
+        assert sum(map(float, counts)) >= 41
+        pids |= {server.pid}
+    assert not any(map(psutil.pid_exists, pids))
+
+
+def test_workers_end_when_their_supervisor_is_killed():
+    with running("--workers", "2") as server:
+        workers = psutil.Process(server.pid).children()
+        os.kill(server.pid, signal.SIGKILL)
+        gone, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+
+
+def test_a_taken_port_stops_the_workers_before_they_start(tuned_server):
+    command = [sys.executable, "server.py", "--workers", "2", "--port", str(tuned_server.endpoint.port)]
+    ended = subprocess.run(command, cwd=ONNX_DIR, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "is in use" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+# Limits
+
+
+def test_a_body_that_does_not_come_is_refused_and_the_connection_closed(tmp_path):
+    text = (ONNX_DIR / "tuned.toml").read_text()
+    config = tmp_path / "short.toml"
+    config.write_text(text.replace("body_timeout_s = 10.0", "body_timeout_s = 0.3"))
+    with running(config=str(config)) as server, socket.create_connection(("127.0.0.1", server.endpoint.port)) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
+        slow.settimeout(10)
+        reply = b""
+        while part := slow.recv(4096):
+            reply += part
+    assert reply.startswith(b"HTTP/1.1 408")
+
+
+def test_connections_beyond_the_limit_get_503_and_the_others_go_on(tmp_path):
+    text = (ONNX_DIR / "tuned.toml").read_text()
+    config = tmp_path / "few.toml"
+    config.write_text(text.replace("max_connections = 1000", "max_connections = 5"))
+    with running(config=str(config)) as server, contextlib.ExitStack() as stack:
+        port = server.endpoint.port
+        held = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(8)]
+        request = (
+            b"POST /predict/1 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        )
+        body = json.dumps({"data": [GOOD_ROW]}).encode()
+        statuses = []
+        for connection in held:
+            connection.settimeout(10)
+            connection.sendall(request % (len(body), body))
+            statuses.append(connection.recv(4096)[9:12])
+        assert b"503" in statuses
+        for connection in held[:6]:
+            connection.close()
+        wait_for(lambda: send(port, server.endpoint.request([GOOD_ROW], "1"))[0] == 200, "it answers again")
