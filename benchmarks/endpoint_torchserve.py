@@ -21,6 +21,8 @@ class TorchServeEndpoint(Endpoint):
     versions = {"1": "1.0", "2": "2.0"}
     rows_key = "data"
     packages = ("torchserve", "torch")
+    variant = "default"
+    options: tuple[str, ...] = ()
     settings = {
         "workers": "one per usable core and version (default)",
         "batching": "off (batchSize 1, default)",
@@ -28,7 +30,7 @@ class TorchServeEndpoint(Endpoint):
     }
 
     def command(self) -> list[str]:
-        options = []
+        options = list(self.options)
         for role, port in self.ports.items():
             if port != self.default_ports[role]:
                 options += [f"--{role}-port", str(port)]
@@ -71,6 +73,29 @@ class TorchServeGrpcEndpoint(TorchServeEndpoint):
         except DecodeError as error:
             raise ValueError(f"torchserve: no PredictionResponse: {reply[:200]!r}") from error
         return super().decode(prediction)  # over gRPC a refusal has status OK too; it is no list of pairs
+
+
+TUNED_OPTIONS = ("--config", "config-tuned.properties", "--log-config", "log4j2-tuned.xml")
+TUNED_SETTINGS = {
+    "workers": "1 per version",
+    "batching": "up to 64, 1 ms",
+    "access log": "off",
+    "system metrics": "off",
+}
+
+
+class TunedTorchServeEndpoint(TorchServeEndpoint):
+    name = "torchserve-tuned"
+    variant = "tuned"
+    options = TUNED_OPTIONS
+    settings = TUNED_SETTINGS
+
+
+class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
+    name = "torchserve-grpc-tuned"
+    variant = "tuned"
+    options = TUNED_OPTIONS
+    settings = TUNED_SETTINGS
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Serve both versions of my_model with TorchServe, in the foreground, until Ctrl-C.
 
     python serve.py
+    python serve.py --config config-tuned.properties --log-config log4j2-tuned.xml
 
 Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties; requests that name no version get 2.0.
 Writes nothing here: this TorchServe has a temporary folder of its own, so it never meets another one on the machine.
@@ -141,7 +142,14 @@ def runs(java: str) -> bool:
 class TorchServe:
     """One TorchServe in its own session, with a folder of its own for its pid file, sockets, logs and models."""
 
-    def __init__(self, config: dict[str, str], model_store: Path, java_home: str | None, log_dir: Path | None):
+    def __init__(
+        self,
+        config: dict[str, str],
+        model_store: Path,
+        java_home: str | None,
+        log_dir: Path | None,
+        log_config: Path | None,
+    ):
         # Short, because the path of a Unix socket may have 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
@@ -155,6 +163,8 @@ class TorchServe:
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]  # this is `torchserve`
         command += ["--no-config-snapshots", "--ts-config", str(config_path), "--model-store", str(model_store)]
         command += ["--models", *[f"{MODEL_NAME}={name}" for name in ARCHIVES.values()]]
+        if log_config:
+            command += ["--log-config", str(log_config)]
         environment = {key: value for key, value in os.environ.items() if key not in ("JAVA_HOME", "TS_CONFIG_FILE")}
         environment |= {
             "TMPDIR": str(self.folder),  # its launcher's pid file
@@ -250,8 +260,17 @@ def serve(server: TorchServe, signals: Signals) -> None:
 
 
 def main() -> None:
-    config, ports = read_config(FOLDER / "config.properties")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = argparse.ArgumentParser(add_help=False)  # the ports' defaults stand in the configuration
+    first.add_argument(
+        "--config",
+        type=Path,
+        default=FOLDER / "config.properties",
+        help="TorchServe's configuration (default: config.properties here; config-tuned.properties is the fast one)",
+    )
+    config, ports = read_config(first.parse_known_args()[0].config)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[first]
+    )
     for role, port in ports.items():
         parser.add_argument(
             f"--{role}-port", type=port_number, default=port, metavar="PORT", help=f"(default: {port}, as configured)"
@@ -261,6 +280,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
+    )
+    parser.add_argument(
+        "--log-config", type=Path, help="log4j2 configuration (default: TorchServe's own; log4j2-tuned.xml is the fast one)"
     )
     parser.add_argument(
         "--log-dir",
@@ -290,7 +312,10 @@ def main() -> None:
     }
     # The server runs in another folder, so its paths must be whole.
     log_dir = arguments.log_dir and arguments.log_dir.resolve()
-    server = TorchServe(config, arguments.model_store.resolve(), java_home, log_dir)
+    log_config = arguments.log_config and arguments.log_config.resolve()
+    if log_config and not log_config.is_file():
+        sys.exit(f"serve: {log_config} not found; leave out --log-config, or name a log4j2 file")
+    server = TorchServe(config, arguments.model_store.resolve(), java_home, log_dir, log_config)
     try:
         serve(server, signals)
     except Interrupted:
