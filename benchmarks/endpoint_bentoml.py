@@ -14,16 +14,23 @@ class BentomlEndpoint(Endpoint):
     versions = {"1": "v1.0.0", "2": "v2.0.0"}
     rows_key = "features"
     packages = ("bentoml", "scikit-learn", "numpy")
-    settings = {"workers": "1 (default)", "batching": "off", "access log": "on (default)"}
+    variant = "default"
+    service = "service:svc"
+    config = "default.yaml"
+    settings = {"workers": "1 (default)", "batching": "off", "access log": "on (default)", "tracing": "on (default)"}
 
     def command(self) -> list[str]:
-        command = ["bentoml", "serve", "service:svc"]
+        command = ["bentoml", "serve", self.service]
         if self.ports != self.default_ports:
             command += ["--port", str(self.ports["rest"])]
         return command
 
     def environment(self) -> dict[str, str]:
-        return {"BENTOML_HOME": str(self.folder / "store"), "BENTOML_DO_NOT_TRACK": "True"}
+        return {
+            "BENTOML_HOME": str(self.folder / "store"),
+            "BENTOML_DO_NOT_TRACK": "True",
+            "BENTOML_CONFIG": str(self.folder / self.config),
+        }
 
     def path(self, version: str) -> str:
         return "/predict"
@@ -36,3 +43,11 @@ class BentomlEndpoint(Endpoint):
         if probabilities.ndim != 2:
             raise ValueError(f"{self.name}: no list of rows in {reply[:200]!r}")
         return probabilities
+
+
+class TunedBentomlEndpoint(BentomlEndpoint):
+    name = "bentoml-tuned"
+    variant = "tuned"
+    service = "tuned_service:svc"
+    config = "tuned.yaml"
+    settings = {"workers": "1", "batching": "by event-loop turn", "access log": "off", "tracing": "off"}

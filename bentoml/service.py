@@ -4,9 +4,13 @@
 
 POST /predict takes {"features": [f1, …, f5]} for one row or {"features": [[…], …]} for many, and
 optionally "version". The reply is nested as the request was:
-{"version": "v2.0.0", "prediction": 1, "probability": [P(malignant), P(benign)]}.
+{"version": "v2.0.0", "prediction": 1, "probability": [P(malignant), P(benign)]}. POST /predict_ab takes the
+features alone and lets chance choose the version; POST /predict_batched shares a call of the model between
+requests.
 """
 
+import functools
+import random
 from typing import Annotated, Any
 
 import bentoml
@@ -21,6 +25,9 @@ from starlette.responses import JSONResponse
 MODEL_NAME = "my_model"
 VERSIONS = ["v1.0.0", "v2.0.0"]  # as in bentofile.yaml; the last one answers when a request names none
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
+MAX_BODY_BYTES = 1_000_000
+MAX_REQUESTS = 512  # under way in one worker; BentoML answers 429 beyond them
+SHARE_OF_V2 = 0.5  # of the requests to /predict_ab
 HOST, PORT = "127.0.0.1", 3000  # in a container: --host 0.0.0.0 or BENTOML_HOST=0.0.0.0
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -78,6 +85,14 @@ class PredictInput(bentoml.IODescriptor):
     version: Annotated[str, PlainValidator(check_version), WithJsonSchema({"enum": VERSIONS})] = VERSIONS[-1]
 
 
+class PredictAbInput(bentoml.IODescriptor):
+    """The body of /predict_ab: the server chooses the version."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    features: Annotated[list, PlainValidator(check_features), WithJsonSchema(FEATURES_SCHEMA)]
+
+
 class PredictOutput(bentoml.IODescriptor):
     """The reply's body: for n rows lists of n, for one unnested row its own values.
 
@@ -93,7 +108,7 @@ class Classifier:
     """Holds every version and answers with the one that the request names."""
 
     def __init__(self):
-        self.models = {version: load_model(f"{MODEL_NAME}:{version}") for version in VERSIONS}
+        self.models = load_models()
 
     @bentoml.on_deployment
     def check_before_serving() -> None:
@@ -126,6 +141,25 @@ class Classifier:
             probability=probabilities[0].tolist() if one_row else probabilities.tolist(),
         )
 
+    @bentoml.api(input_spec=PredictAbInput, output_spec=PredictOutput)
+    async def predict_ab(self, features: list) -> PredictOutput:
+        """Classify by a version that chance chooses; the reply's "version" says which.
+
+        The same user may meet both: for a test that can be judged put the choice in front, by user.
+        """
+        return await self.predict(features, VERSIONS[-1] if random.random() < SHARE_OF_V2 else VERSIONS[0])
+
+    @bentoml.api(batchable=True, batch_dim=0, max_batch_size=128, max_latency_ms=100)
+    async def predict_batched(self, rows: Annotated[np.ndarray, bentoml.validators.Shape((-1, len(FEATURES)))]) -> list:
+        """Return the probabilities (n, 2) of rows (n, 5) by the newest version; near requests share a call."""
+        return self.models[VERSIONS[-1]].predict_proba(rows).tolist()
+
+
+@functools.cache
+def load_models() -> dict[str, Pipeline]:
+    """Load every version, once in a process."""
+    return {version: load_model(f"{MODEL_NAME}:{version}") for version in VERSIONS}
+
 
 def load_model(tag: str) -> Pipeline:
     """Load `tag` from the model store and try it; raise BentoMLException, in one line, where that fails."""
@@ -141,25 +175,58 @@ def load_model(tag: str) -> Pipeline:
 
 
 class JsonOnly:
-    """ASGI middleware: refuse a body that does not call itself JSON.
+    """ASGI middleware: refuse a body that does not call itself JSON, and one that is too large.
 
-    BentoML would read it as JSON all the same, or as a form; and a malformed form is answered with 500.
+    BentoML would read the first as JSON all the same, or as a form, and a malformed form is answered with 500; it
+    has no limit for the second.
     """
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST":
-            content_type = dict(scope["headers"]).get(b"content-type", b"application/json")
-            if content_type.split(b";")[0].strip().lower() != b"application/json":
-                message = "the request's Content-Type is not application/json"
-                await JSONResponse({"error": message}, status_code=415)(scope, receive, send)
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        content_type = dict(scope["headers"]).get(b"content-type", b"application/json")
+        if content_type.split(b";")[0].strip().lower() != b"application/json":
+            message = "the request's Content-Type is not application/json"
+            await JSONResponse({"error": message}, status_code=415)(scope, receive, send)
+            return
+        body, more_body = b"", True
+        while more_body:
+            message = await receive()
+            if message["type"] != "http.request":
+                return  # the client has gone
+            body += message.get("body", b"")
+            more_body = message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                text = f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer rows at a time"
+                await JSONResponse({"error": text}, status_code=413)(scope, receive, send)
                 return
-        await self.app(scope, receive, send)
+        if await self.answer(scope, body, send):
+            return
+        first = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> dict:
+            return first.pop() if first else await receive()
+
+        await self.app(scope, receive_again, send)
+
+    async def answer(self, _scope, _body: bytes, _send) -> bool:
+        """Answer the request and return True, or leave it to BentoML."""
+        return False
 
 
-# Not `@bentoml.service` on the class with `svc = Classifier` below it: the module would hold the same
-# service under two names, and `bentoml build` would not know which to take.
-svc = bentoml.service(name="my_model_service", http={"host": HOST, "port": PORT})(Classifier)
-svc.add_asgi_middleware(JsonOnly)
+def make_service(middleware: type) -> bentoml.Service:
+    """Return the service behind `middleware`, JsonOnly or a class made of it."""
+    # Not `@bentoml.service` on the class with `svc = Classifier` below it: the module would hold the same
+    # service under two names, and `bentoml build` would not know which to take.
+    service = bentoml.service(
+        name="my_model_service", http={"host": HOST, "port": PORT}, traffic={"max_concurrency": MAX_REQUESTS}
+    )(Classifier)
+    service.add_asgi_middleware(middleware)
+    return service
+
+
+svc = make_service(JsonOnly)

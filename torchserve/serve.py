@@ -282,7 +282,9 @@ def main() -> None:
         "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
     )
     parser.add_argument(
-        "--log-config", type=Path, help="log4j2 configuration (default: TorchServe's own; log4j2-tuned.xml is the fast one)"
+        "--log-config",
+        type=Path,
+        help="log4j2 configuration (default: TorchServe's own; log4j2-tuned.xml is the fast one)",
     )
     parser.add_argument(
         "--log-dir",
