@@ -15,6 +15,8 @@ class TensorFlowServingEndpoint(Endpoint):
     default_ports = {"rest": 8501, "grpc": 8500}
     rows_key = "instances"
     packages = ("tensorflow", "uvicorn", "uvloop", "httptools", "grpcio")
+    variant = "default"
+    options: tuple[str, ...] = ()
     settings = {
         "workers": "1",
         "threads": "1 (local), one per core (native, docker)",
@@ -25,7 +27,7 @@ class TensorFlowServingEndpoint(Endpoint):
 
     def command(self) -> list[str]:
         options = [f"--{role}-port={port}" for role, port in self.ports.items() if port != self.default_ports[role]]
-        return ["python", "serve.py", *options]
+        return ["python", "serve.py", *self.options, *options]
 
     def path(self, version: str) -> str:
         return f"/v1/models/my_model/versions/{self.native_version(version)}:predict"
@@ -59,3 +61,17 @@ class TensorFlowServingGrpcEndpoint(TensorFlowServingEndpoint):
 
     def decode(self, reply: bytes) -> np.ndarray:
         return decode_predict_response(reply)
+
+
+class TunedTensorFlowServingEndpoint(TensorFlowServingEndpoint):
+    name = "tfserving-tuned"
+    variant = "tuned"
+    options = ("--batching-config", "batching.config")
+    settings = {**TensorFlowServingEndpoint.settings, "batching": "batching.config: up to 1,024 rows, no delay"}
+
+
+class TunedTensorFlowServingGrpcEndpoint(TensorFlowServingGrpcEndpoint):
+    name = "tfserving-grpc-tuned"
+    variant = "tuned"
+    options = TunedTensorFlowServingEndpoint.options
+    settings = TunedTensorFlowServingEndpoint.settings

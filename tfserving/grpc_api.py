@@ -18,6 +18,7 @@ from tensorflow_serving.apis import (
 )
 
 MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others need not wait for it
+FLOAT32 = np.dtype(np.float32)
 SIGNATURE_FIELD = "signature_def"  # the only metadata field there is
 VALUE_FIELDS = {  # where a TensorProto keeps its values
     np.dtype(np.float32): "float_val",
@@ -44,6 +45,43 @@ def write_tensor(array: np.ndarray, tensor: tensor_pb2.TensorProto) -> None:
     for size in array.shape:
         tensor.tensor_shape.dim.add(size=size)
     getattr(tensor, field).extend(array.ravel().tolist())
+
+
+def encode_response(servable: Servable, signature_name: str, outputs: dict[str, np.ndarray]) -> bytes:
+    """Return a serialized PredictResponse.
+
+    Written byte by byte where every output is a small float array, as here: making the message first takes 40 µs,
+    twice the run of the graph. (protobuf.dev/programming-guides/encoding: a field is its number and wire type,
+    then for type 2 a length; the lengths here are below 128, one byte each.)
+    """
+    encoded = b""
+    for alias, array in outputs.items():
+        values = array.tobytes() if array.dtype == FLOAT32 else b"." * 128
+        shape = b"".join(b"\x12\x02\x08%c" % size if 0 < size < 128 else b"." * 128 for size in array.shape)
+        key = alias.encode()
+        tensor = b"\x08\x01\x12%c%b*%c%b" % (len(shape) % 128, shape, len(values) % 128, values)
+        entry = b"\n%c%b\x12%c%b" % (len(key) % 128, key, len(tensor) % 128, tensor)
+        if max(len(values), len(shape), len(key), len(tensor), len(entry)) > 127 or not values:
+            return make_response(servable, signature_name, outputs).SerializeToString()
+        encoded += b"\n%c%b" % (len(entry), entry)
+    return encoded + encode_model_spec(servable, signature_name)
+
+
+@functools.lru_cache(1024)
+def encode_model_spec(servable: Servable, signature_name: str) -> bytes:
+    return make_response(servable, signature_name, {}).SerializeToString()
+
+
+def make_response(
+    servable: Servable, signature_name: str, outputs: dict[str, np.ndarray]
+) -> predict_pb2.PredictResponse:
+    response = predict_pb2.PredictResponse()
+    response.model_spec.name = servable.name
+    response.model_spec.version.value = servable.version
+    response.model_spec.signature_name = signature_name
+    for alias, array in outputs.items():
+        write_tensor(array, response.outputs[alias])
+    return response
 
 
 def reports_errors(method):
@@ -87,23 +125,24 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         self.library = library
 
     @reports_errors
-    async def Predict(self, request):
+    async def Predict(self, request) -> bytes:
         if request.ByteSize() > MAX_INLINE_BYTES:
             return await asyncio.to_thread(self.predict, request)
-        return self.predict(request)
+        if self.library.batching is None:
+            return self.predict(request)
+        servable, arguments = self.read(request)
+        return encode_response(servable, arguments[1], await servable.predict_batched(*arguments))
 
-    def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+    def predict(self, request: predict_pb2.PredictRequest) -> bytes:
+        servable, arguments = self.read(request)
+        return encode_response(servable, arguments[1], servable.predict(*arguments))
+
+    def read(self, request: predict_pb2.PredictRequest) -> tuple[Servable, tuple]:
+        """Return the servable asked for, and what its `predict` takes."""
         require_model_spec(request)
         servable = find_servable(self.library, request.model_spec)
         signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-        outputs = servable.predict(read_tensors(request.inputs), signature_name, request.output_filter)
-        response = predict_pb2.PredictResponse()
-        response.model_spec.name = servable.name
-        response.model_spec.version.value = servable.version
-        response.model_spec.signature_name = signature_name
-        for alias, array in outputs.items():
-            write_tensor(array, response.outputs[alias])
-        return response
+        return servable, (read_tensors(request.inputs), signature_name, request.output_filter)
 
     @reports_errors
     async def GetModelMetadata(self, request) -> get_model_metadata_pb2.GetModelMetadataResponse:
@@ -151,7 +190,13 @@ async def start_server(library: Library, address: str) -> grpc.aio.Server:
             ("grpc.max_send_message_length", -1),
         ]
     )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(PredictionService(library), server)
+    service = PredictionService(library)
+    # Ahead of the generated handlers, which expect a message where Predict returns one already serialized.
+    predict = grpc.unary_unary_rpc_method_handler(service.Predict, predict_pb2.PredictRequest.FromString)
+    server.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": predict})]
+    )
+    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(library), server)
     server.add_insecure_port(address)
     await server.start()

@@ -4,8 +4,7 @@
     python local_server.py --rest_api_port=8501 --model_name=my_model --model_base_path=$PWD/models/my_model
 
 It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
-127.0.0.1 only, and ends on Ctrl-C. Not built: classify, regress, batching, metrics, and looking for new
-versions after the start.
+127.0.0.1 only, and ends on Ctrl-C. Not built: classify, regress and metrics.
 """
 
 import argparse
@@ -58,12 +57,25 @@ def parse_arguments() -> argparse.Namespace:
         default=30_000,
         help="the longest that a large REST request may take (default: 30000)",
     )
+    parser.add_argument(
+        "--enable_batching",
+        type=parse_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="let concurrent requests share a run of the graph (default: false)",
+    )
+    parser.add_argument(
+        "--batching_parameters_file", type=Path, help="how they share it, see batching.config (default: none)"
+    )
     parser.error = lambda message: parser.exit(2, f"local server: {message}; see --help\n")
     arguments = parser.parse_args()
     if not (arguments.model_config_file or arguments.model_base_path):
         parser.error("give --model_base_path or --model_config_file")
     if not (arguments.port or arguments.rest_api_port):
         parser.error("give --port or --rest_api_port")
+    if arguments.batching_parameters_file and not arguments.enable_batching:
+        parser.error("--batching_parameters_file is set without setting --enable_batching to true")
     if arguments.port == arguments.rest_api_port:
         parser.error("--port and --rest_api_port cannot be the same")
     return arguments
@@ -98,11 +110,24 @@ def read_models(arguments: argparse.Namespace) -> list:
     return models
 
 
-def load_library(models: list):
+def read_batching(arguments: argparse.Namespace):
+    """Return the parameters of batching, None where it is off. Exits where the file is wrong."""
+    from batching import BatchingError, BatchingParameters, read_parameters
+
+    if not arguments.enable_batching:
+        return None
+    try:
+        path = arguments.batching_parameters_file
+        return read_parameters(path) if path else BatchingParameters()
+    except BatchingError as error:
+        sys.exit(f"local server: {error}")
+
+
+def load_library(models: list, batching):
     """Load all models. A version that fails is told on stderr; exits where every one fails."""
     from servables import Library
 
-    library = Library()
+    library = Library(batching)
     for config in models:
         for version, status in library.load(config).statuses.items():
             if status.state != "AVAILABLE":
@@ -180,7 +205,7 @@ def main() -> None:
     rest_socket = bind("rest_api_port", arguments.rest_api_port) if arguments.rest_api_port else None
     if arguments.port:
         bind("port", arguments.port).close()  # gRPC binds by itself
-    library = load_library(read_models(arguments))
+    library = load_library(read_models(arguments), read_batching(arguments))
     gc.collect()
     gc.freeze()  # what is loaded stays loaded: the garbage collector need not walk it again
     import uvloop

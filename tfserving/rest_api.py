@@ -99,7 +99,8 @@ class RestApi:
                 body = unzip(body)
 
         if len(body) <= MAX_INLINE_BYTES:
-            status, reply, headers = self.answer(scope, body)
+            batched = await self.answer_batched(scope, body) if self.library.batching else None
+            status, reply, headers = batched or self.answer(scope, body)
         else:
             try:
                 async with asyncio.timeout(self.timeout_s):
@@ -130,6 +131,23 @@ class RestApi:
             return HTTP_STATUS.get(error.code, 500), json_replies.write_error(error.message), [JSON_HEADER]
         except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser lets them be
             return 400, json_replies.write_error("JSON Value is nested too deep"), [JSON_HEADER]
+
+    async def answer_batched(self, scope, body: bytes) -> tuple[int, bytes, list] | None:
+        """Answer a prediction of rows in a run that is shared with others; None for whatever else it is."""
+        try:
+            route = parse_route(scope["method"], scope["raw_path"].decode("latin-1"))
+            if route.verb != "predict" or scope["query_string"]:
+                return None
+            servable = self.library.find(route.name, route.version, route.label)
+            inputs = self._read_quickly(servable, body)
+        except (ServingError, RecursionError):
+            return None
+        if not inputs:
+            return None
+        try:
+            return 200, json_replies.write_rows(await servable.predict_batched(inputs)), [JSON_HEADER]
+        except ServingError as error:
+            return HTTP_STATUS.get(error.code, 500), json_replies.write_error(error.message), [JSON_HEADER]
 
     def predict(self, route: Route, body: bytes) -> bytes:
         find_servable = functools.partial(self.library.find, route.name, route.version, route.label)

@@ -6,11 +6,13 @@ REST or gRPC: both ask a `Library` for a servable, call `predict`, and turn a `S
 
 import errno
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from batching import Batcher, BatchingParameters, rows_of
 from google.protobuf.message import DecodeError
 from model_config import choose_versions
 from quiet_tensorflow import tf
@@ -20,6 +22,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 DEFAULT_SIGNATURE = "serving_default"
 INIT_SIGNATURE = "__saved_model_init_op"  # written by TensorFlow 2 for the loader, not for clients
 MAX_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses more
+FLOAT = tf.float32.as_datatype_enum
 MAX_TENSOR_BYTES = 2**31  # protobuf's own limit: a larger tensor can only be a forged shape
 
 # What reading and starting a damaged SavedModel was seen to raise.
@@ -60,7 +63,14 @@ def numpy_type(dtype: int) -> np.dtype:
 class Signature:
     """One entry point of a servable: named inputs → named outputs, both in alphabetical order."""
 
-    def __init__(self, session: tf.compat.v1.Session, definition: meta_graph_pb2.SignatureDef):
+    def __init__(
+        self,
+        session: tf.compat.v1.Session,
+        definition: meta_graph_pb2.SignatureDef,
+        batching: BatchingParameters | None = None,
+    ):
+        self.batching = batching
+        self._batcher: Batcher | None = None
         self.inputs = dict(sorted(definition.inputs.items()))  # alias → TensorInfo
         self.outputs = dict(sorted(definition.outputs.items()))
         self._types = [(alias, numpy_type(info.dtype)) for alias, info in self.inputs.items()]
@@ -75,6 +85,32 @@ class Signature:
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return every output by alias. ServingError where the inputs do not fit or the graph fails."""
+        arrays = self.check(inputs)
+        try:
+            return dict(zip(self.outputs, self._run(*arrays), strict=True))
+        except tf.errors.OpError as error:
+            raise as_serving_error(error) from None
+
+    async def run_batched(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The same on the event loop, in a run that is shared with other requests, where batching is on."""
+        arrays = self.check(inputs)
+        rows = rows_of(arrays) if self.batching else None
+        if rows is None:
+            return self.run(inputs)
+        if self._batcher is None:
+            self._batcher = Batcher(self._run, self.batching)
+        future = self._batcher.add(arrays, rows)
+        if future is None:
+            raise ServingError("UNAVAILABLE", "The batch scheduling queue to which this task was submitted is full")
+        try:
+            return dict(zip(self.outputs, await future, strict=True))
+        except tf.errors.OpError as error:
+            raise as_serving_error(error) from None
+        except ValueError as error:
+            raise ServingError("FAILED_PRECONDITION", str(error)) from None
+
+    def check(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the input arrays in the signature's order. ServingError where they do not fit it."""
         if inputs.keys() != self.inputs.keys():
             raise self._wrong_names(inputs.keys())
         arrays = []
@@ -85,10 +121,12 @@ class Signature:
                     "INVALID_ARGUMENT", f"Expects arg[{len(arrays)}] to be {wanted} but {given} is provided"
                 )
             arrays.append(inputs[alias])
-        try:
-            return dict(zip(self.outputs, self._run(*arrays), strict=True))
-        except tf.errors.OpError as error:
-            raise as_serving_error(error) from None
+        if self.batching and (rows_of(arrays) or 0) > self.batching.max_batch_size:
+            raise ServingError(
+                "INVALID_ARGUMENT",
+                f"Task size {rows_of(arrays)} is larger than maximum input batch size {self.batching.max_batch_size}",
+            )
+        return arrays
 
     def _wrong_names(self, given) -> ServingError:
         wanted = self.inputs.keys()
@@ -126,7 +164,7 @@ def _make_callable(session: tf.compat.v1.Session, feed: list[str], fetch: list[s
 class Servable:
     """One loaded version of one model."""
 
-    def __init__(self, name: str, version: int, folder: Path):
+    def __init__(self, name: str, version: int, folder: Path, batching: BatchingParameters | None = None):
         """Load the SavedModel in `folder`, replay its warm-up requests. Raises one of LOAD_ERRORS or ServingError."""
         self.name = name
         self.version = version
@@ -139,13 +177,29 @@ class Servable:
         self.definitions = {
             key: definition for key, definition in meta_graph.signature_def.items() if key != INIT_SIGNATURE
         }
-        self.signatures = {key: Signature(session, definition) for key, definition in self.definitions.items()}
+        self.signatures = {
+            key: Signature(session, definition, batching) for key, definition in self.definitions.items()
+        }
         self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
 
     def predict(
         self, inputs: dict[str, np.ndarray], signature_name: str = "", output_filter: list[str] = ()
     ) -> dict[str, np.ndarray]:
         """Return the outputs by alias, all or those of `output_filter`. Raises ServingError."""
+        signature = self.choose(signature_name, output_filter)
+        outputs = signature.run(inputs)
+        return {alias: outputs[alias] for alias in output_filter} if output_filter else outputs
+
+    async def predict_batched(
+        self, inputs: dict[str, np.ndarray], signature_name: str = "", output_filter: list[str] = ()
+    ) -> dict[str, np.ndarray]:
+        """The same on the event loop, in a run that is shared with other requests, where batching is on."""
+        signature = self.choose(signature_name, output_filter)
+        outputs = await signature.run_batched(inputs)
+        return {alias: outputs[alias] for alias in output_filter} if output_filter else outputs
+
+    def choose(self, signature_name: str, output_filter: list[str]) -> Signature:
+        """Return the signature. ServingError where it or one of the outputs in `output_filter` is unknown."""
         signature_name = signature_name or DEFAULT_SIGNATURE
         signature = self.signatures.get(signature_name)
         if signature is None:
@@ -159,8 +213,7 @@ class Servable:
                 )
             if alias in output_filter[:i]:
                 raise ServingError("INVALID_ARGUMENT", f"duplicate output tensor alias: {alias}")
-        outputs = signature.run(inputs)
-        return {alias: outputs[alias] for alias in output_filter} if output_filter else outputs
+        return signature
 
     def metadata(self) -> get_model_metadata_pb2.GetModelMetadataResponse:
         """The signatures: names, types and shapes of every input and output."""
@@ -194,6 +247,10 @@ def read_tensors(tensors) -> dict[str, np.ndarray]:
     arrays = {}
     for alias, tensor in tensors.items():
         sizes = [dim.size for dim in tensor.tensor_shape.dim]
+        if tensor.dtype == FLOAT and len(tensor.tensor_content) == 4 * math.prod(sizes) > 0 and min(sizes) > 0:
+            # The usual case in a fifth of the time; a copy, because TensorFlow wants memory of its own.
+            arrays[alias] = np.frombuffer(tensor.tensor_content, "<f4").reshape(sizes).copy()
+            continue
         try:
             item_size = tf.dtypes.as_dtype(tensor.dtype).size or 1
             if min(sizes, default=1) < 0 or np.prod(sizes, dtype=object) * item_size > MAX_TENSOR_BYTES:
@@ -231,8 +288,10 @@ class Model:
 class Library:
     """All models, by name: what the REST and the gRPC side share."""
 
-    def __init__(self):
+    def __init__(self, batching: BatchingParameters | None = None):
+        """`batching` lets requests share runs; None: each has its own."""
         self.models: dict[str, Model] = {}
+        self.batching = batching
 
     def find(self, name: str, version: int | None = None, label: str | None = None) -> Servable:
         """Return the servable asked for, the newest loaded one where neither version nor label is given."""
@@ -275,7 +334,7 @@ class Library:
         model = self.models[config.name] = Model(config.name, labels=dict(config.version_labels))
         for version, folder in sorted(choose_versions(config).items(), reverse=True):
             try:
-                model.servables[version] = Servable(config.name, version, folder)
+                model.servables[version] = Servable(config.name, version, folder, self.batching)
                 model.statuses[version] = VersionStatus("AVAILABLE")
             except (ServingError, *LOAD_ERRORS) as error:
                 failure = as_serving_error(error)

@@ -1,6 +1,7 @@
 """Serve models/my_model with TensorFlow Serving, or with what is nearest to it on this machine.
 
     python serve.py
+    python serve.py --batching-config batching.config
 
 The first of these that the machine has, named in the first line of output:
   native  tensorflow_model_server on PATH
@@ -55,25 +56,30 @@ class Server:
     stop_command: list[str] | None = None
 
 
-def native_server(program: str, ports: dict[str, int], config_path: Path) -> Server:
-    return Server("native", program, [program, *server_flags(ports, config_path)])
+def native_server(program: str, ports: dict[str, int], config_path: Path, batching: Path | None) -> Server:
+    return Server("native", program, [program, *server_flags(ports, config_path, batching)])
 
 
-def local_server(ports: dict[str, int], config_path: Path) -> Server:
+def local_server(ports: dict[str, int], config_path: Path, batching: Path | None) -> Server:
     script = HERE / "local_server.py"
-    return Server("local", script.name, [sys.executable, str(script), *server_flags(ports, config_path)])
+    return Server("local", script.name, [sys.executable, str(script), *server_flags(ports, config_path, batching)])
 
 
-def server_flags(ports: dict[str, int], config_path: Path) -> list[str]:
+def server_flags(ports: dict[str, int], config_path: Path, batching: Path | None) -> list[str]:
     return [
         f"--port={ports['grpc']}",
         f"--rest_api_port={ports['rest']}",
         f"--model_config_file={config_path}",
         LABELS_FLAG,
+        *batching_flags(batching),
     ]
 
 
-def docker_server(ports: dict[str, int]) -> Server:
+def batching_flags(batching: Path | None) -> list[str]:
+    return ["--enable_batching=true", f"--batching_parameters_file={batching}"] if batching else []
+
+
+def docker_server(ports: dict[str, int], batching: Path | None) -> Server:
     name = f"tfserving-{ports['rest']}"
     command = [
         *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
@@ -82,7 +88,9 @@ def docker_server(ports: dict[str, int]) -> Server:
         *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
         *("--volume", f"{MODELS_DIR}:/models:ro"),
         *("--volume", f"{CONFIG_PATH}:/config/models.config:ro"),
+        *(("--volume", f"{batching}:/config/batching.config:ro") if batching else ()),
         *(IMAGE, "--model_config_file=/config/models.config", LABELS_FLAG),
+        *batching_flags(batching and Path("/config/batching.config")),
     ]
     return Server("docker", IMAGE, command, stop_command=["docker", "stop", "--time", "5", name])
 
@@ -115,20 +123,20 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def choose_server(wanted: str, ports: dict[str, int], local_config_path: Path) -> Server:
+def choose_server(wanted: str, ports: dict[str, int], local_config_path: Path, batching: Path | None) -> Server:
     """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
     program = shutil.which(NATIVE_PROGRAM)
     if wanted == "native" and not program:
         raise ServeError(f"--server native: no {NATIVE_PROGRAM} on PATH; install it or leave --server out")
     if program and wanted in ("auto", "native"):
-        return native_server(program, ports, local_config_path)
+        return native_server(program, ports, local_config_path, batching)
     if wanted in ("auto", "docker"):
         problem = docker_problem()
         if not problem:
-            return docker_server(ports)
+            return docker_server(ports, batching)
         if wanted == "docker":
             raise ServeError(f"--server docker: {problem}; start the engine or leave --server out")
-    return local_server(ports, local_config_path)
+    return local_server(ports, local_config_path, batching)
 
 
 def check_models() -> None:
@@ -207,6 +215,11 @@ def main() -> None:
     parser.add_argument("--server", choices=kinds, default="auto", help="what to serve with (default: auto)")
     parser.add_argument("--rest-port", type=int, default=8501, help="REST port on 127.0.0.1 (default: 8501)")
     parser.add_argument("--grpc-port", type=int, default=8500, help="gRPC port on 127.0.0.1 (default: 8500)")
+    parser.add_argument(
+        "--batching-config",
+        type=Path,
+        help="let requests share runs of the graph as this file says: batching.config (default: each has its own)",
+    )
     arguments = parser.parse_args()
     ports = {"rest": arguments.rest_port, "grpc": arguments.grpc_port}
     for number in STOP_SIGNALS:
@@ -224,7 +237,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
             config_path = Path(folder) / "models.config"
             render_config(config_path)
-            server = choose_server(arguments.server, ports, config_path)
+            batching = arguments.batching_config and arguments.batching_config.resolve()
+            if batching and not batching.is_file():
+                raise ServeError(f"{batching} not found; batching.config lies beside serve.py")
+            server = choose_server(arguments.server, ports, config_path, batching)
             print(f"serving with {server.kind}: {server.what}", flush=True)
             exit_code = run_until_stopped(server.command, server.stop_command, announce=announce)
     except (ServeError, OSError) as error:
