@@ -64,14 +64,9 @@ class TensorFlowServingGrpcEndpoint(TensorFlowServingEndpoint):
 
 
 class TunedTensorFlowServingEndpoint(TensorFlowServingEndpoint):
+    """REST only: over gRPC batching was measured and gains nothing, see tfserving/README.md."""
+
     name = "tfserving-tuned"
     variant = "tuned"
     options = ("--batching-config", "batching.config")
     settings = {**TensorFlowServingEndpoint.settings, "batching": "batching.config: up to 1,024 rows, no delay"}
-
-
-class TunedTensorFlowServingGrpcEndpoint(TensorFlowServingGrpcEndpoint):
-    name = "tfserving-grpc-tuned"
-    variant = "tuned"
-    options = TunedTensorFlowServingEndpoint.options
-    settings = TunedTensorFlowServingEndpoint.settings

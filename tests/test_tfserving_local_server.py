@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request
+from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
@@ -275,6 +278,73 @@ def test_with_no_version_that_loads_the_server_ends(only_damaged):
     assert lines[1:] == ["local server: no version could be loaded; run python export_model.py"]
 
 
+# Batching.
+
+
+@pytest.fixture(scope="module")
+def batching_port(tmp_path_factory):
+    """REST port of a local server that shares runs: 8 rows at most, 20 ms, 2 batches in the queue."""
+    folder = tmp_path_factory.mktemp("batching")
+    (folder / "batching.config").write_text(
+        "max_batch_size { value: 8 } batch_timeout_micros { value: 20000 } # comment\n"
+        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 4 allowed_batch_sizes: 8"
+    )
+    port = find_free_ports(["rest"])["rest"]
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, FOLDER / "local_server.py", "--port=0", f"--rest_api_port={port}"]
+            + [f"--model_base_path={MODELS}", "--model_name=my_model", "--enable_batching=true"]
+            + [f"--batching_parameters_file={folder / 'batching.config'}"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while " ready at " not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.05)
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_requests_that_share_a_run_get_their_own_answers(batching_port):
+    rows, _ = load_test_rows()
+    expected = load_expected("2")
+    with ThreadPoolExecutor(6) as pool:  # fewer than the queue takes
+        replies = list(pool.map(lambda row: post(batching_port, "my_model:predict", {"instances": [row]}), rows))
+    assert [status for status, _ in replies] == [200] * len(rows)
+    answers = np.array([reply["predictions"][0] for _, reply in replies])
+    assert np.abs(answers - expected).max() <= TOLERANCE
+
+
+def test_a_wrong_request_in_a_batch_fails_alone(batching_port):
+    bodies = [{"instances": [GOOD_ROW]}, {"instances": [GOOD_ROW[:4]]}, {"instances": [GOOD_ROW]}] * 2
+    with ThreadPoolExecutor(6) as pool:
+        statuses = [
+            status for status, _ in pool.map(lambda body: post(batching_port, "my_model:predict", body), bodies)
+        ]
+    assert statuses == [200, 400, 200] * 2
+
+
+def test_a_request_larger_than_a_batch_is_refused(batching_port):
+    status, reply = post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 9})
+    assert (status, reply["error"]) == (400, "Task size 9 is larger than maximum input batch size 8")
+    assert post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 8})[0] == 200
+
+
+def test_a_full_queue_refuses_at_once(batching_port):
+    body = {"instances": [GOOD_ROW] * 7}
+    with ThreadPoolExecutor(32) as pool:
+        replies = list(pool.map(lambda _: post(batching_port, "my_model:predict", body), range(200)))
+    codes = {status for status, _ in replies}
+    assert codes <= {200, 503} and 200 in codes
+    assert all("queue" in reply["error"] for status, reply in replies if status == 503)
+    assert post(batching_port, "my_model:predict", body)[0] == 200
+
+
 # Start and end.
 
 
@@ -282,7 +352,19 @@ def test_with_no_version_that_loads_the_server_ends(only_damaged):
     ("arguments", "error"),
     [
         (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
-        (["--enable_batching"], "unrecognized arguments: --enable_batching"),
+        (
+            ["--batching_parameters_file=batching.config", "--model_base_path=m"],
+            "--batching_parameters_file is set without setting --enable_batching to true",
+        ),
+        (
+            [
+                "--port={free}",
+                "--model_base_path=models/my_model",
+                "--enable_batching",
+                "--batching_parameters_file=client.py",
+            ],
+            "Error parsing text-format tensorflow.serving.BatchingParameters",
+        ),
         (["--port=many", "--model_base_path=m"], "argument --port: invalid int value: 'many'"),
         ([], "give --model_base_path or --model_config_file"),
         (["--port=1", "--rest_api_port=1", "--model_base_path=m"], "--port and --rest_api_port cannot be the same"),

@@ -4,7 +4,8 @@
     python local_server.py --rest_api_port=8501 --model_name=my_model --model_base_path=$PWD/models/my_model
 
 It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
-127.0.0.1 only, and ends on Ctrl-C. Not built: classify, regress and metrics.
+127.0.0.1 only, and ends on Ctrl-C. Not built: classify, regress, metrics, and
+reloading: versions are read at the start.
 """
 
 import argparse
