@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,16 +279,142 @@ def test_with_no_version_that_loads_the_server_ends(only_damaged):
     assert lines[1:] == ["local server: no version could be loaded; run python export_model.py"]
 
 
+# Versions that come and go.
+
+
+@pytest.fixture
+def changing(tmp_path):
+    """(base path, ports, log) of a local server that serves the newest version under the base path, now 1."""
+    base = tmp_path / "models"
+    shutil.copytree(MODELS / "1", base / "1")
+    ports = find_free_ports(["rest", "grpc"])
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, FOLDER / "local_server.py", f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}"]
+            + [f"--model_base_path={base}", "--model_name=my_model"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for_line(log, " ready at ")
+        yield base, ports, log
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_line(log: Path, text: str) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while text not in log.read_text():
+        assert time.monotonic() < deadline_s, log.read_text()
+        time.sleep(0.05)
+
+
+def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(changing, tmp_path):
+    base, ports, log = changing
+    rows, _ = load_test_rows()
+    body = {"instances": [rows[0]] * 3}
+    expected = {version: load_expected(version)[0] for version in ("1", "2")}
+    shutil.copytree(MODELS / "2", tmp_path / "2")
+    answered, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            status, reply = post(ports["rest"], "my_model:predict", body)
+            answer = np.array(reply.get("predictions", np.nan))
+            fits = [version for version in expected if np.abs(answer - expected[version]).max() <= TOLERANCE]
+            answered.append((status, *fits))
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        (tmp_path / "2").rename(base / "2")  # one move: the server never sees half a version
+        wait_for_line(log, "my_model version 1 retired")
+        deadline_s = time.monotonic() + DEADLINE_S
+        while len(answered) < 1000 and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert len(answered) >= 1000
+    assert set(answered) == {(200, "1"), (200, "2")}
+    assert {version: entry["state"] for version, entry in statuses(ports["rest"], "my_model").items()} == {
+        "2": "AVAILABLE",
+        "1": "END",
+    }
+    shutil.rmtree(base / "2")  # the newest goes: the next one answers again
+    wait_for_line(log, "my_model version 2 retired")
+    assert post(ports["rest"], "my_model:predict", body)[0] == 200
+
+
+def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing):
+    base, ports, log = changing
+    (base / "2").mkdir()
+    (base / "2" / "saved_model.pb").write_bytes(b"no graph")
+    wait_for_line(log, "my_model version 2 not loaded: ")
+    assert post(ports["rest"], "my_model/versions/1:predict", {"instances": [GOOD_ROW]})[0] == 200
+    assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
+    shutil.copytree(MODELS / "2", base / "2", dirs_exist_ok=True)
+    wait_for_line(log, "my_model version 2 loaded")
+    wait_for_line(log, "my_model version 1 retired")
+    assert statuses(ports["rest"], "my_model")["2"]["state"] == "AVAILABLE"
+    assert log.read_text().count("version 2 not loaded") <= 3, "it was tried again although nothing had changed"
+
+
+RELOAD = """
+import sys
+from quiet_tensorflow import tf
+import grpc
+from google.protobuf import text_format
+from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
+
+request = model_management_pb2.ReloadConfigRequest()
+text_format.Parse(sys.argv[2], request.config)
+with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
+    status = model_service_pb2_grpc.ModelServiceStub(channel).HandleReloadConfigRequest(request).status
+print(status.error_code, status.error_message)
+"""
+
+
+def test_the_config_can_be_reloaded_over_grpc(changing):
+    base, ports, _ = changing
+    shutil.copytree(MODELS / "2", base / "2.part")
+    (base / "2.part").rename(base / "2")
+
+    def reload(config: str) -> str:
+        code, lines = finish(python("-c", f"import sys; sys.path.insert(0, '.')\n{RELOAD}", ports["grpc"], config))
+        assert code == 0, lines
+        return lines[-1].strip()
+
+    models = (
+        f'model_config_list {{ config {{ name: "%s" base_path: "{base}" model_version_policy {{ all {{}} }} %s }} }}'
+    )
+    refused = reload(models % ("my_model", 'version_labels { key: "canary" value: 9 }'))
+    assert refused.startswith("9 Request to assign label to version 9 of model my_model, which is not currently")
+    assert reload(models % ("my_model", 'version_labels { key: "canary" value: 2 }')) == "0"
+    rows, _ = load_test_rows()
+    for path, version in (("versions/1", "1"), ("labels/canary", "2")):
+        status, reply = post(ports["rest"], f"my_model/{path}:predict", {"instances": rows[:1]})
+        assert status == 200, reply
+        assert np.abs(np.array(reply["predictions"]) - load_expected(version)[:1]).max() <= TOLERANCE
+    assert reload(models % ("other", "")) == "0"
+    assert post(ports["rest"], "other:predict", {"instances": [GOOD_ROW]})[0] == 200
+    assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 404
+
+
 # Batching.
 
 
 @pytest.fixture(scope="module")
 def batching_port(tmp_path_factory):
-    """REST port of a local server that shares runs: 8 rows at most, 20 ms, 2 batches in the queue."""
+    """REST port of a local server that shares runs: 32 rows at most, 20 ms, 2 batches in the queue."""
     folder = tmp_path_factory.mktemp("batching")
     (folder / "batching.config").write_text(
-        "max_batch_size { value: 8 } batch_timeout_micros { value: 20000 } # comment\n"
-        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 4 allowed_batch_sizes: 8"
+        "max_batch_size { value: 32 } batch_timeout_micros { value: 20000 } # comment\n"
+        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 16 allowed_batch_sizes: 32"
     )
     port = find_free_ports(["rest"])["rest"]
     log = folder / "log"
@@ -330,13 +457,13 @@ def test_a_wrong_request_in_a_batch_fails_alone(batching_port):
 
 
 def test_a_request_larger_than_a_batch_is_refused(batching_port):
-    status, reply = post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 9})
-    assert (status, reply["error"]) == (400, "Task size 9 is larger than maximum input batch size 8")
-    assert post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 8})[0] == 200
+    status, reply = post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 33})
+    assert (status, reply["error"]) == (400, "Task size 33 is larger than maximum input batch size 32")
+    assert post(batching_port, "my_model:predict", {"instances": [GOOD_ROW] * 32})[0] == 200
 
 
 def test_a_full_queue_refuses_at_once(batching_port):
-    body = {"instances": [GOOD_ROW] * 7}
+    body = {"instances": [GOOD_ROW] * 16}
     with ThreadPoolExecutor(32) as pool:
         replies = list(pool.map(lambda _: post(batching_port, "my_model:predict", body), range(200)))
     codes = {status for status, _ in replies}

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import sys
 
 import grpc
 import numpy as np
@@ -11,6 +12,7 @@ from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    model_management_pb2,
     model_pb2,
     model_service_pb2_grpc,
     predict_pb2,
@@ -64,12 +66,14 @@ def encode_response(servable: Servable, signature_name: str, outputs: dict[str, 
         if max(len(values), len(shape), len(key), len(tensor), len(entry)) > 127 or not values:
             return make_response(servable, signature_name, outputs).SerializeToString()
         encoded += b"\n%c%b" % (len(entry), entry)
-    return encoded + encode_model_spec(servable, signature_name)
+    return encoded + encode_model_spec(servable.name, servable.version, signature_name)
 
 
 @functools.lru_cache(1024)
-def encode_model_spec(servable: Servable, signature_name: str) -> bytes:
-    return make_response(servable, signature_name, {}).SerializeToString()
+def encode_model_spec(name: str, version: int, signature_name: str) -> bytes:
+    spec = model_pb2.ModelSpec(name=name, signature_name=signature_name)
+    spec.version.value = version
+    return predict_pb2.PredictResponse(model_spec=spec).SerializeToString()
 
 
 def make_response(
@@ -177,8 +181,19 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         return self.library.status(request.model_spec.name, *chosen_version(request.model_spec))
 
     @reports_errors
-    async def HandleReloadConfigRequest(self, request):
-        raise ServingError("UNIMPLEMENTED", "The local server reads its config only at the start; restart it")
+    async def HandleReloadConfigRequest(self, request) -> model_management_pb2.ReloadConfigResponse:
+        """Serve what the request's config asks for; it answers when everything is loaded."""
+        response = model_management_pb2.ReloadConfigResponse()
+        try:
+            if not request.config.HasField("model_config_list"):
+                raise ServingError("INVALID_ARGUMENT", "ServerCore expects model_config_list to be set")
+            changes = await asyncio.to_thread(self.library.reload, list(request.config.model_config_list.config))
+            for change in changes:
+                print(f"local server: {change}", file=sys.stderr, flush=True)
+        except ServingError as error:  # in the reply, not the call's status: as TensorFlow Serving has it
+            response.status.error_code = grpc.StatusCode[error.code].value[0]
+            response.status.error_message = error.message
+        return response
 
 
 async def start_server(library: Library, address: str) -> grpc.aio.Server:

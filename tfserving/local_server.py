@@ -4,8 +4,8 @@
     python local_server.py --rest_api_port=8501 --model_name=my_model --model_base_path=$PWD/models/my_model
 
 It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
-127.0.0.1 only, and ends on Ctrl-C. Not built: classify, regress, metrics, and
-reloading: versions are read at the start.
+127.0.0.1 only, and ends on Ctrl-C. New version folders are served within a second.
+Not built: classify, regress and metrics.
 """
 
 import argparse
@@ -57,6 +57,12 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=30_000,
         help="the longest that a large REST request may take (default: 30000)",
+    )
+    parser.add_argument(
+        "--file_system_poll_wait_seconds",
+        type=int,
+        default=1,
+        help="how often the base paths are searched for new and removed versions, 0 for never (default: 1)",
     )
     parser.add_argument(
         "--enable_batching",
@@ -129,14 +135,21 @@ def load_library(models: list, batching):
     from servables import Library
 
     library = Library(batching)
-    for config in models:
-        for version, status in library.load(config).statuses.items():
-            if status.state != "AVAILABLE":
-                reason = " ".join(status.error_message.split())
-                print(f"local server: {config.name} version {version} not loaded: {reason}", file=sys.stderr)
+    library.configs = models
+    for change in library.poll():
+        if "not loaded" in change:
+            print(f"local server: {change}", file=sys.stderr)
     if not any(model.servables for model in library.models.values()):
         sys.exit("local server: no version could be loaded; run python export_model.py")
     return library
+
+
+async def watch_folders(library, interval_s: float) -> None:
+    """Load new versions and retire removed ones, for ever."""
+    while True:
+        await asyncio.sleep(interval_s)
+        for change in await asyncio.to_thread(library.poll):
+            print(f"local server: {change}", file=sys.stderr, flush=True)
 
 
 async def serve(library, arguments: argparse.Namespace, rest_socket: socket.socket | None) -> None:
@@ -189,7 +202,12 @@ async def serve(library, arguments: argparse.Namespace, rest_socket: socket.sock
             if model.servables
         )
         print(f"local server: {served} ready at {' and '.join(reversed(addresses))}", flush=True)
+        watcher = None
+        if arguments.file_system_poll_wait_seconds > 0:
+            watcher = tasks.create_task(watch_folders(library, arguments.file_system_poll_wait_seconds))
         await stop.wait()
+        if watcher:
+            watcher.cancel()
         if rest_server:
             rest_server.should_exit = True
         if grpc_server:

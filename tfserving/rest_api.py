@@ -4,6 +4,7 @@ import asyncio
 import functools
 import re
 import urllib.parse
+import weakref
 import zlib
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ class RestApi:
         """`timeout_s` bounds only what runs on a thread: an answer given at once cannot be interrupted."""
         self.library = library
         self.timeout_s = timeout_s
-        self.readers: dict[Servable, json_requests.RowReader] = {}
+        self.readers: weakref.WeakKeyDictionary[Servable, json_requests.RowReader] = weakref.WeakKeyDictionary()
 
     async def __call__(self, scope, receive, send) -> None:
         message = await receive()

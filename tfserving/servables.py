@@ -7,6 +7,7 @@ REST or gRPC: both ask a `Library` for a servable, call `predict`, and turn a `S
 import errno
 import functools
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,17 +273,24 @@ class VersionStatus:
 
 @dataclass
 class Model:
-    """One configured model: its loaded versions, what became of each that was tried, and its labels."""
+    """One configured model: its loaded versions, what became of each that was tried, and its labels.
+
+    The dictionaries are replaced, never changed: a request may read them while another thread loads a version.
+    """
 
     name: str
     servables: dict[int, Servable] = field(default_factory=dict)
     statuses: dict[int, VersionStatus] = field(default_factory=dict)  # newest first
     labels: dict[str, int] = field(default_factory=dict)
+    failed: dict[int, int] = field(default_factory=dict)  # version → state of its folder when loading failed
 
     def label_version(self, label: str) -> int:
         if label not in self.labels:
             raise ServingError("INVALID_ARGUMENT", f"Unrecognized servable version label: {label}")
         return self.labels[label]
+
+    def set_status(self, version: int, status: VersionStatus) -> None:
+        self.statuses = dict(sorted({**self.statuses, version: status}.items(), reverse=True))
 
 
 class Library:
@@ -291,6 +299,8 @@ class Library:
     def __init__(self, batching: BatchingParameters | None = None):
         """`batching` lets requests share runs; None: each has its own."""
         self.models: dict[str, Model] = {}
+        self.configs: list = []  # one ModelConfig per model: what poll() serves
+        self.lock = threading.Lock()  # one thread at a time loads and retires
         self.batching = batching
 
     def find(self, name: str, version: int | None = None, label: str | None = None) -> Servable:
@@ -329,14 +339,78 @@ class Library:
             entry.status.error_message = status.error_message
         return response
 
-    def load(self, config) -> Model:
-        """Load the versions that a ModelConfig asks for. One that fails is kept out; its status tells why."""
-        model = self.models[config.name] = Model(config.name, labels=dict(config.version_labels))
-        for version, folder in sorted(choose_versions(config).items(), reverse=True):
+    def update(self, config) -> list[str]:
+        """Load and retire versions until those are served that a ModelConfig asks for. Return what changed, in lines.
+
+        A version that fails is kept out, and tried again when its folder changes. As long as none that is asked
+        for can be served, the present ones stay: a damaged new version never replaces a good one.
+        """
+        model = self.models.get(config.name) or Model(config.name)
+        changes = []
+        wanted = choose_versions(config)
+        for version, folder in sorted(wanted.items(), reverse=True):
+            if version in model.servables:
+                continue
+            state = folder_state(folder)
+            if model.failed.get(version) == state:
+                continue
             try:
-                model.servables[version] = Servable(config.name, version, folder, self.batching)
-                model.statuses[version] = VersionStatus("AVAILABLE")
+                servable = Servable(config.name, version, folder, self.batching)
+                model.servables = {**model.servables, version: servable}
+                model.failed.pop(version, None)
+                model.set_status(version, VersionStatus("AVAILABLE"))
+                changes.append(f"{config.name} version {version} loaded")
             except (ServingError, *LOAD_ERRORS) as error:
                 failure = as_serving_error(error)
-                model.statuses[version] = VersionStatus("END", failure.code, failure.message)
-        return model
+                model.failed[version] = state
+                model.set_status(version, VersionStatus("END", failure.code, failure.message))
+                reason = " ".join(failure.message.split())
+                changes.append(f"{config.name} version {version} not loaded: {reason}")
+        if not wanted or wanted.keys() & model.servables.keys():
+            for version in model.servables.keys() - wanted.keys():
+                model.servables = {number: kept for number, kept in model.servables.items() if number != version}
+                model.set_status(version, VersionStatus("END"))
+                changes.append(f"{config.name} version {version} retired")
+        model.labels = dict(config.version_labels)
+        self.models = {**self.models, config.name: model}
+        return changes
+
+    def poll(self) -> list[str]:
+        """Bring all models to what the configs and the folders ask for; return what changed."""
+        with self.lock:
+            return [change for config in self.configs for change in self.update(config)]
+
+    def reload(self, configs: list) -> list[str]:
+        """Serve what `configs` ask for and no other model; return what changed.
+
+        ServingError, and nothing is changed, where a config repeats a model, finds no version, or labels one that
+        is not loaded and not to be found.
+        """
+        names = [config.name for config in configs]
+        if len(set(names)) < len(names):
+            raise ServingError("INVALID_ARGUMENT", "Illegal to list a model twice in the config")
+        for config in configs:
+            wanted = choose_versions(config)
+            if not wanted:
+                raise ServingError("NOT_FOUND", f"No versions of servable {config.name} found under {config.base_path}")
+            for version in config.version_labels.values():
+                model = self.models.get(config.name)
+                if version not in wanted or (model and version in model.failed):
+                    raise ServingError(
+                        "FAILED_PRECONDITION",
+                        f"Request to assign label to version {version} of model {config.name}, which is not currently "
+                        "available for inference",
+                    )
+        with self.lock:
+            self.configs = list(configs)
+            changes = [change for config in configs for change in self.update(config)]
+            self.models = {name: model for name, model in self.models.items() if name in names}
+        return changes
+
+
+def folder_state(folder: Path) -> int:
+    """A number that changes with the files of a version folder: the newest time that one was changed, in ns."""
+    try:
+        return max(path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")])
+    except OSError:
+        return 0  # it is being removed just now
