@@ -416,12 +416,14 @@ def batching_port(tmp_path_factory):
         "max_batch_size { value: 32 } batch_timeout_micros { value: 20000 } # comment\n"
         "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 16 allowed_batch_sizes: 32"
     )
+    # Without the recorded warm-up requests: they are larger than a batch here.
+    shutil.copytree(MODELS / "2", folder / "models" / "2", ignore=shutil.ignore_patterns("assets.extra"))
     port = find_free_ports(["rest"])["rest"]
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, FOLDER / "local_server.py", "--port=0", f"--rest_api_port={port}"]
-            + [f"--model_base_path={MODELS}", "--model_name=my_model", "--enable_batching=true"]
+            + [f"--model_base_path={folder / 'models'}", "--model_name=my_model", "--enable_batching=true"]
             + [f"--batching_parameters_file={folder / 'batching.config'}"],
             stdout=file,
             stderr=subprocess.STDOUT,
