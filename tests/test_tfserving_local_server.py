@@ -59,6 +59,29 @@ with tf.Graph().as_default(), tf.compat.v1.Session() as session:
     y = x * half + 2
     session.run(tf.compat.v1.global_variables_initializer())
     tf.compat.v1.saved_model.simple_save(session, str(target / "half_plus_two" / "123"), {"x": x}, {"y": y})
+
+# The older verbs: signatures that take serialized tf.Examples.
+with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+    v1 = tf.compat.v1
+    serialized = v1.placeholder(tf.string, [None], "serialized")
+    one = tf.io.FixedLenFeature([1], tf.float32, default_value=[0.0])
+    parsed = v1.io.parse_example(serialized, {"x": one, "bias": one})
+    score = parsed["x"] + parsed["bias"]
+    classes = tf.tile([["yes", "no"]], [tf.shape(score)[0], 1])
+    builder = v1.saved_model.Builder(str(target / "verbs" / "1"))
+    builder.add_meta_graph_and_variables(session, ["serve"], {
+        "serving_default": v1.saved_model.classification_signature_def(
+            serialized, classes, tf.concat([score, 1 - score], 1)),
+        "value": v1.saved_model.regression_signature_def(serialized, score),
+    })
+    builder.save()
+
+# Keras's own export of a network.
+import keras
+keras.utils.set_random_seed(1)
+network = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(2)])
+network.export(str(target / "keras3" / "1"), verbose=False)
+(target / "keras.txt").write_text(repr(network(tf.constant([[1.0, 2.0, 3.0]])).numpy().tolist()))
 print("written")
 """
 
@@ -131,6 +154,8 @@ def server(only_damaged, toy_models, tmp_path_factory):
         '    model_version_policy { all {} } version_labels { key: "gone" value: 2 } }\n'
         f'  config {{ name: "toys" base_path: "{toy_models}/toys" }}\n'
         f'  config {{ name: "half_plus_two" base_path: "{toy_models}/half_plus_two" }}\n'
+        f'  config {{ name: "verbs" base_path: "{toy_models}/verbs" }}\n'
+        f'  config {{ name: "keras3" base_path: "{toy_models}/keras3" }}\n'
         f'  config {{ name: "latest" base_path: "{MODELS}" }}\n'
         f'  config {{ name: "specific" base_path: "{MODELS}"\n'
         "    model_version_policy { specific { versions: 1 versions: 7 } } }\n"
@@ -231,12 +256,6 @@ def test_a_model_of_tensorflow_1_is_served(port):
     assert body == b'{\n    "predictions": [2.5, 3.0, 4.5\n    ]\n}'
 
 
-def test_what_is_not_built_says_so(port):
-    for verb in ("classify", "regress"):
-        status, reply = post(port, f"toys:{verb}", {"examples": []})
-        assert (status, f"no {verb} yet" in reply["error"]) == (501, True)
-
-
 # Versions.
 
 
@@ -277,6 +296,90 @@ def test_with_no_version_that_loads_the_server_ends(only_damaged):
     assert code == 1
     assert lines[0].startswith("local server: m version 1 not loaded: Cannot parse file")
     assert lines[1:] == ["local server: no version could be loaded; run python export_model.py"]
+
+
+# Classify, regress, multi-inference.
+
+
+def test_classify_gives_labels_and_scores_and_regress_gives_values(port):
+    body = {"context": {"bias": 0.25}, "examples": [{"x": 0.5}, {"x": [0.25], "bias": 0.5}]}
+    labelled = [[["yes", 0.75], ["no", 0.25]], [["yes", 0.75], ["no", 0.25]]]
+    assert post(port, "verbs:classify", body) == (200, {"results": labelled})
+    assert post(port, "verbs:regress", {**body, "signature_name": "value"}) == (200, {"results": [0.75, 0.75]})
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error"),
+    [
+        ("verbs:classify", {"examples": []}, "key 'examples' is expected"),
+        ("verbs:classify", {"instances": [[1]]}, "key 'examples' is expected"),
+        ("verbs:classify", {"examples": [[1]]}, "Example must be JSON object"),
+        ("verbs:classify", {"examples": [{"x": None}]}, "Unsupported value of feature: x"),
+        ("verbs:classify", {"examples": [{"x": [0.5, "a"]}]}, "all values must be of one type"),
+        ("verbs:classify", {"examples": [{"x": 1}]}, "Data types don't match"),
+        ("verbs:classify", {"examples": [{}], "signature_name": "z"}, "No signature was found with the name: z"),
+        ("verbs:regress", {"examples": [{"x": 0.5}]}, "method_name to be tensorflow/serving/regress. Was: tensorflow"),
+        ("toys:classify", {"examples": [{"x": 0.5}]}, "Was: tensorflow/serving/predict"),
+    ],
+)
+def test_a_wrong_classify_or_regress_request_is_told(port, path, body, error):
+    status, reply = post(port, path, body)
+    assert status == 400, reply
+    assert error in reply["error"]
+
+
+EXAMPLES = """
+import sys
+from quiet_tensorflow import tf
+import grpc
+from tensorflow_serving.apis import classification_pb2, inference_pb2, prediction_service_pb2_grpc, regression_pb2
+
+def fill(request):
+    for x in (0.5, 0.75):
+        feature = request.input.example_list.examples.add().features.feature["x"]
+        feature.float_list.value.append(x)
+    return request
+
+with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
+    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+    classify = fill(classification_pb2.ClassificationRequest())
+    classify.model_spec.name = "verbs"
+    reply = stub.Classify(classify)
+    rows = [[(c.label, c.score) for c in row.classes] for row in reply.result.classifications]
+    print(rows, reply.model_spec.version.value)
+    regress = fill(regression_pb2.RegressionRequest())
+    regress.model_spec.name, regress.model_spec.signature_name = "verbs", "value"
+    print([r.value for r in stub.Regress(regress).result.regressions])
+    both = fill(inference_pb2.MultiInferenceRequest())
+    both.tasks.add(method_name="tensorflow/serving/classify").model_spec.name = "verbs"
+    task = both.tasks.add(method_name="tensorflow/serving/regress")
+    task.model_spec.name, task.model_spec.signature_name = "verbs", "value"
+    results = stub.MultiInference(both).results
+    print([r.WhichOneof("result") for r in results], [r.value for r in results[1].regression_result.regressions])
+    task.model_spec.signature_name = ""
+    try:
+        stub.MultiInference(both)
+    except grpc.RpcError as error:
+        print(error.code().name, error.details())
+"""
+
+
+def test_grpc_has_the_older_verbs_too(server):
+    code, lines = finish(python("-c", f"import sys; sys.path.insert(0, '.')\n{EXAMPLES}", server[1]["grpc"]))
+    assert code == 0, lines
+    assert lines[-4:] == [
+        "[[('yes', 0.5), ('no', 0.5)], [('yes', 0.75), ('no', 0.25)]] 1",
+        "[0.5, 0.75]",
+        "['classification_result', 'regression_result'] [0.5, 0.75]",
+        "INVALID_ARGUMENT Duplicate evaluation of signature: serving_default",
+    ]
+
+
+def test_what_keras_exports_by_itself_is_served(port, toy_models):
+    status, reply = post(port, "keras3:predict", {"instances": [[1.0, 2.0, 3.0]]})
+    assert status == 200, reply
+    expected = json.loads((toy_models / "keras.txt").read_text())
+    assert np.abs(np.array(reply["predictions"]) - expected).max() <= TOLERANCE
 
 
 # Versions that come and go.

@@ -4,19 +4,23 @@ import asyncio
 import functools
 import sys
 
+import examples
 import grpc
 import numpy as np
 from quiet_tensorflow import tf
 from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError, read_tensors
 from tensorflow.core.framework import tensor_pb2
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
     model_management_pb2,
     model_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_service_pb2_grpc,
+    regression_pb2,
 )
 
 MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others need not wait for it
@@ -120,10 +124,6 @@ def require_model_spec(request) -> None:
         raise ServingError("INVALID_ARGUMENT", "Missing ModelSpec")
 
 
-def not_built(name: str) -> ServingError:
-    return ServingError("UNIMPLEMENTED", f"The local server has no {name} yet; use Predict")
-
-
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     def __init__(self, library: Library):
         self.library = library
@@ -159,16 +159,26 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return find_servable(self.library, request.model_spec).metadata()
 
     @reports_errors
-    async def Classify(self, request):
-        raise not_built("Classify")
+    async def Classify(self, request) -> classification_pb2.ClassificationResponse:
+        return await self.run_examples(request, examples.classify, classification_pb2.ClassificationResponse)
 
     @reports_errors
-    async def Regress(self, request):
-        raise not_built("Regress")
+    async def Regress(self, request) -> regression_pb2.RegressionResponse:
+        return await self.run_examples(request, examples.regress, regression_pb2.RegressionResponse)
+
+    async def run_examples(self, request, run, response_class):
+        require_model_spec(request)
+        servable = find_servable(self.library, request.model_spec)
+        signature_name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        response = response_class(result=await asyncio.to_thread(run, servable, signature_name, request.input))
+        response.model_spec.name = servable.name
+        response.model_spec.version.value = servable.version
+        response.model_spec.signature_name = signature_name
+        return response
 
     @reports_errors
-    async def MultiInference(self, request):
-        raise not_built("MultiInference")
+    async def MultiInference(self, request) -> inference_pb2.MultiInferenceResponse:
+        return await asyncio.to_thread(examples.multi_inference, self.library, request)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):

@@ -226,10 +226,10 @@ def _read_instances(instances: list, infos: dict) -> dict[str, np.ndarray]:
 
 
 def _is_named(element) -> bool:
-    return isinstance(element, dict) and not _is_base64(element)
+    return isinstance(element, dict) and not is_base64(element)
 
 
-def _is_base64(value) -> bool:
+def is_base64(value) -> bool:
     return isinstance(value, dict) and list(value) == ["b64"] and isinstance(value["b64"], str)
 
 
@@ -300,7 +300,7 @@ def _convert(value, dtype: int):
         if kind is str:
             return value.encode("utf-8", "surrogateescape")
         if kind is dict:
-            return _decode_base64(value)
+            return decode_base64(value)
     else:
         raise ServingError("UNIMPLEMENTED", f"Conversion of JSON Value: {quote(value)} to type: {type_name(dtype)}")
     names = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
@@ -319,8 +319,8 @@ def _lossless(value: int | float, dtype: int) -> int | float:
     return value
 
 
-def _decode_base64(value: dict) -> bytes:
-    if not _is_base64(value):
+def decode_base64(value: dict) -> bytes:
+    if not is_base64(value):
         raise invalid(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
     try:
         return base64.b64decode(value["b64"], validate=True)

@@ -5,7 +5,7 @@
 
 It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
 127.0.0.1 only, and ends on Ctrl-C. New version folders are served within a second.
-Not built: classify, regress and metrics.
+Not built: metrics, unix sockets.
 """
 
 import argparse

@@ -8,6 +8,7 @@ import weakref
 import zlib
 from dataclasses import dataclass
 
+import examples
 import json_replies
 import json_requests
 from google.protobuf import json_format
@@ -171,9 +172,12 @@ class RestApi:
         return reader.read(body) if reader.usable else None
 
     def classify(self, route: Route, body: bytes) -> bytes:
-        raise ServingError("UNIMPLEMENTED", f"The local server has no {route.verb} yet; use predict")
+        find_servable = functools.partial(self.library.find, route.name, route.version, route.label)
+        return examples.write_classifications(examples.classify(*examples.read_json(body, find_servable)))
 
-    regress = classify
+    def regress(self, route: Route, body: bytes) -> bytes:
+        find_servable = functools.partial(self.library.find, route.name, route.version, route.label)
+        return examples.write_regressions(examples.regress(*examples.read_json(body, find_servable)))
 
     def status(self, route: Route, body: bytes) -> bytes:
         return f"{to_json(self.library.status(route.name, route.version, route.label))}\n".encode()

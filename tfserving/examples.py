@@ -1,0 +1,203 @@
+"""Classify, Regress and MultiInference: tf.Examples in, labelled scores or one value each out.
+
+These are TensorFlow Serving's older verbs (its prediction_service.proto). They work on signatures that say so by
+their method_name, which tf.compat.v1.saved_model.classification_signature_def and regression_signature_def write;
+the signature parses the serialized examples itself.
+"""
+
+import json
+import math
+
+import numpy as np
+from json_replies import format_float
+from json_requests import decode_base64, invalid, is_base64, parse, quote
+from servables import DEFAULT_SIGNATURE, Servable, ServingError, Signature
+from tensorflow.core.example import example_pb2
+from tensorflow_serving.apis import classification_pb2, inference_pb2, input_pb2, regression_pb2
+
+CLASSIFY = "tensorflow/serving/classify"
+REGRESS = "tensorflow/serving/regress"
+
+
+def classify(servable: Servable, signature_name: str, examples) -> classification_pb2.ClassificationResult:
+    """Return labels and scores of every example of an Input message. Raises ServingError."""
+    signature = _choose(servable, signature_name, CLASSIFY, "classification")
+    outputs, count = _run(signature, examples)
+    classes, scores = outputs.get("classes"), outputs.get("scores")
+    if classes is None and scores is None:
+        raise ServingError(
+            "FAILED_PRECONDITION",
+            'Expected classification signature outputs to contain at least one of "classes" or "scores".',
+        )
+    for name, array, kind in (("classes", classes, "O"), ("scores", scores, "f")):
+        if array is not None and array.ndim != 2:
+            raise invalid(f"Expected Tensor shape: [batch_size num_classes] but got {_shape(array)}")
+        if array is not None and (array.dtype.kind != kind or (kind == "f" and array.dtype != np.float32)):
+            raise invalid(f"Expected {name} Tensor of {'DT_STRING' if kind == 'O' else 'DT_FLOAT'}.")
+        if array is not None and len(array) != count:
+            raise invalid(f"Expected {name} output batch size of {count}. Got: {len(array)}")
+    if classes is not None and scores is not None and classes.shape[1] != scores.shape[1]:
+        raise invalid(
+            f"Tensors class and score should match in dim_size(1). Got {classes.shape[1]} vs. {scores.shape[1]}"
+        )
+    result = classification_pb2.ClassificationResult()
+    for i in range(count):
+        row = result.classifications.add()
+        for k in range((scores if classes is None else classes).shape[1]):
+            label = "" if classes is None else classes[i, k].decode("utf-8", "replace")
+            row.classes.add(label=label, score=0.0 if scores is None else scores[i, k])
+    return result
+
+
+def regress(servable: Servable, signature_name: str, examples) -> regression_pb2.RegressionResult:
+    """Return one value for every example of an Input message. Raises ServingError."""
+    signature = _choose(servable, signature_name, REGRESS, "regression")
+    outputs, count = _run(signature, examples)
+    values = outputs.get("outputs")
+    if values is None:
+        raise ServingError("FAILED_PRECONDITION", "No regression outputs found in SignatureDef.")
+    if not (values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)):
+        raise invalid(
+            f"Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got {_shape(values)}"
+        )
+    if len(values) != count:
+        raise invalid(f"Input batch size did not match output batch size. Expected: {count} Got: {len(values)}")
+    if values.dtype != np.float32:
+        raise invalid("Expected output Tensor of DT_FLOAT.")
+    result = regression_pb2.RegressionResult()
+    for value in values.ravel().tolist():
+        result.regressions.add(value=value)
+    return result
+
+
+def multi_inference(library, request) -> inference_pb2.MultiInferenceResponse:
+    """Answer every task of a MultiInferenceRequest on the same examples. Raises ServingError."""
+    response = inference_pb2.MultiInferenceResponse()
+    names = {task.model_spec.name for task in request.tasks}
+    if not request.tasks:
+        raise invalid("Inference request must have at least one task.")
+    if len(names) > 1:
+        raise invalid("All ModelSpecs in a MultiInferenceRequest must access the same model name.")
+    seen = set()
+    for task in request.tasks:
+        spec = task.model_spec
+        signature_name = spec.signature_name or DEFAULT_SIGNATURE
+        if signature_name in seen:
+            raise invalid(f"Duplicate evaluation of signature: {signature_name}")
+        seen.add(signature_name)
+        version = spec.version.value if spec.HasField("version") else None
+        label = spec.version_label if spec.WhichOneof("version_choice") == "version_label" else None
+        servable = library.find(spec.name, version, label)
+        result = response.results.add()
+        match task.method_name:
+            case "tensorflow/serving/classify":
+                result.classification_result.CopyFrom(classify(servable, signature_name, request.input))
+            case "tensorflow/serving/regress":
+                result.regression_result.CopyFrom(regress(servable, signature_name, request.input))
+            case other:
+                raise ServingError("UNIMPLEMENTED", f"Unsupported signature method_name: {other}")
+        result.model_spec.name = servable.name
+        result.model_spec.version.value = servable.version
+        result.model_spec.signature_name = signature_name
+    return response
+
+
+def read_json(body: bytes, find_servable) -> tuple[Servable, str, input_pb2.Input]:
+    """Return (servable, signature name, examples) of a classify or regress request's JSON. Raises ServingError.
+
+    `{"signature_name": …, "context": {feature: value}, "examples": [{feature: value or list}, …]}`, as TensorFlow
+    Serving's api_rest.md has it; the type of a feature is that of its JSON values.
+    """
+    document = parse(body)
+    if not isinstance(document, dict):
+        raise invalid(f"JSON Value: {quote(document)} Is not object")
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        raise invalid(f"JSON Value: {quote(document)} 'signature_name' key must be a string value.")
+    servable = find_servable()
+    rows = document.get("examples")
+    if not isinstance(rows, list) or not rows:
+        raise invalid("When method is classify or regress, key 'examples' is expected and must be a list of objects")
+    examples = input_pb2.Input()
+    if "context" in document:
+        _fill(document["context"], examples.example_list_with_context.context)
+        target = examples.example_list_with_context.examples
+    else:
+        target = examples.example_list.examples
+    for row in rows:
+        _fill(row, target.add())
+    return servable, name, examples
+
+
+def write_classifications(result: classification_pb2.ClassificationResult) -> bytes:
+    """The reply to a REST classify: for each example a list of [label, score]."""
+    rows = [
+        ", ".join(f"[{json.dumps(c.label, ensure_ascii=False)}, {format_float(c.score)}]" for c in row.classes)
+        for row in result.classifications
+    ]
+    return ('{\n    "results": [' + ", ".join(f"[{row}]" for row in rows) + "\n    ]\n}").encode()
+
+
+def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
+    """The reply to a REST regress: a value for each example."""
+    values = ", ".join(format_float(regression.value) for regression in result.regressions)
+    return f'{{\n    "results": [{values}\n    ]\n}}'.encode()
+
+
+def _choose(servable: Servable, signature_name: str, method: str, kind: str) -> Signature:
+    signature_name = signature_name or DEFAULT_SIGNATURE
+    if signature_name not in servable.signatures:
+        raise invalid(f"No signature was found with the name: {signature_name}")
+    found = servable.definitions[signature_name].method_name
+    if found != method:
+        raise invalid(f"Expected {kind} signature method_name to be {method}. Was: {found}")
+    signature = servable.signatures[signature_name]
+    if list(signature.inputs) != ["inputs"]:
+        raise ServingError("FAILED_PRECONDITION", f"No {kind} inputs found in SignatureDef.")
+    return signature
+
+
+def _run(signature: Signature, examples: input_pb2.Input) -> tuple[dict[str, np.ndarray], int]:
+    """Return the outputs by alias and the number of examples."""
+    kind = examples.WhichOneof("kind")
+    if kind is None:
+        raise invalid("Input is empty.")
+    rows = getattr(examples, kind).examples
+    # Serialized messages that are joined are merged: where both have a feature, the later one, the example's, counts.
+    common = examples.example_list_with_context.context.SerializeToString() if kind.endswith("context") else b""
+    if not rows:
+        raise invalid("Input is empty.")
+    serialized = np.array([common + row.SerializeToString() for row in rows], dtype=object)
+    return signature.run({"inputs": serialized}), len(rows)
+
+
+def _fill(row, example: example_pb2.Example) -> None:
+    if not isinstance(row, dict):
+        raise invalid(f"Example must be JSON object but got JSON Value: {quote(row)}")
+    for name, value in row.items():
+        feature = example.features.feature[name]
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool) or item is None or isinstance(item, list):
+                raise invalid(f"Unsupported value of feature: {name}: {quote(item)}")
+            if isinstance(item, str) or is_base64(item):
+                field = "bytes_list"
+                data = item.encode("utf-8", "surrogateescape") if isinstance(item, str) else decode_base64(item)
+            elif isinstance(item, int) and -(2**63) <= item < 2**63:
+                field, data = "int64_list", item
+            elif isinstance(item, int | float):
+                field, data = "float_list", _as_float32(name, item)
+            else:
+                raise invalid(f"Unsupported value of feature: {name}: {quote(item)}")
+            if feature.WhichOneof("kind") not in (None, field):
+                raise invalid(f"Unexpected element type in feature: {name}; all values must be of one type")
+            getattr(feature, field).value.append(data)
+
+
+def _as_float32(name: str, value: int | float) -> float:
+    if math.isfinite(value) and abs(value) > float(np.finfo(np.float32).max):
+        raise invalid(f"Number too big for a float in feature: {name}")
+    return value
+
+
+def _shape(array: np.ndarray) -> str:
+    return f"[{','.join(map(str, array.shape))}]"
