@@ -1,7 +1,9 @@
 """What hurts in production, on real servers: junk bodies, rude clients, overload, a killed worker."""
 
+import contextlib
 import http.client
 import json
+import os
 import signal
 import socket
 import threading
@@ -15,6 +17,7 @@ import pytest
 from bad_requests import GOOD_ROW
 from conftest import start
 from endpoint import Request
+from environment import split_cpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from load_generator import LoadGenerator, constant_arrivals, make_exchanges
@@ -149,16 +152,34 @@ def test_two_requests_sent_at_once_on_one_connection_get_both_right_answers(serv
 # Overload, and what a dead worker costs. Servers of their own: the shared ones are not to suffer.
 
 
+@contextlib.contextmanager
+def apart(server: ServerProcess):
+    """Keep the server and this process on cores of their own: the open loop never sleeps."""
+    server_cpus, client_cpus = split_cpus()
+    if server_cpus is None:
+        yield
+        return
+    usual = os.sched_getaffinity(0)
+    for process in server.processes():
+        for thread in process.threads():
+            os.sched_setaffinity(thread.id, server_cpus)
+    os.sched_setaffinity(0, client_cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, usual)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchserve-tuned", "tfserving-tuned", "bentoml-tuned", "onnx-tuned"])
 def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch, capsys):
     test_rows, _ = load_test_rows()
     # What is still unsent or unanswered two seconds after the last request was due counts as failed.
     monkeypatch.setattr(load_generator, "REPLY_TIMEOUT_S", 2.0)
-    with start(name) as server:
+    with start(name) as server, apart(server):
         exchanges = make_exchanges(server.endpoint, "1", test_rows, load_expected("1"))
         with LoadGenerator(server.endpoint, exchanges, 64) as load:
-            load.run_closed(5.0)
+            load.run_closed(10.0)  # Java compiles itself while it runs
             capacity = load.run_closed(2.0).rate
         with LoadGenerator(server.endpoint, exchanges, 1) as load:
             normal_s = np.median(load.run_closed(2.0).latencies_s)
@@ -180,7 +201,13 @@ def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch,
         )
     assert window.wrong == 0
     assert window.rate > 0.5 * capacity, "it answers less the more it is asked"
-    allowed = {"status 429", "status 503", "not sent: no connection was free", "no reply in 2 s"}
+    allowed = {
+        "status 429",
+        "status 503",
+        "server closes after each reply",
+        "not sent: no connection was free",
+        "no reply in 2 s",
+    }
     assert set(window.errors) <= allowed, window.errors
     assert growth < MAX_GROWTH_BYTES
     assert after_s < 2 * normal_s
