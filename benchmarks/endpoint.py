@@ -18,7 +18,7 @@ REPOSITORY_DIR = BENCHMARKS_DIR.parent
 KINDS = {
     "native": "the framework's own server",
     "docker": "the framework's own image",
-    "local": "this repository's stand-in for the framework's server",
+    "local": "this repository's own server: the framework has none, or it cannot be installed",
     "floor": "no model: the cost of the harness and of HTTP alone",
 }
 

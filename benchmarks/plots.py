@@ -324,7 +324,7 @@ def draw_cold_start(measured: Measured) -> tuple[Figure, str] | None:
     axes.set_yticks(range(len(starts)), [measured.label(name) for name in starts])
     axes.invert_yaxis()
     axes.set_xlim(0, max(run["ready_s"] for runs in starts.values() for run in runs) * 1.15)
-    axes.set_xlabel("seconds since the process was spawned (median of its starts)")
+    axes.set_xlabel("seconds since the process was spawned, median")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     muted = {"facecolor": LIGHT["muted"], "edgecolor": "none"}

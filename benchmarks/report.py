@@ -38,7 +38,6 @@ from results import (
     Knee,
     ResultError,
     describe_arrivals,
-    describe_rounds,
     newest_result_path,
     read_result,
 )
@@ -147,14 +146,14 @@ def answer_breaking(measured: Measured) -> Answer:
     for name, knee in sorted(measured.knees.items(), key=lambda item: -(item[1].sustained_rate or 0)):
         sustained = f"{knee.sustained_rate:,.0f}" if knee.sustained_rate else "none offered"
         broken = f"{knee.broken_rate:,.0f}" if knee.broken_rate else "did not"
-        rows.append([measured.label(name), sustained, broken, describe_rounds(knee), knee.reason])
+        rows.append([measured.label(name), sustained, broken, knee.reason])
         if not measured.is_floor(name):
             sentences.append(f"{measured.label(name)} {_bracket(knee)}")
     note = (
         f"A server breaks where it answers less than it is offered, errs, or its p99 passes {objective_ms:g} ms. The "
         "truth lies between the two rates; finer steps (--rates) narrow it."
     )
-    header = ["server", "keeps up with, req/s", "breaks at, req/s", "each round alone", "because"]
+    header = ["server", "keeps up with, req/s", "breaks at, req/s", "because"]
     return Answer(question, f"In requests/s: {'; '.join(sentences)}.", header, rows, [note])
 
 

@@ -274,7 +274,7 @@ def _judge_sweep(result: dict, endpoint: str) -> Knee | None:
     for cell in sorted(cells, key=lambda cell: cell.offered_rate):
         p99 = cell.percentile_s(99)
         if not cell.keeps_up:
-            return Knee(sustained, cell.offered_rate, f"answered {cell.rate.estimate:,.0f} per second")
+            return Knee(sustained, cell.offered_rate, f"answered {cell.rate.estimate:,.0f}/s")
         if p99 is not None and p99.estimate > objective_s:
             return Knee(sustained, cell.offered_rate, f"p99 {p99.estimate * 1000:.0f} ms")
         sustained = cell.offered_rate

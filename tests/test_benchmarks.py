@@ -286,7 +286,7 @@ def test_a_knee_is_where_the_rate_or_the_objective_breaks():
     strong = sweep("strong", {100.0: 0.01, 200.0: 0.01})
     result = make_result(*late, *behind, *strong)
     assert find_knee(result, "late") == Knee(200.0, 300.0, "p99 90 ms", 200.0, 300.0)
-    assert find_knee(result, "behind") == Knee(100.0, 200.0, "answered 160 per second", 100.0, 200.0)
+    assert find_knee(result, "behind") == Knee(100.0, 200.0, "answered 160/s", 100.0, 200.0)
     assert find_knee(result, "strong") == Knee(200.0, None, "held at every rate offered", 200.0)
 
 
