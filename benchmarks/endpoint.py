@@ -7,7 +7,7 @@ Every server is one file `endpoint_<name>.py` in this folder with one subclass o
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ class Request:
     body: bytes  # for gRPC the serialized message
     method: str = "POST"
     content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)  # what else it needs, such as a token; for gRPC metadata
 
 
 class Endpoint:

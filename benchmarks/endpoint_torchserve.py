@@ -39,6 +39,17 @@ class TorchServeEndpoint(Endpoint):
     def path(self, version: str) -> str:
         return f"/predictions/my_model/{self.native_version(version)}"
 
+    def request(self, rows: list, version: str) -> Request:
+        return Request(self.path(version), self.body(rows, version), headers=self.token("inference"))
+
+    def token(self, kind: str) -> dict[str, str]:
+        """The header that a server with tokens wants, `kind` inference or management; none where there are no keys."""
+        try:
+            keys = json.loads((self.folder / "keys" / f"{self.ports['rest']}.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):  # a server without tokens, or not up yet
+            return {}
+        return {"Authorization": f"Bearer {keys[kind]['key']}"}
+
     def decode(self, reply: bytes) -> np.ndarray:
         try:
             probabilities = np.array(json.loads(reply), dtype=float)
@@ -63,7 +74,9 @@ class TorchServeGrpcEndpoint(TorchServeEndpoint):
         message = _messages()["PredictionsRequest"](
             model_name="my_model", model_version=self.native_version(version), input=[field]
         )
-        return Request(self.path(version), message.SerializeToString(), content_type="application/grpc")
+        return Request(
+            self.path(version), message.SerializeToString(), "POST", "application/grpc", self.token("inference")
+        )
 
     def decode(self, reply: bytes) -> np.ndarray:
         from google.protobuf.message import DecodeError
@@ -81,6 +94,7 @@ TUNED_SETTINGS = {
     "batching": "up to 64, 1 ms",
     "access log": "off",
     "system metrics": "off",
+    "tokens": "required",
 }
 
 

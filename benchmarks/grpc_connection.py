@@ -109,6 +109,7 @@ class GrpcConnection:
             (":authority", f"127.0.0.1:{port}"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
+            *((name.lower(), value) for name, value in request.headers.items()),
         ]
         # "Never indexed": the server remembers nothing, so the block can be sent again as it is.
         block = hpack.Encoder().encode([hpack.NeverIndexedHeaderTuple(*header) for header in headers])

@@ -98,8 +98,9 @@ class _Connection:
     @staticmethod
     def encode(port: int, request: Request) -> bytes:
         """Encode `request` once for many sends."""
+        headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
         head = (
-            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}"
             f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
         )
         return head.encode() + request.body

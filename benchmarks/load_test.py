@@ -128,7 +128,7 @@ class RowUser(FastHttpUser):
             request.method,
             request.path,
             data=request.body,
-            headers={"Content-Type": request.content_type},
+            headers={"Content-Type": request.content_type, **request.headers},
             name=f"{self.endpoint.name} {request.path}",
             catch_response=True,
         ) as reply:

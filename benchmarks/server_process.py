@@ -41,7 +41,8 @@ def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, byt
     """Send one request on a connection of its own; return the status and the body. OSError where nobody answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
     try:
-        connection.request(request.method, request.path, request.body, {"Content-Type": request.content_type})
+        headers = {"Content-Type": request.content_type, **request.headers}
+        connection.request(request.method, request.path, request.body, headers)
         reply = connection.getresponse()
         return reply.status, reply.read()
     finally:

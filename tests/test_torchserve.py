@@ -1,6 +1,7 @@
 """TorchServe: the handler, the launcher, the document's commands, and the parity contract over REST and gRPC."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +26,7 @@ import torch
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask, find_free_ports, send
+from server_process import ServerProcess, ask, find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "torchserve"
 ENDPOINT = load_endpoints()["torchserve"]
@@ -116,7 +118,7 @@ def handler(monkeypatch):
     from custom_handler import CustomClassifier
 
     handler = CustomClassifier()
-    manifest = {"model": {"serializedFile": "model.pth", "modelFile": "model.py"}}
+    manifest = {"model": {"serializedFile": "model.pth", "modelFile": "model.py", "modelVersion": "1.0"}}
     properties = {"model_dir": str(FOLDER), "gpu_id": None}
     handler.initialize(SimpleNamespace(manifest=manifest, system_properties=properties, model_yaml_config={}))
     handler.passes = []
@@ -133,9 +135,20 @@ def handle(handler, requests: list[dict], headers: dict | None = None):
     context = Context("my_model", str(FOLDER), {}, len(requests), None, "0.12.0")
     form = {"body": {"content-type": "application/json"}, **(headers or {})}
     context.request_processor = [RequestProcessor(dict(form)) for _ in requests]
+    context.metrics = handler.metrics = MetricsRecord()
     replies = [json.loads(reply) for reply in handler.handle(requests, context)]
     assert all(context.get_response_content_type(i) == "application/json" for i in range(len(requests)))
     return replies, [context.get_response_status(i)[0] for i in range(len(requests))]
+
+
+class MetricsRecord:
+    """Stands where a worker has TorchServe's metrics; `counts` holds what was added, by name and dimensions."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def add_counter(self, name, value, idx=None, dimensions=()):
+        self.counts[name, *(f"{dimension.name}={dimension.value}" for dimension in dimensions)] = value
 
 
 def test_a_bad_request_in_a_batch_fails_alone_and_the_others_share_one_forward_pass(handler):
@@ -152,6 +165,13 @@ def test_a_bad_request_in_a_batch_fails_alone_and_the_others_share_one_forward_p
     replies, statuses = handle(handler, requests)
     assert statuses == [200, 400, 200, 400, 200, 400]
     assert handler.passes == [6]
+    malignant = int((expected[:6, 0] > 0.5).sum())
+    assert 0 < malignant < 6
+    assert handler.metrics.counts == {
+        ("predicted_rows", "ModelVersion=1.0", "Class=malignant"): malignant,
+        ("predicted_rows", "ModelVersion=1.0", "Class=benign"): 6 - malignant,
+        ("refused_requests", "ModelVersion=1.0"): 3,
+    }
     for reply, part in ((replies[0], expected[:1]), (replies[2], expected[1:4]), (replies[4], expected[4:6])):
         assert np.abs(np.array(reply) - part).max() <= TOLERANCE
     assert replies[1] == {"code": 400, "type": "BadRequestException", "message": "data[0] has 2 features, not 5"}
@@ -258,11 +278,24 @@ def test_the_default_version_can_be_set_while_the_server_runs(torchserve_server)
     assert np.array_equal(reply, ask(endpoint, [GOOD_ROW], "2"))
 
 
-def test_metrics_are_prometheus_text(torchserve_server):
-    ask(torchserve_server.endpoint, [GOOD_ROW], "1")
-    status, body = send(torchserve_server.endpoint.ports["metrics"], Request("/metrics", b"", method="GET"))
-    assert status == 200
-    assert b'ts_inference_requests_total{model_name="my_model"' in body
+def test_metrics_are_prometheus_text_and_the_handler_adds_its_own(torchserve_server):
+    endpoint = torchserve_server.endpoint
+    rows, _ = load_test_rows()
+    malignant = int((load_expected("1")[:, 0] > 0.5).sum())
+    added = {"malignant": malignant, "benign": len(rows) - malignant}
+
+    def read() -> dict[str, float]:
+        status, body = send(endpoint.ports["metrics"], Request("/metrics", b"", method="GET"))
+        assert status == 200
+        assert b'ts_inference_requests_total{model_name="my_model"' in body
+        lines = re.findall(r'^predicted_rows{ModelVersion="1.0",Class="(\w+)",.*} (\S+)$', body.decode(), re.MULTILINE)
+        return {name: float(value) for name, value in lines}
+
+    ask(endpoint, rows, "1")  # all counters are there
+    wait_until(lambda: read().keys() == added.keys(), "predicted_rows of both classes")
+    before = read()
+    ask(endpoint, rows, "1")
+    wait_until(lambda: read() == {name: before[name] + added[name] for name in added}, f"{added} more rows")
 
 
 def test_requests_that_torchserve_batches_fail_or_succeed_alone(torchserve_server):
@@ -335,6 +368,103 @@ def test_the_grpc_client_without_a_server_says_so(folder):
     assert_one_line(result, f"127.0.0.1:{port}", "serve.py running?")
 
 
+# The tuned server: tokens, and versions that come and go
+
+
+@pytest.fixture(scope="module")
+def tuned_server(tmp_path_factory):
+    """torchserve-tuned in a copy of the folder, with more archives in its store; every call of it needs a token.
+
+    Of version 3.0 there is good.mar, which holds the weights of 1.0, and broken.mar, which holds half of them;
+    cut.mar is half a file.
+    """
+    copy = tmp_path_factory.mktemp("tuned") / "torchserve"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "keys", "__pycache__"))
+    store = copy / "model_store"
+    rewrite_archive(store / "model_v1.mar", store / "good.mar", version="3.0")
+    rewrite_archive(store / "model_v1.mar", store / "broken.mar", version="3.0", weights_bytes=5000)
+    (store / "cut.mar").write_bytes((store / "model_v1.mar").read_bytes()[:4000])
+    endpoint = load_endpoints()["torchserve-tuned"](find_ports())
+    endpoint.folder = copy
+    with ServerProcess(endpoint) as server:
+        yield server
+
+
+def test_without_the_right_token_nothing_but_the_metrics_answers(tuned_server):
+    endpoint = tuned_server.endpoint
+    keys_path = endpoint.folder / "keys" / f"{endpoint.ports['rest']}.json"
+    keys = json.loads(keys_path.read_text())
+    assert keys_path.stat().st_mode & 0o077 == 0, "others can read the keys"
+    assert datetime.fromisoformat(keys["inference"]["expiration time"]) > datetime.now(UTC) + timedelta(days=6)
+    inference, management = endpoint.token("inference"), endpoint.token("management")
+    predict = endpoint.request([GOOD_ROW], "1")
+    models = Request("/models", b"", "GET")
+    for role, request, right in (("rest", predict, inference), ("management", models, management)):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, inference, management):
+            status, body = send(endpoint.ports[role], dataclasses.replace(request, headers=headers))
+            assert (status == 200) == (headers == right), (role, headers, body)
+            assert status == 200 or "Token Authorization failed" in json.loads(body)["message"]
+    assert send(endpoint.ports["rest"], Request("/ping", b"", "GET"))[0] == 400
+    assert send(endpoint.ports["metrics"], Request("/metrics", b"", "GET"))[0] == 200
+
+    address = f"127.0.0.1:{endpoint.ports['grpc']}"
+    refused = run_script(FOLDER, "grpc_client.py", "--address", address, check=False)
+    assert_one_line(refused, "Token Authorization failed")
+    output = run_script(FOLDER, "grpc_client.py", "--address", address, "--keys", str(keys_path)).stdout
+    assert output.count("malignant") == 2
+
+
+@pytest.mark.parametrize(
+    ("archive", "message"), [("cut.mar", "Failed to save model"), ("broken.mar", "Failed to start workers")]
+)
+def test_a_corrupt_new_version_never_replaces_a_good_one(tuned_server, archive, message):
+    rows, _ = load_test_rows()
+    path = f"/models?url={archive}&model_name=my_model&initial_workers=1&synchronous=true"
+    status, reply = manage(tuned_server, "POST", path)
+    assert (status, json.loads(reply)["type"]) == (500, "InternalServerException")
+    assert message in json.loads(reply)["message"]
+    assert list_versions(tuned_server) == ["1.0", "2.0"]  # it has removed itself: nothing tries to start it again
+    for version in ("1", "2"):
+        assert np.abs(ask(tuned_server.endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
+    assert np.abs(ask_default(tuned_server, rows) - load_expected("2")).max() <= TOLERANCE
+
+
+def test_a_new_version_takes_over_under_load_and_the_old_one_retires_without_a_lost_or_mixed_answer(tuned_server):
+    """Eight clients ask the default version throughout, more than 1,000 times; 3.0 holds the weights of 1.0."""
+    rows, _ = load_test_rows()
+    expected = {"2.0": load_expected("2"), "3.0": load_expected("1")}
+    answered: list[list[str]] = [[] for _ in range(8)]  # by client: the versions whose answers it got
+    retired = threading.Event()
+
+    def ask_on_and_on(versions: list[str]) -> None:
+        while not retired.is_set() or len(versions) < 130:
+            place = len(versions) % (len(rows) - 2)
+            answer = ask_default(tuned_server, rows[place : place + 3])
+            fits = [v for v in expected if np.abs(answer - expected[v][place : place + 3]).max() <= TOLERANCE]
+            versions.append(fits[0] if fits else "neither")
+
+    with ThreadPoolExecutor(len(answered)) as pool:
+        clients = [pool.submit(ask_on_and_on, versions) for versions in answered]
+        try:
+            path = "/models?url=good.mar&model_name=my_model&batch_size=64&max_batch_delay=1&initial_workers=1"
+            assert manage(tuned_server, "POST", f"{path}&synchronous=true")[0] == 200
+            status, reply = manage(tuned_server, "DELETE", "/models/my_model/2.0")
+            assert (status, json.loads(reply)["type"]) == (403, "InvalidModelVersionException")  # the default one
+            assert manage(tuned_server, "PUT", "/models/my_model/3.0/set-default")[0] == 200
+            # Removing a version ends its workers with what they are at.
+            wait_until(lambda: all(versions[-1:] == ["3.0"] for versions in answered), "the end of requests to 2.0")
+            assert manage(tuned_server, "DELETE", "/models/my_model/2.0")[0] == 200
+        finally:
+            retired.set()
+    for client in clients:
+        client.result()
+    assert sum(map(len, answered)) >= 1000
+    for versions in answered:
+        assert set(versions) == {"2.0", "3.0"}
+        assert versions == sorted(versions)  # whoever has had 3.0 gets 2.0 no more
+    assert list_versions(tuned_server) == ["1.0", "3.0"]
+
+
 # The launcher: what it refuses
 
 
@@ -382,12 +512,7 @@ def test_a_missing_key_in_the_configuration_is_one_line(folder):
 
 def test_a_state_dict_that_cannot_be_loaded_ends_the_server_with_one_line(folder, launcher):
     archive = folder / "model_store" / "model_v2.mar"
-    with zipfile.ZipFile(archive) as before:
-        files = {name: before.read(name) for name in before.namelist()}
-    files["model.pth"] = files["model.pth"][:5000]
-    with zipfile.ZipFile(archive, "w") as after:
-        for name, content in files.items():
-            after.writestr(name, content)
+    rewrite_archive(archive, archive, version="2.0", weights_bytes=5000)
     server = launcher()
     assert server.process.wait(DEADLINE_S) == 1
     server.assert_nothing_left()
@@ -421,12 +546,16 @@ def test_a_signal_during_the_start_ends_everything(launcher, number):
     assert list(server.scratch.glob("torchserve-*")) == []
 
 
-def test_killing_the_launcher_by_force_leaves_no_process(launcher):
+def test_killing_the_launcher_by_force_leaves_no_process_and_no_file(folder, launcher):
+    edit(folder / "config.properties", "disable_token_authorization=true", "")
     server = launcher()
     server.find("model_service_worker")
+    keys_dir = folder / "keys"
+    assert len(list(keys_dir.iterdir())) == len(list(server.scratch.glob("torchserve-*"))) == 1
     server.process.kill()
     server.process.wait(DEADLINE_S)
     server.assert_nothing_left()
+    wait_until(lambda: not [*keys_dir.iterdir(), *server.scratch.glob("torchserve-*")], "clean folders")
 
 
 # The document's own commands
@@ -475,7 +604,7 @@ def test_the_documents_start_predict_and_register_commands_work_as_written(folde
 def folder(tmp_path) -> Path:
     """A copy of the folder with its artifacts, to damage; TorchServe starts one worker per version in it."""
     copy = tmp_path / "torchserve"
-    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "__pycache__"))
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "keys", "__pycache__"))
     with (copy / "config.properties").open("a") as config:
         config.write("default_workers_per_model=1\n")
     return copy
@@ -616,8 +745,36 @@ def answers(port: int) -> bool:
 
 def manage(server, method: str, path: str) -> tuple[int, bytes]:
     """Send a request to the management address; it takes an empty body for JSON where the header says JSON."""
-    request = Request(path, b"", method=method, content_type="text/plain")
+    request = Request(path, b"", method, content_type="text/plain", headers=server.endpoint.token("management"))
     return send(server.endpoint.ports["management"], request)
+
+
+def ask_default(server, rows: list) -> np.ndarray:
+    """Return what the server answers to a request that names no version."""
+    endpoint = server.endpoint
+    request = dataclasses.replace(endpoint.request(rows, "1"), path="/predictions/my_model")
+    status, body = send(endpoint.ports["rest"], request)
+    assert status == 200, body
+    return endpoint.decode(body)
+
+
+def list_versions(server) -> list[str]:
+    status, body = manage(server, "GET", "/models/my_model/all")
+    assert status == 200, body
+    return sorted(model["modelVersion"] for model in json.loads(body))
+
+
+def rewrite_archive(source: Path, target: Path, version: str, weights_bytes: int | None = None) -> None:
+    """Copy an archive as another version, with its weights cut to their first bytes."""
+    with zipfile.ZipFile(source) as before:
+        files = {name: before.read(name) for name in before.namelist()}
+    manifest = json.loads(files["MAR-INF/MANIFEST.json"])
+    manifest["model"]["modelVersion"] = version
+    files["MAR-INF/MANIFEST.json"] = json.dumps(manifest).encode()
+    files["model.pth"] = files["model.pth"][:weights_bytes]
+    with zipfile.ZipFile(target, "w") as after:
+        for name, content in files.items():
+            after.writestr(name, content)
 
 
 def manifest(path: Path) -> dict:

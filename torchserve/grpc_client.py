@@ -3,7 +3,8 @@
     python grpc_client.py
     python grpc_client.py 13.82 24.49 0.1162 0.1357 0.2275
 
-Sends one row of five raw features to both versions and prints their probabilities; writes nothing.
+Sends one row of five raw features to both versions and prints their probabilities; writes nothing. Where serve.py has
+left keys/8080.json, the server wants tokens, and gets one.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import grpc
 
+KEYS_PATH = Path(__file__).resolve().parent / "keys" / "8080.json"
 SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
 
 # Compiles the .proto file here and now; it is looked up by its name on the import path.
@@ -20,15 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 messages, services = grpc.protos_and_services("inference.proto")
 
 
-def predict(channel: grpc.Channel, rows: list, version: str = "") -> list[list[float]]:
+def predict(channel: grpc.Channel, rows: list, version: str = "", key: str = "") -> list[list[float]]:
     """Return [P(malignant), P(benign)] per row; without `version` the default version answers.
+
+    `key` is the inference key of a server with tokens.
 
     Raises ValueError where the handler refuses the rows, grpc.RpcError where TorchServe refuses the request.
     """
     request = messages.PredictionsRequest(
         model_name="my_model", model_version=version, input={"data": json.dumps(rows).encode()}
     )
-    reply = json.loads(services.InferenceAPIsServiceStub(channel).Predictions(request, timeout=30).prediction)
+    metadata = [("authorization", f"Bearer {key}")] if key else []
+    call = services.InferenceAPIsServiceStub(channel).Predictions
+    reply = json.loads(call(request, timeout=30, metadata=metadata).prediction)
     # The gRPC status is OK even then: over gRPC, TorchServe drops the status that a handler sets.
     if isinstance(reply, dict):
         raise ValueError(reply["message"])
@@ -39,11 +45,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", type=float, nargs="*", default=SAMPLE_ROW, help="raw features (default: a test row)")
     parser.add_argument("--address", default="127.0.0.1:7070", help="where TorchServe is (default: 127.0.0.1:7070)")
+    parser.add_argument(
+        "--keys", type=Path, default=KEYS_PATH, help="the server's keys, if it wants any (default: keys/8080.json here)"
+    )
     arguments = parser.parse_args()
+    key = json.loads(arguments.keys.read_text())["inference"]["key"] if arguments.keys.is_file() else ""
     with grpc.insecure_channel(arguments.address) as channel:
         for version in ("1.0", "2.0"):
             try:
-                [[malignant, benign]] = predict(channel, [arguments.row], version)
+                [[malignant, benign]] = predict(channel, [arguments.row], version, key)
             except ValueError as error:
                 sys.exit(f"grpc_client: {error}")
             except grpc.RpcError as error:

@@ -4,7 +4,8 @@
     python serve.py --config config-tuned.properties --log-config log4j2-tuned.xml
 
 Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties; requests that name no version get 2.0.
-Writes nothing here: this TorchServe has a temporary folder of its own, so it never meets another one on the machine.
+This TorchServe has a temporary folder of its own, so it never meets another one on the machine. Where the configuration
+asks for tokens, keys/8080.json (after the REST port) leads to them while it runs; nothing else is written here.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 FOLDER = Path(__file__).resolve().parent
+KEYS_DIR = FOLDER / "keys"
 MODEL_NAME = "my_model"
 ARCHIVES = {"2.0": "model_v2.mar", "1.0": "model_v1.mar"}  # the first to be registered is the default version
 SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
@@ -33,8 +35,21 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
 POLL_INTERVAL_S = 0.1
 
-# Waits until serve.py closes the pipe or is gone, even by kill -9, then ends the server's process group.
-GUARDIAN = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
+# Waits until serve.py closes the pipe or is gone, even by kill -9, then ends the server's process group and removes
+# what it had written.
+GUARDIAN = """
+import contextlib, os, pathlib, shutil, signal, sys, time
+group, folder, keys_link = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
+sys.stdin.read()
+with contextlib.suppress(ProcessLookupError):
+    os.killpg(group, signal.SIGKILL)
+    for _ in range(100):
+        os.killpg(group, 0)
+        time.sleep(0.05)
+shutil.rmtree(folder, ignore_errors=True)
+if keys_link.is_symlink() and not keys_link.exists():
+    keys_link.unlink()
+"""
 
 
 class Interrupted(Exception):
@@ -118,6 +133,19 @@ def check_ports(host: str, ports: dict[str, int]) -> None:
                 sys.exit(f"serve: {host}:{port} ({role}): {error.strerror}; stop that program or choose --{role}-port")
 
 
+def has_tokens(config: dict[str, str]) -> bool:
+    """Whether TorchServe will want tokens: it does unless told otherwise."""
+    return config.get("disable_token_authorization", "").lower() != "true"
+
+
+def make_folder(path: Path, remedy: str) -> None:
+    """Make a folder; SystemExit with one line where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"serve: {path}: {error.strerror}; {remedy}")
+
+
 def find_java_home() -> str | None:
     """Return the JAVA_HOME to run with, None where `java` on the PATH will do; SystemExit where there is no Java."""
     java_home = os.environ.get("JAVA_HOME")
@@ -154,9 +182,12 @@ class TorchServe:
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
         self.log_dir.mkdir(exist_ok=True)
-        self.key_path = self.folder / "key_file.json"  # there is none unless config.properties asks for tokens
         self.console = self.log_dir / "console.log"
         self.rest_address = urlsplit(config["inference_address"])
+        self.keys_link = KEYS_DIR / f"{self.rest_address.port}.json"
+        self.keys_link.unlink(missing_ok=True)
+        if has_tokens(config):
+            self.keys_link.symlink_to(self.folder / "key_file.json")  # TorchServe writes that one
         config_path = self.folder / "config.properties"
         config_path.write_text("".join(f"{key}={value}\n" for key, value in config.items()))
 
@@ -185,7 +216,9 @@ class TorchServe:
                 start_new_session=True,
             )
         self.guardian = subprocess.Popen(
-            [sys.executable, "-c", GUARDIAN, str(self.process.pid)], stdin=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-c", GUARDIAN, str(self.process.pid), str(self.folder), str(self.keys_link)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
 
     def check(self) -> None:
@@ -211,8 +244,8 @@ class TorchServe:
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_address.port, timeout=1)
         headers = {"Content-Type": "application/json"}
         try:
-            if self.key_path.is_file():
-                headers["Authorization"] = f"Bearer {json.loads(self.key_path.read_text())['inference']['key']}"
+            if self.keys_link.is_file():
+                headers["Authorization"] = f"Bearer {json.loads(self.keys_link.read_text())['inference']['key']}"
             body = json.dumps({"data": [SAMPLE_ROW]})
             connection.request("POST", f"/predictions/{MODEL_NAME}/{version}", body, headers)
             reply = connection.getresponse()
@@ -236,6 +269,7 @@ class TorchServe:
         self.process.wait()
         self.guardian.kill()  # before its pipe closes: its work is done
         self.guardian.wait()
+        self.keys_link.unlink(missing_ok=True)
 
 
 def serve(server: TorchServe, signals: Signals) -> None:
@@ -249,8 +283,8 @@ def serve(server: TorchServe, signals: Signals) -> None:
         if waiting and time.monotonic() > deadline_s:
             raise RuntimeError(f"no prediction from version {waiting[0]} within {START_TIMEOUT_S:.0f} s")
     print(f"logs: {server.log_dir}")
-    if server.key_path.is_file():
-        print(f"tokens: {server.key_path}")
+    if server.keys_link.is_file():
+        print(f"tokens: {server.keys_link}")
     url = f"{server.rest_address.geturl()}/predictions/{MODEL_NAME}"
     print(f"ready: {url}/1.0 and /2.0 answer; Ctrl-C stops", flush=True)
     while True:
@@ -298,10 +332,9 @@ def main() -> None:
     check_archives(arguments.model_store)
     check_ports(arguments.host, ports)
     if arguments.log_dir:
-        try:
-            arguments.log_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            sys.exit(f"serve: {arguments.log_dir}: {error.strerror}; choose another folder with --log-dir")
+        make_folder(arguments.log_dir, "choose another folder with --log-dir")
+    if has_tokens(config):
+        make_folder(KEYS_DIR, "the tokens need a place that you may write to")
     java_home = find_java_home()
     config |= {
         "inference_address": f"http://{arguments.host}:{ports['rest']}",

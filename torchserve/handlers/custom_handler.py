@@ -11,6 +11,7 @@ There must be exactly one class in this file: TorchServe makes one object of it.
 import json
 
 import torch
+from ts.metrics.dimension import Dimension
 from ts.torch_handler.base_handler import BaseHandler
 
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
@@ -32,7 +33,9 @@ class CustomClassifier(BaseHandler):
         if requests == [{}] and context.get_request_header(0, "describe") == "True":
             # GET /models/my_model?customized=true on the management address shows this.
             return [json.dumps({"features": FEATURES, "classes": CLASSES})]
-        return self.postprocess(self.inference(self.preprocess(requests)))
+        entries = self.inference(self.preprocess(requests))
+        self.count(entries)
+        return self.postprocess(entries)
 
     def preprocess(self, requests: list[dict]) -> list[torch.Tensor | ValueError]:
         """Return per request its rows, float32 (rows, 5)."""
@@ -54,6 +57,22 @@ class CustomClassifier(BaseHandler):
             probabilities = self.model(torch.cat(good))  # (rows of all good requests, 2)
         parts = iter(probabilities.split([len(rows) for rows in good]))
         return [entry if isinstance(entry, ValueError) else next(parts) for entry in entries]
+
+    def count(self, entries: list) -> None:
+        """Add to the metrics `predicted_rows` by likelier class, and `refused_requests`."""
+        good = [entry for entry in entries if not isinstance(entry, ValueError)]
+        counts = torch.cat(good).argmax(1).bincount(minlength=len(CLASSES)).tolist() if good else [0, 0]
+        # A metric is a line on the worker's output, which TorchServe reads: once a batch, and only what has changed.
+        for name, count in zip(CLASSES, counts, strict=True):
+            if count:
+                self.add("predicted_rows", count, Dimension("Class", name))
+        if len(good) < len(entries):
+            self.add("refused_requests", len(entries) - len(good))
+
+    def add(self, name: str, count: int, *dimensions: Dimension) -> None:
+        """Add `count` to the counter `name` of this model version."""
+        version = Dimension("ModelVersion", self.manifest["model"]["modelVersion"])
+        self.context.metrics.add_counter(name, count, dimensions=[version, *dimensions])
 
     def postprocess(self, entries: list) -> list[str]:
         """Return per request the body of its reply."""
