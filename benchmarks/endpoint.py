@@ -54,12 +54,13 @@ class Endpoint:
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify
 
-    def __init__(self, ports: dict[str, int] | None = None):
-        """`ports` overrides `default_ports` by role."""
+    def __init__(self, ports: dict[str, int] | None = None, only_version: str | None = None):
+        """`ports` overrides `default_ports` by role; `only_version` starts a server that has no other version."""
         unknown = set(ports or {}) - set(self.default_ports)
         if unknown:
             raise ValueError(f"{self.name}: no port called {sorted(unknown)}; it has {sorted(self.default_ports)}")
         self.ports = {**self.default_ports, **(ports or {})}
+        self.only_version = only_version
         self.extra_options: list[str] = []  # added to the command by whoever measures a setting
 
     @property
@@ -84,20 +85,20 @@ class Endpoint:
         """Environment variables that the command needs beside the caller's."""
         return {}
 
-    def native_version(self, version: str) -> str:
+    def native_version(self, version: str | None) -> str | None:
         """The server's own name of `version`; an unknown one stays as it is, so that tests can ask for it."""
         return self.versions.get(version, version)
 
-    def path(self, version: str) -> str:
-        """The URL path, or the gRPC method, that predicts with `version`."""
+    def path(self, version: str | None) -> str:
+        """The URL path, or the gRPC method, that predicts with `version`; None names none: the server's default."""
         raise NotImplementedError
 
-    def body(self, rows: list, version: str) -> bytes:
+    def body(self, rows: list, version: str | None) -> bytes:
         """The JSON body for `rows`, a nested list; not checked here, so that tests can send bad ones."""
         return json.dumps({self.rows_key: rows}).encode()
 
-    def request(self, rows: list, version: str) -> Request:
-        """The request that predicts `rows` with `version`."""
+    def request(self, rows: list, version: str | None) -> Request:
+        """The request that predicts `rows` with `version`, or names no version where that is None."""
         return Request(self.path(version), self.body(rows, version))
 
     def decode(self, reply: bytes) -> np.ndarray:

@@ -30,13 +30,15 @@ class BentomlEndpoint(Endpoint):
             "BENTOML_HOME": str(self.folder / "store"),
             "BENTOML_DO_NOT_TRACK": "True",
             "BENTOML_CONFIG": str(self.folder / self.config),
+            "ONLY_VERSION": self.native_version(self.only_version) or "",
         }
 
-    def path(self, version: str) -> str:
+    def path(self, version: str | None) -> str:
         return "/predict"
 
-    def body(self, rows: list, version: str) -> bytes:
-        return json.dumps({self.rows_key: rows, "version": self.native_version(version)}).encode()
+    def body(self, rows: list, version: str | None) -> bytes:
+        named = {"version": self.native_version(version)} if version else {}
+        return json.dumps({self.rows_key: rows, **named}).encode()
 
     def decode(self, reply: bytes) -> np.ndarray:
         probabilities = np.array(json.loads(reply)["probability"])

@@ -20,8 +20,8 @@ class NullEndpoint(Endpoint):
         port = self.ports["rest"]
         return ["python", "null_server.py", *([] if port == self.default_ports["rest"] else ["--port", str(port)])]
 
-    def path(self, version: str) -> str:
-        return f"/predict/{self.native_version(version)}"
+    def path(self, version: str | None) -> str:
+        return f"/predict/{self.native_version(version)}" if version else "/predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
         try:

@@ -30,10 +30,11 @@ class OnnxEndpoint(Endpoint):
         port = self.ports["rest"]
         options = [] if self.config == "default.toml" else ["--config", self.config]
         options += [] if port == self.default_ports["rest"] else ["--port", str(port)]
+        options += ["--only-version", self.native_version(self.only_version)] if self.only_version else []
         return ["python", "server.py", *options]
 
-    def path(self, version: str) -> str:
-        return f"/predict/{self.native_version(version)}"
+    def path(self, version: str | None) -> str:
+        return f"/predict/{self.native_version(version)}" if version else "/predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
         try:

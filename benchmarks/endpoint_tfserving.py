@@ -27,10 +27,13 @@ class TensorFlowServingEndpoint(Endpoint):
 
     def command(self) -> list[str]:
         options = [f"--{role}-port={port}" for role, port in self.ports.items() if port != self.default_ports[role]]
+        if self.only_version:
+            options.append(f"--model-config=models-{self.native_version(self.only_version)}.config")
         return ["python", "serve.py", *self.options, *options]
 
-    def path(self, version: str) -> str:
-        return f"/v1/models/my_model/versions/{self.native_version(version)}:predict"
+    def path(self, version: str | None) -> str:
+        named = f"/versions/{self.native_version(version)}" if version else ""
+        return f"/v1/models/my_model{named}:predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
         try:
@@ -52,11 +55,11 @@ class TensorFlowServingGrpcEndpoint(TensorFlowServingEndpoint):
     name = "tfserving-grpc"
     protocol = "gRPC"
 
-    def path(self, version: str) -> str:
+    def path(self, version: str | None) -> str:
         return METHOD
 
-    def request(self, rows: list, version: str) -> Request:
-        body = encode_predict_request(rows, "my_model", int(self.native_version(version)))
+    def request(self, rows: list, version: str | None) -> Request:
+        body = encode_predict_request(rows, "my_model", int(self.native_version(version)) if version else None)
         return Request(self.path(version), body, content_type="application/grpc")
 
     def decode(self, reply: bytes) -> np.ndarray:

@@ -34,10 +34,11 @@ class TorchServeEndpoint(Endpoint):
         for role, port in self.ports.items():
             if port != self.default_ports[role]:
                 options += [f"--{role}-port", str(port)]
+        options += ["--only-version", self.native_version(self.only_version)] if self.only_version else []
         return ["python", "serve.py", *options]
 
-    def path(self, version: str) -> str:
-        return f"/predictions/my_model/{self.native_version(version)}"
+    def path(self, version: str | None) -> str:
+        return f"/predictions/my_model/{self.native_version(version)}" if version else "/predictions/my_model"
 
     def request(self, rows: list, version: str) -> Request:
         return Request(self.path(version), self.body(rows, version), headers=self.token("inference"))
@@ -66,13 +67,13 @@ class TorchServeGrpcEndpoint(TorchServeEndpoint):
     name = "torchserve-grpc"
     protocol = "gRPC"
 
-    def path(self, version: str) -> str:
+    def path(self, version: str | None) -> str:
         return "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
 
-    def request(self, rows: list, version: str) -> Request:
+    def request(self, rows: list, version: str | None) -> Request:
         field = _messages()["Field"](key=self.rows_key, value=json.dumps(rows).encode())
         message = _messages()["PredictionsRequest"](
-            model_name="my_model", model_version=self.native_version(version), input=[field]
+            model_name="my_model", model_version=self.native_version(version) or "", input=[field]
         )
         return Request(
             self.path(version), message.SerializeToString(), "POST", "application/grpc", self.token("inference")

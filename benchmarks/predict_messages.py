@@ -42,12 +42,16 @@ def import_messages() -> types.ModuleType:
     return predict_pb2
 
 
-def encode_predict_request(rows: list, model: str, version: int) -> bytes:
-    """Return the PredictRequest for `rows` (n, 5), sent as float32, the type of the model's signature."""
+def encode_predict_request(rows: list, model: str, version: int | None) -> bytes:
+    """Return the PredictRequest for `rows` (n, 5), sent as float32, the type of the model's signature.
+
+    Where `version` is None it names none.
+    """
     array = np.asarray(rows, dtype="<f4")
     request = import_messages().PredictRequest()
     request.model_spec.name = model
-    request.model_spec.version.value = version
+    if version is not None:
+        request.model_spec.version.value = version
     tensor = request.inputs["features"]
     tensor.dtype = DT_FLOAT
     for size in array.shape:

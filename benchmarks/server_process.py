@@ -161,7 +161,8 @@ class ServerProcess:
 
     def _wait_until_correct(self) -> None:
         rows, _ = load_test_rows()
-        expected = load_expected("1")[:1]
+        version = self.endpoint.only_version or "1"
+        expected = load_expected(version)[:1]
         deadline_s = self._started_s + self.endpoint.start_timeout_s
         problem = "no answer"
         while time.perf_counter() < deadline_s:
@@ -173,7 +174,7 @@ class ServerProcess:
             if np.isnan(self.listens_s) and self._listens():
                 self.listens_s = time.perf_counter() - self._started_s
             try:
-                answer = ask(self.endpoint, rows[:1], "1")
+                answer = ask(self.endpoint, rows[:1], version)
                 difference = np.abs(answer - expected).max() if self.endpoint.has_model else 0.0
                 if difference <= TOLERANCE:
                     self.ready_s = time.perf_counter() - self._started_s

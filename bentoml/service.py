@@ -10,6 +10,7 @@ requests.
 """
 
 import functools
+import os
 import random
 from typing import Annotated, Any
 
@@ -24,6 +25,8 @@ from starlette.responses import JSONResponse
 
 MODEL_NAME = "my_model"
 VERSIONS = ["v1.0.0", "v2.0.0"]  # as in bentofile.yaml; the last one answers when a request names none
+if only_version := os.environ.get("ONLY_VERSION"):
+    VERSIONS = [only_version]  # one of the servers behind a gateway that splits requests between versions
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
 MAX_BODY_BYTES = 1_000_000
 MAX_REQUESTS = 512  # under way in one worker; BentoML answers 429 beyond them

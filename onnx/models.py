@@ -219,9 +219,10 @@ class Model:
 class Repository:
     """The folder <name>/<version>/model.onnx: what is in it is served, also what changes while the server runs."""
 
-    def __init__(self, folder: Path, settings: Settings):
+    def __init__(self, folder: Path, settings: Settings, only_version: str | None = None):
         self.folder = folder
         self.settings = settings
+        self.only_version = only_version  # of every model; None: all of them
         self.models: dict[str, dict[str, Model]] = {}  # by name and version, the newest version last
         self.failures: dict[tuple[str, str], str] = {}  # what is there and cannot be loaded, and why
         self.seen: dict[tuple[str, str], tuple] = {}  # the files that were tried
@@ -271,7 +272,7 @@ class Repository:
         """Return path and identity (it changes when the file does) of every model, by name and version."""
         files = {}
         for path in self.folder.glob("*/*/model.onnx"):
-            if path.parent.name.isdecimal():
+            if path.parent.name.isdecimal() and self.only_version in (None, path.parent.name):
                 try:
                     status = path.stat()
                 except OSError:

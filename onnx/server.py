@@ -246,6 +246,9 @@ def main() -> int:
     )
     parser.add_argument("--model", default="my_model", help="the model behind /predict (default: my_model)")
     parser.add_argument(
+        "--only-version", metavar="N", help="serve this version and no other, as behind a gateway (default: all)"
+    )
+    parser.add_argument(
         "--config", type=Path, default=FOLDER / "default.toml", help="settings (default: default.toml; see tuned.toml)"
     )
     parser.add_argument("--device", choices=list(PROVIDERS), help="where to compute (default: the settings')")
@@ -272,7 +275,7 @@ def main() -> int:
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     if settings.workers > 1 and not arguments.worker:
         return start_workers(arguments.host, arguments.port, family, settings.workers)
-    repository = Repository(arguments.model_repository, settings)
+    repository = Repository(arguments.model_repository, settings, arguments.only_version)
     try:
         repository.scan()
     except DeviceError as error:
@@ -280,8 +283,9 @@ def main() -> int:
         return 1
     models = repository.models
     if arguments.model not in models:
+        wanted = "version" if arguments.only_version is None else f"version {arguments.only_version}"
         print(
-            f"server: no version of {arguments.model} to serve in {arguments.model_repository}: "
+            f"server: no {wanted} of {arguments.model} to serve in {arguments.model_repository}: "
             "run python convert_to_onnx.py",
             file=sys.stderr,
         )

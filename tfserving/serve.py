@@ -7,7 +7,8 @@ The first of these that the machine has, named in the first line of output:
   native  tensorflow_model_server on PATH
   docker  the official image, where a Docker engine answers and has or can get the image
   local   local_server.py, this folder's stand-in
-The same models, models.config, ports and requests in all three. REST on 8501, gRPC on 8500; Ctrl-C ends it.
+The same models, models.config (or --model-config), ports and requests in all three. REST on 8501, gRPC on 8500;
+Ctrl-C ends it.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def batching_flags(batching: Path | None) -> list[str]:
     return ["--enable_batching=true", f"--batching_parameters_file={batching}"] if batching else []
 
 
-def docker_server(ports: dict[str, int], batching: Path | None) -> Server:
+def docker_server(ports: dict[str, int], model_config: Path, batching: Path | None) -> Server:
     name = f"tfserving-{ports['rest']}"
     command = [
         *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
@@ -87,7 +88,7 @@ def docker_server(ports: dict[str, int], batching: Path | None) -> Server:
         *("--publish", f"127.0.0.1:{ports['grpc']}:8500"),
         *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
         *("--volume", f"{MODELS_DIR}:/models:ro"),
-        *("--volume", f"{CONFIG_PATH}:/config/models.config:ro"),
+        *("--volume", f"{model_config}:/config/models.config:ro"),
         *(("--volume", f"{batching}:/config/batching.config:ro") if batching else ()),
         *(IMAGE, "--model_config_file=/config/models.config", LABELS_FLAG),
         *batching_flags(batching and Path("/config/batching.config")),
@@ -123,8 +124,13 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def choose_server(wanted: str, ports: dict[str, int], local_config_path: Path, batching: Path | None) -> Server:
-    """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
+def choose_server(
+    wanted: str, ports: dict[str, int], model_config: Path, local_config_path: Path, batching: Path | None
+) -> Server:
+    """Return the server to start: the one wanted, or with "auto" the first that the machine has.
+
+    A container reads `model_config` itself, the others `local_config_path`, the same with this machine's paths.
+    """
     program = shutil.which(NATIVE_PROGRAM)
     if wanted == "native" and not program:
         raise ServeError(f"--server native: no {NATIVE_PROGRAM} on PATH; install it or leave --server out")
@@ -133,7 +139,7 @@ def choose_server(wanted: str, ports: dict[str, int], local_config_path: Path, b
     if wanted in ("auto", "docker"):
         problem = docker_problem()
         if not problem:
-            return docker_server(ports, batching)
+            return docker_server(ports, model_config, batching)
         if wanted == "docker":
             raise ServeError(f"--server docker: {problem}; start the engine or leave --server out")
     return local_server(ports, local_config_path, batching)
@@ -156,10 +162,10 @@ def check_ports(ports: dict[str, int]) -> None:
                 ) from None
 
 
-def render_config(config_path: Path) -> None:
-    """Write models.config with this machine's path in place of the container's /models."""
+def render_config(model_config: Path, config_path: Path) -> None:
+    """Write `model_config` to `config_path` with this machine's path in place of the container's /models."""
     here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
-    config_path.write_text(re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", CONFIG_PATH.read_text()))
+    config_path.write_text(re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", model_config.read_text()))
 
 
 def is_available(rest_port: int) -> bool:
@@ -216,6 +222,12 @@ def main() -> None:
     parser.add_argument("--rest-port", type=int, default=8501, help="REST port on 127.0.0.1 (default: 8501)")
     parser.add_argument("--grpc-port", type=int, default=8500, help="gRPC port on 127.0.0.1 (default: 8500)")
     parser.add_argument(
+        "--model-config",
+        type=Path,
+        default=CONFIG_PATH,
+        help="what to serve; models-1.config and models-2.config serve one version alone (default: models.config)",
+    )
+    parser.add_argument(
         "--batching-config",
         type=Path,
         help="let requests share runs of the graph as this file says: batching.config (default: each has its own)",
@@ -236,11 +248,14 @@ def main() -> None:
         check_ports(ports)
         with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
             config_path = Path(folder) / "models.config"
-            render_config(config_path)
+            model_config = arguments.model_config.resolve()
+            if not model_config.is_file():
+                raise ServeError(f"{model_config} not found; models.config lies beside serve.py")
+            render_config(model_config, config_path)
             batching = arguments.batching_config and arguments.batching_config.resolve()
             if batching and not batching.is_file():
                 raise ServeError(f"{batching} not found; batching.config lies beside serve.py")
-            server = choose_server(arguments.server, ports, config_path, batching)
+            server = choose_server(arguments.server, ports, model_config, config_path, batching)
             print(f"serving with {server.kind}: {server.what}", flush=True)
             exit_code = run_until_stopped(server.command, server.stop_command, announce=announce)
     except (ServeError, OSError) as error:

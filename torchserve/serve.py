@@ -105,9 +105,9 @@ def port_number(text: str) -> int:
     return port
 
 
-def check_archives(model_store: Path) -> None:
-    """SystemExit with one line unless both archives are whole zip files."""
-    for name in ARCHIVES.values():
+def check_archives(model_store: Path, archives: dict[str, str]) -> None:
+    """SystemExit with one line unless all archives are whole zip files."""
+    for name in archives.values():
         path = model_store / name
         if not path.is_file():
             sys.exit(f"serve: {path} not found; run python train_model.py, then python archive.py")
@@ -174,10 +174,12 @@ class TorchServe:
         self,
         config: dict[str, str],
         model_store: Path,
+        archives: dict[str, str],
         java_home: str | None,
         log_dir: Path | None,
         log_config: Path | None,
     ):
+        self.archives = archives
         # Short, because the path of a Unix socket may have 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
@@ -193,7 +195,7 @@ class TorchServe:
 
         command = [sys.executable, "-m", "ts.model_server", "--start", "--foreground"]  # this is `torchserve`
         command += ["--no-config-snapshots", "--ts-config", str(config_path), "--model-store", str(model_store)]
-        command += ["--models", *[f"{MODEL_NAME}={name}" for name in ARCHIVES.values()]]
+        command += ["--models", *[f"{MODEL_NAME}={name}" for name in archives.values()]]
         if log_config:
             command += ["--log-config", str(log_config)]
         environment = {key: value for key, value in os.environ.items() if key not in ("JAVA_HOME", "TS_CONFIG_FILE")}
@@ -235,7 +237,7 @@ class TorchServe:
             )
             cause = causes[-1] if causes else "cause unknown"
             raise RuntimeError(
-                f"version {version} cannot be loaded from {ARCHIVES.get(version)} ({cause}); "
+                f"version {version} cannot be loaded from {self.archives.get(version)} ({cause}); "
                 "run python train_model.py and python archive.py again"
             )
 
@@ -275,7 +277,7 @@ class TorchServe:
 def serve(server: TorchServe, signals: Signals) -> None:
     """Watch `server` until a signal comes; RuntimeError where it fails."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
-    waiting = list(ARCHIVES)
+    waiting = list(server.archives)
     while waiting:
         signals.wait()
         server.check()
@@ -286,7 +288,8 @@ def serve(server: TorchServe, signals: Signals) -> None:
     if server.keys_link.is_file():
         print(f"tokens: {server.keys_link}")
     url = f"{server.rest_address.geturl()}/predictions/{MODEL_NAME}"
-    print(f"ready: {url}/1.0 and /2.0 answer; Ctrl-C stops", flush=True)
+    answering = " and ".join(f"/{version}" for version in sorted(server.archives))
+    print(f"ready: {url}{answering} {'answer' if len(server.archives) > 1 else 'answers'}; Ctrl-C stops", flush=True)
     while True:
         signals.wait()
         if server.process.poll() is not None:
@@ -316,6 +319,11 @@ def main() -> None:
         "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
     )
     parser.add_argument(
+        "--only-version",
+        choices=sorted(ARCHIVES),
+        help="serve this version and no other, as behind a gateway (default: both)",
+    )
+    parser.add_argument(
         "--log-config",
         type=Path,
         help="log4j2 configuration (default: TorchServe's own; log4j2-tuned.xml is the fast one)",
@@ -329,7 +337,8 @@ def main() -> None:
     ports = {role: getattr(arguments, f"{role.replace('-', '_')}_port") for role in ports}
 
     signals = Signals()
-    check_archives(arguments.model_store)
+    archives = {v: name for v, name in ARCHIVES.items() if arguments.only_version in (None, v)}
+    check_archives(arguments.model_store, archives)
     check_ports(arguments.host, ports)
     if arguments.log_dir:
         make_folder(arguments.log_dir, "choose another folder with --log-dir")
@@ -350,7 +359,7 @@ def main() -> None:
     log_config = arguments.log_config and arguments.log_config.resolve()
     if log_config and not log_config.is_file():
         sys.exit(f"serve: {log_config} not found; leave out --log-config, or name a log4j2 file")
-    server = TorchServe(config, arguments.model_store.resolve(), java_home, log_dir, log_config)
+    server = TorchServe(config, arguments.model_store.resolve(), archives, java_home, log_dir, log_config)
     try:
         serve(server, signals)
     except Interrupted:
