@@ -18,7 +18,7 @@ ENDPOINT ?= onnx
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test cross-check \
+.PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test cross-check soak \
         report compare calibrate readme test test-slow lint requirements clean
 
 help: ## list the targets
@@ -98,6 +98,9 @@ load-test: train ## one server under Locust: make load-test ENDPOINT=onnx
 
 cross-check: train ## Locust's figures beside the load generator's: make cross-check ENDPOINT=onnx
 	python benchmarks/cross_check.py --endpoint $(ENDPOINT)
+
+soak: train ## half an hour of load: does memory grow, does latency drift: make soak ENDPOINT=onnx
+	python benchmarks/soak.py --endpoint $(ENDPOINT) $(SOAK_OPTIONS)
 
 report: setup ## draw the newest result as results/<time>/report.html with its plots
 	python benchmarks/report.py

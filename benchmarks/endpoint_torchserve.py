@@ -40,7 +40,7 @@ class TorchServeEndpoint(Endpoint):
     def path(self, version: str | None) -> str:
         return f"/predictions/my_model/{self.native_version(version)}" if version else "/predictions/my_model"
 
-    def request(self, rows: list, version: str) -> Request:
+    def request(self, rows: list, version: str | None) -> Request:
         return Request(self.path(version), self.body(rows, version), headers=self.token("inference"))
 
     def token(self, kind: str) -> dict[str, str]:

@@ -752,8 +752,7 @@ def manage(server, method: str, path: str) -> tuple[int, bytes]:
 def ask_default(server, rows: list) -> np.ndarray:
     """Return what the server answers to a request that names no version."""
     endpoint = server.endpoint
-    request = dataclasses.replace(endpoint.request(rows, "1"), path="/predictions/my_model")
-    status, body = send(endpoint.ports["rest"], request)
+    status, body = send(endpoint.ports["rest"], endpoint.request(rows, None))
     assert status == 200, body
     return endpoint.decode(body)
 

@@ -1,11 +1,11 @@
 """A fifth server for the tests: answers by the reference's own numbers, or as badly as it is told to.
 
-    python toy_server.py PORT [right|wrong|erring|dropping|silent|garbled|crashing|deaf]
+    python toy_server.py PORT [right|wrong|erring|dropping|silent|garbled|crashing|deaf|leaking]
 
 Standard library only. `erring` answers 503 to every fourth request, `dropping` closes the connection
 at every fourth, `wrong` is off by 0.01 (all three after 300 right answers), `silent` never answers
 rightly, `garbled` answers 200 without probabilities, `crashing` ends at once, `deaf` ignores SIGTERM
-and leaves a child behind.
+and leaves a child behind, `leaking` keeps 50,000 bytes for each answer.
 """
 
 import json
@@ -24,6 +24,7 @@ ROWS, _ = load_test_rows()
 ANSWERS = {version: dict(zip(map(tuple, ROWS), load_expected(version).tolist(), strict=True)) for version in "12"}
 EVERY = 4
 WRONG_AFTER = 300
+KEPT = []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -35,6 +36,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answers = [ANSWERS[self.path.rsplit("/", 1)[1]][tuple(row)] for row in body["rows"]]
         Handler.answered += 1
+        if MANNER == "leaking":
+            KEPT.append(b"x" * 50_000)
         status = 200
         if MANNER == "silent" or (MANNER == "wrong" and Handler.answered > WRONG_AFTER):
             answers = [[p0 + 0.01, p1 - 0.01] for p0, p1 in answers]
