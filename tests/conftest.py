@@ -1,6 +1,7 @@
 """Shared fixtures: one real server per framework, started once on free ports by its Endpoint."""
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY_DIR / "benchmarks"))
+# A shell that runs the tests in the background has Ctrl-C ignored, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 

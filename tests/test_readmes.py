@@ -41,8 +41,8 @@ NOT_EXECUTED = {
 }
 
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND_TIMEOUT_S = 300.0
-READY_TIMEOUT_S = 90.0
+COMMAND_TIMEOUT_S = 600.0
+READY_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 20.0
 
 
