@@ -1,12 +1,11 @@
 """The models that server.py serves: bytes of a request to bytes of a reply, and the folder that they come from."""
 
 import asyncio
-import math
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,6 +16,9 @@ from settings import Settings
 # One row takes some 10 µs and is best computed on the spot. A body of a megabyte takes some 20 ms, in which the
 # event loop would answer nobody else: above this size the work moves to a thread (ONNX Runtime frees Python's lock).
 INLINE_BODY_BYTES = 32_000
+
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+Number = Annotated[float, msgspec.Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]  # checked while it is decoded, for nothing
 
 encode = msgspec.json.Encoder().encode
 
@@ -75,12 +77,12 @@ class Model:
         self.predictor = predictor
         self.batcher = Batcher(self.predict_rows, batch_rows) if batch_rows else None
         # Typed decoding refuses what NumPy would quietly accept (true, "1.5"), and says where it stood.
-        row = tuple[(float,) * predictor.features]
+        row = tuple[(Number,) * predictor.features]
         predict_request = msgspec.defstruct("PredictRequest", [("data", list[row])], forbid_unknown_fields=True)
         self.decode_predict = msgspec.json.Decoder(predict_request).decode
         self.decode_infer = msgspec.json.Decoder(InferRequest).decode
         self.decode_rows = msgspec.json.Decoder(list[row]).decode
-        self.decode_flat = msgspec.json.Decoder(list[float]).decode
+        self.decode_flat = msgspec.json.Decoder(list[Number]).decode
 
     def describe(self, versions: list[str]) -> dict:
         """Return the metadata of the Open Inference Protocol, with all `versions` of the model."""
@@ -93,37 +95,30 @@ class Model:
             "outputs": [{"name": self.predictor.output.name, "datatype": "FP32", "shape": [-1, columns]}],
         }
 
-    async def predict(self, body: bytes, _json_bytes: int | None) -> bytes:
-        """Answer POST /predict; Refusal where the body is not rows."""
+    async def predict(self, body: bytes, _json_bytes: int | None, alone: bool) -> bytes:
+        """Answer POST /predict; Refusal where the body is not rows. `alone`: no other request is under way."""
         if len(body) > INLINE_BODY_BYTES:
             return await asyncio.to_thread(self.predict_alone, body)
-        if self.batcher is None:
+        if alone or self.batcher is None:
             return self.predict_alone(body)
-        rows = self.decode(self.decode_predict, body).data
-        if not rows:
-            return self.predict_alone(body)  # refused there
-        try:
-            return encode({"predictions": await self.batcher.add(rows)})
-        except ValueError as error:
-            raise Refusal(400, str(error)) from None
-
-    def predict_rows(self, rows: list) -> np.ndarray:
-        """Return the probabilities (n, 2) of decoded rows; ValueError where one is not finite in float32.
-
-        A finite sum shows that every number is finite, in a third of the time that looking at each takes. Where it
-        is not, the predictor says which one, or that it was only the sum.
-        """
-        with np.errstate(over="ignore", invalid="ignore"):
-            array = np.array(rows, np.float32)
-            finite = math.isfinite(array.sum())
-        return self.predictor.run(array) if finite else self.predictor.predict(rows)
+        return encode({"predictions": await self.batcher.add(self.decode_predict_rows(body))})
 
     def predict_alone(self, body: bytes) -> bytes:
         """The same in a run of its own."""
-        rows = self.decode(self.decode_predict, body).data
-        return encode({"predictions": self.compute(rows).tolist()})
+        return encode({"predictions": self.predict_rows(self.decode_predict_rows(body)).tolist()})
 
-    async def infer(self, body: bytes, json_bytes: int | None) -> bytes | BinaryReply:
+    def decode_predict_rows(self, body: bytes) -> list:
+        """Return the rows in the body of POST /predict, at least one; Refusal where they are not."""
+        rows = self.decode(self.decode_predict, body).data
+        if not rows:
+            raise Refusal(400, "rows are empty: send at least one")
+        return rows
+
+    def predict_rows(self, rows: list) -> np.ndarray:
+        """Return the probabilities (n, 2) of decoded rows, whose numbers the decoder has checked."""
+        return self.predictor.run(np.array(rows, np.float32))
+
+    async def infer(self, body: bytes, json_bytes: int | None, _alone: bool) -> bytes | BinaryReply:
         """Answer POST /v2/models/<name>/infer, the first `json_bytes` of `body` JSON (None: all of it).
 
         Refusal where there is not exactly one FP32 tensor of rows.
@@ -198,6 +193,7 @@ class Model:
             return decoder(body)
         except msgspec.ValidationError as error:
             message = str(error).replace("`$", f"`{root}")
+            message = re.sub(r"`float` [<>]= \S+", "a number that is finite in float32", message)
             names = self.predictor.feature_names
             if place := re.search(r"\[(\d+)\]\[(\d+)\]`$", message):
                 message += f" (row {place[1]}, {names[int(place[2])]})"

@@ -49,8 +49,8 @@ UVICORN_SETTINGS = {
     "timeout_graceful_shutdown": 2,
 }
 
-# A request's body, and how much of it is JSON where that was said, to the reply.
-Handler = Callable[[bytes, int | None], Awaitable[bytes | BinaryReply]]
+# A request's body, how much of it is JSON where that was said, and whether no other is under way, to the reply.
+Handler = Callable[[bytes, int | None, bool], Awaitable[bytes | BinaryReply]]
 JSON = b"application/json"
 
 
@@ -68,7 +68,7 @@ def make_routes(repository: Repository, model_name: str, metrics: Metrics | None
     """Return every path that is served, and what answers it by method."""
 
     def get(reply: bytes | Callable[[], bytes], content_type: bytes = JSON) -> dict[str, Route]:
-        async def handler(_body: bytes, _json_bytes: int | None) -> bytes:
+        async def handler(*_) -> bytes:
             return reply() if callable(reply) else reply
 
         return {"GET": Route(handler, content_type=content_type)}
@@ -110,6 +110,7 @@ class Application:
         self.repository = repository
         self.model_name = model_name
         self.body_timeout_s = settings.body_timeout_s
+        self.under_way: set[asyncio.Task] = set()  # uvicorn's own, once it serves
         self.metrics = Metrics() if settings.metrics else None
         self.update()
 
@@ -131,9 +132,9 @@ class Application:
                 body = message.get("body", b"")
                 if message["type"] != "http.request" or message.get("more_body", False) or len(body) > MAX_BODY_BYTES:
                     body = await self.read_rest(message, receive)
-                reply = await route.handler(body, json_bytes)
+                reply = await route.handler(body, json_bytes, len(self.under_way) < 2)
             else:
-                reply = await route.handler(b"", None)
+                reply = await route.handler(b"", None, True)
             if type(reply) is BinaryReply:
                 content_type = b"application/octet-stream"
                 headers = ((b"inference-header-content-length", b"%d" % reply.json_bytes),)
@@ -318,6 +319,7 @@ async def serve(
     server: uvicorn.Server, listener: socket.socket, repository: Repository, application: Application
 ) -> None:
     """Answer, and follow the repository, until a signal ends both."""
+    application.under_way = server.server_state.tasks
     watcher = asyncio.create_task(repository.watch(application.update))
     await server.serve(sockets=[listener])
     watcher.cancel()

@@ -128,7 +128,8 @@ def test_a_bad_row_fails_its_own_request_only(tuned_server):
         if number % 3:
             return send(tuned_server.endpoint.port, tuned_server.endpoint.request([GOOD_ROW], "1"))[0]
         status, reply = send(tuned_server.endpoint.port, Request("/predict/1", body))
-        assert b"row 0, mean radius: not a finite number in float32" in reply
+        assert b"finite in float32" in reply
+        assert b"row 0, mean radius" in reply
         return status
 
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
