@@ -1,0 +1,302 @@
+"""Shadow traffic on real servers: users get version 1's replies whatever version 2 does; the comparison is right."""
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY_DIR
+from endpoint import Request, load_endpoints
+from reference import TOLERANCE, load_expected, load_test_rows
+from server_process import ServerError, ServerProcess, find_free_ports
+
+GATEWAY_DIR = REPOSITORY_DIR / "gateway"
+sys.path.insert(0, str(GATEWAY_DIR))
+
+import shadow  # noqa: E402
+from shadow import Shadow  # noqa: E402
+
+ROWS = load_test_rows()[0]
+SLOW_S = 2.0
+BROKEN = "no reply", "status 502", "status 503"  # which one is a matter of when the connection breaks
+UNREADABLE = "no probabilities in the reply"
+
+
+def start_version(version: str) -> ServerProcess:
+    endpoint_class = load_endpoints()["onnx"]
+    return ServerProcess(endpoint_class(find_free_ports(["rest"]), only_version=version))
+
+
+@pytest.fixture(scope="module")
+def v1():
+    with start_version("1") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def v2():
+    with start_version("2") as server:
+        yield server
+
+
+def open_shadow(v1: ServerProcess, v2_port: int, **options) -> Shadow:
+    return Shadow(v1.endpoint, v1.endpoint.port, v2_port, **options)
+
+
+class User:
+    """One user on one keep-alive connection."""
+
+    def __init__(self, port: int):
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.latencies_s = []
+
+    def send(self, request: Request) -> tuple[int, str, bytes]:
+        """Return status, content type and body of the reply."""
+        start_s = time.perf_counter()
+        self.connection.request(
+            request.method, request.path, request.body or None, {"Content-Type": request.content_type}
+        )
+        reply = self.connection.getresponse()
+        body = reply.read()
+        self.latencies_s.append(time.perf_counter() - start_s)
+        return reply.status, reply.headers["Content-Type"], body
+
+
+def predictions(server: ServerProcess, count: int = len(ROWS)) -> list[Request]:
+    return [server.endpoint.request([ROWS[number % len(ROWS)]], None) for number in range(count)]
+
+
+@contextlib.contextmanager
+def planted_server(answer):
+    """A version 2 of the test's own: `answer(handler)` writes the reply, or does not. Yields its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            answer(self)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads, server.block_on_close = True, False
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def reply_with(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def answer_slowly(handler):
+    time.sleep(SLOW_S)
+    with contextlib.suppress(OSError):
+        reply_with(handler, b'{"predictions": [[0.5, 0.5]]}')
+
+
+def hang_up(handler):
+    handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def talk_no_http(handler):
+    handler.wfile.write(b"\x00\xff junk\r\n\r\n")
+    handler.close_connection = True
+
+
+# What users see.
+
+
+def test_users_get_bit_for_bit_what_version_1_says(v1, v2):
+    batch = v1.endpoint.request(ROWS[:20], None)
+    refused = v1.endpoint.request([ROWS[0][:4]], None)
+    large = v1.endpoint.request(ROWS * 10, None)  # more than one buffer of HAProxy
+    health = Request("/health", b"", method="GET")
+    with open_shadow(v1, v2.endpoint.port) as running:
+        direct, user = User(v1.endpoint.port), User(running.users_port)
+        for request in [*predictions(v1), batch, refused, large, health]:
+            assert user.send(request) == direct.send(request)
+    comparison = running.comparison
+    assert comparison.compared == len(ROWS) + 1 and len(comparison.rows) == len(ROWS) + 20
+    assert comparison.refused == {"422 and 422": 1} or comparison.refused == {"400 and 400": 1}
+    assert comparison.dropped == {"a body was too large": 1}
+    assert not comparison.failed
+
+
+BAD_VERSIONS = {
+    "slow": (answer_slowly, "no reply"),
+    "hangs up": (hang_up, *BROKEN),
+    "no HTTP": (talk_no_http, *BROKEN),
+    "no JSON": (lambda handler: reply_with(handler, b"<html>"), UNREADABLE),
+    "NaN": (lambda handler: reply_with(handler, b'{"predictions": [[NaN, 1]]}'), UNREADABLE),
+    "too many rows": (lambda handler: reply_with(handler, b'{"predictions": [[0.5, 0.5], [1, 0]]}'), UNREADABLE),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_VERSIONS)
+def test_a_bad_version_2_changes_neither_the_replies_nor_the_latency_of_version_1(v1, v2, kind):
+    answer, *reasons = BAD_VERSIONS[kind]
+    patience = {"timeout_s": 0.5, "drain_s": 0.5, "queue_size": 20} if kind == "slow" else {}
+    requests = predictions(v1)
+    direct = User(v1.endpoint.port)
+    right = [direct.send(request) for request in requests]
+    # Users of a good and of a bad version 2 take turns: what else the machine does slows both alike.
+    with (
+        planted_server(answer) as bad_port,
+        open_shadow(v1, v2.endpoint.port) as good,
+        open_shadow(v1, bad_port, **patience) as bad,
+    ):
+        of_good, of_bad = User(good.users_port), User(bad.users_port)
+        for request, wanted in zip(requests, right, strict=True):
+            assert of_good.send(request) == wanted
+            assert of_bad.send(request) == wanted
+    assert np.median(of_bad.latencies_s) < 2 * np.median(of_good.latencies_s)
+    assert np.mean(np.array(of_bad.latencies_s) > SLOW_S / 2) < 0.05
+    assert set(bad.comparison.failed) <= set(reasons)
+    assert bad.comparison.compared == 0 and bad.comparison.failed.total() > 0
+    assert bad.comparison.copies == len(requests)
+    assert good.comparison.compared == len(requests)
+
+
+def test_a_version_2_that_is_killed_is_counted_and_not_noticed(v1):
+    requests = predictions(v1, 60)
+    with start_version("2") as doomed, open_shadow(v1, doomed.endpoint.port) as running:
+        user = User(running.users_port)
+        for number, request in enumerate(requests):
+            if number == 30:
+                running.wait_until_compared()
+                for process in doomed.processes():
+                    process.kill()
+            assert user.send(request)[0] == 200
+    comparison = running.comparison
+    assert comparison.compared == 30
+    assert comparison.failed.total() == 30 and set(comparison.failed) <= set(BROKEN)
+
+
+def test_copies_beyond_the_queue_are_dropped_and_counted(v1):
+    requests = predictions(v1, 100)
+    with (
+        planted_server(answer_slowly) as slow_port,
+        open_shadow(v1, slow_port, queue_size=5, at_once=2, drain_s=0.1) as running,
+    ):
+        user = User(running.users_port)
+        assert all(user.send(request)[0] == 200 for request in requests)
+    comparison = running.comparison
+    assert comparison.dropped["the queue was full"] >= 50
+    assert comparison.copies == len(requests)
+
+
+def test_a_comparator_that_stands_still_costs_users_nothing_and_its_losses_are_counted(v1, v2, monkeypatch):
+    monkeypatch.setattr(shadow, "RECEIVE_BUFFER_BYTES", 1 << 14)
+    go_on = threading.Event()
+    read = Shadow._read
+    monkeypatch.setattr(Shadow, "_read", lambda self: (go_on.wait(), read(self)))
+    requests = predictions(v1, 300)
+    with open_shadow(v1, v2.endpoint.port) as running:
+        user = User(running.users_port)
+        assert all(user.send(request)[0] == 200 for request in requests)
+        go_on.set()
+    comparison = running.comparison
+    assert comparison.dropped["read too late"] > 0
+    assert comparison.compared > 0 and comparison.copies == len(requests)
+
+
+def test_a_request_that_version_1_could_not_answer_is_no_difference_of_the_versions(v1, v2):
+    nobody = find_free_ports(["nobody"])["nobody"]
+    with Shadow(v1.endpoint, nobody, v2.endpoint.port) as running:
+        assert User(running.users_port).send(predictions(v1, 1)[0])[0] == 503
+    assert running.comparison.refused == {"503 and 200": 1} and running.comparison.copies == 1
+
+
+# What is compared.
+
+
+def test_the_figures_are_those_of_expected_csv(v1, v2):
+    with open_shadow(v1, v2.endpoint.port) as running:
+        user = User(running.users_port)
+        for request in predictions(v1, 2 * len(ROWS)):
+            user.send(request)
+    comparison = running.comparison
+    p1, p2 = load_expected("1")[:, 1], load_expected("2")[:, 1]
+    flipped = np.flatnonzero((p1 > 0.5) != (p2 > 0.5))
+    assert len(flipped) > 0, "the two versions must differ, or this test shows nothing"
+    assert comparison.compared == 2 * len(ROWS)
+    assert comparison.differences.max() == pytest.approx(np.abs(p1 - p2).max(), abs=2 * TOLERANCE)
+    assert comparison.differences.mean() == pytest.approx(np.abs(p1 - p2).mean(), abs=2 * TOLERANCE)
+    assert sorted(ROWS.index(row) for row, *_ in comparison.flipped_rows()) == flipped.tolist()
+    for row, of_v1, of_v2, times in comparison.flipped_rows():
+        place = ROWS.index(row)
+        assert times == 2 and abs(of_v1 - p1[place]) <= TOLERANCE and abs(of_v2 - p2[place]) <= TOLERANCE
+    assert min(comparison.v1_s) > 0 and max(comparison.v2_s) < 30
+
+
+def test_the_latency_of_version_2_is_its_own(v1):
+    def answer(handler):
+        time.sleep(0.1)
+        reply_with(handler, b'{"predictions": [[0.5, 0.5]]}')
+
+    with planted_server(answer) as port, open_shadow(v1, port) as running:
+        user = User(running.users_port)
+        for request in predictions(v1, 12):
+            user.send(request)
+    assert min(running.comparison.v2_s) >= 0.1
+    assert np.median(running.comparison.v1_s) < np.median(running.comparison.v2_s)
+
+
+@pytest.mark.parametrize("name", ["torchserve", "tfserving", "bentoml", "onnx"])
+def test_every_servers_real_replies_are_read(name, request):
+    server = request.getfixturevalue(f"{name}_server")
+    with open_shadow(server, server.endpoint.port) as running:
+        user = User(running.users_port)
+        for first in range(0, 20, 4):
+            assert user.send(server.endpoint.request(ROWS[first : first + 4], None))[0] == 200
+    comparison = running.comparison
+    assert comparison.compared == 5 and not (comparison.failed or comparison.dropped or comparison.refused)
+    order = [ROWS.index(row) for row in comparison.rows]
+    assert sorted(order) == list(range(20))
+    assert comparison.v1 == comparison.v2
+    assert np.abs(np.array(comparison.v1) - load_expected("2")[order, 1]).max() <= TOLERANCE
+
+
+# The command.
+
+
+def test_the_command_writes_every_observation_and_ends_with_the_finding(tmp_path):
+    output = tmp_path / "shadow.json"
+    command = [sys.executable, "shadow.py", "--seconds", "1.2", "--rate", "100", "--output", str(output)]
+    run = subprocess.run(command, cwd=GATEWAY_DIR, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(output.read_text())
+    assert result["users"] == {"answered": 120, "failed": 0}
+    assert len(result["v1"]) == len(result["v2"]) == len(result["rows"]) == len(result["v1_s"]) == 120
+    flipped = (np.array(result["v1"]) >= 0.5) != (np.array(result["v2"]) >= 0.5)
+    different = {tuple(row) for row, flips in zip(result["rows"], flipped, strict=True) if flips}
+    last = run.stdout.splitlines()[-1]
+    assert re.match(rf"onnx: v2 gives v1's class to {1 - flipped.mean():.1%} of 120 rows; {len(different)} ", last), (
+        last
+    )
+
+
+def test_without_haproxy_one_line_says_how_to_get_it(v1, v2, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ServerError, match="haproxy not found: apt-get install haproxy"):
+        open_shadow(v1, v2.endpoint.port).__enter__()
