@@ -84,18 +84,30 @@ class ServerProcess:
         self._descendants: dict[int, psutil.Process] = {}
 
     def __enter__(self) -> "ServerProcess":
+        self.spawn()
+        try:
+            self.wait_until_correct()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def spawn(self) -> "ServerProcess":
+        """Start the server and do not wait for it, so that many can start side by side; then call `stop`."""
         self._refuse_taken_ports()
         self._log_dir = tempfile.TemporaryDirectory(prefix=f"{self.endpoint.name}-")
         self._log_path = Path(self._log_dir.name) / "server.log"
         try:
             self._spawn()
-            self._wait_until_correct()
         except BaseException:
-            self.__exit__()
+            self.stop()
             raise
         return self
 
-    def __exit__(self, *_) -> None:
+    def stop(self) -> None:
         with deferred_interrupts():
             self._stop()
             self._log_dir.cleanup()
@@ -159,7 +171,8 @@ class ServerProcess:
             except FileNotFoundError as error:
                 raise ServerError(f"{self.endpoint.name}: {error.filename} not found: run make setup") from None
 
-    def _wait_until_correct(self) -> None:
+    def wait_until_correct(self) -> None:
+        """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""
         rows, _ = load_test_rows()
         version = self.endpoint.only_version or "1"
         expected = load_expected(version)[:1]

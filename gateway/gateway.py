@@ -1,0 +1,430 @@
+"""One address in front of all servers: split requests between two versions, watch replicas, move the split live.
+
+    python gateway.py keys add alice          make an API key
+    python gateway.py serve                   HAProxy and two replicas of each version of the ONNX server
+    python gateway.py set my_model v2=30      give version 2 to 30 % of the users, at once, without a reload
+    python gateway.py promote my_model        give it to all of them
+    python gateway.py rollback my_model       take it from all of them
+    python gateway.py status                  the split, the replicas' health, what each version answered
+
+Keeps the split, the keys' hashes and the certificate in its state folder (default: state).
+"""
+
+import argparse
+import csv
+import ctypes
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import pools as pools_module
+from pools import VERSIONS, Pool, PoolError, Replica, Server, pools_from_environment
+from state import CERTIFICATE, KEYS, RATES, SERVERS, SPLIT, State, StateError
+
+FOLDER = Path(__file__).resolve().parent
+BENCHMARKS_DIR = FOLDER.parent / "benchmarks"
+CONFIG_PATH = FOLDER / "haproxy.cfg"
+SERVERS_PATH = FOLDER / "servers.json"
+MODEL_NAME = "my_model"
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+DEFAULTS = {
+    "GATEWAY_BIND": "127.0.0.1:8443",
+    "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
+    "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate of its own
+    "GATEWAY_MAX_BODY": "131072",  # bytes; tune.bufsize in haproxy.cfg must be larger
+}
+
+
+class GatewayError(Exception):
+    """The command cannot be done; the message is one line that says what to do."""
+
+
+def load_servers() -> dict[str, Server]:
+    """Return what is known of every server, by name: from the endpoints; in an image without them from a file."""
+    if (BENCHMARKS_DIR / "endpoint.py").is_file():
+        sys.path.append(str(BENCHMARKS_DIR))
+        return pools_module.describe_servers()
+    return pools_module.read_servers(SERVERS_PATH.read_text())
+
+
+def find_haproxy() -> str:
+    """Return HAProxy's path; GatewayError with the command that installs it."""
+    for folder in (*os.environ.get("PATH", "").split(os.pathsep), "/usr/sbin", "/usr/local/sbin"):
+        if path := shutil.which("haproxy", path=folder):
+            return path
+    raise GatewayError("haproxy not found; install it: sudo apt-get install haproxy (macOS: brew install haproxy)")
+
+
+def check_address(name: str, text: str) -> None:
+    """GatewayError unless `text` is an address that can be listened on now."""
+    found = re.fullmatch(r"(\*|[0-9A-Za-z.-]*|\[[0-9A-Fa-f:]+\]):(\d{1,5})", text)
+    if not found or not 1 <= int(found[2]) <= 65535:
+        raise GatewayError(f"{name}={text}: expected an address and a port, as in 127.0.0.1:8443")
+    host = found[1].strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("" if host == "*" else host, int(found[2])))
+        except OSError as error:
+            raise GatewayError(
+                f"{text}: {error.strerror}; stop what listens there, or choose another with {name}=…"
+            ) from None
+
+
+def start_replicas(names: list[str], count: int, stack: ExitStack) -> list[Pool]:
+    """Start `count` replicas of each version of each server and wait until all answer rightly."""
+    if not names:
+        return []
+    from endpoint import load_endpoints
+    from server_process import ServerProcess, find_free_ports
+
+    servers, classes = load_servers(), load_endpoints()
+    pools, started = [], []
+    for name in names:
+        for version in VERSIONS:
+            pool = Pool(servers[name], version)
+            pools.append(pool)
+            for number in range(1, count + 1):
+                ports = find_free_ports(list(classes[name].default_ports))
+                endpoint = classes[name](ports, only_version=version)
+                process = ServerProcess(endpoint).spawn()
+                stack.callback(process.stop)
+                started.append((process, f"{name} v{version}-{number}"))
+                grpc_port = ports.get("grpc") if pool.server.grpc_service else None
+                pool.replicas.append(Replica("127.0.0.1", ports["rest"], grpc_port, pid=process.pid))
+    for process, what in started:
+        process.wait_until_correct()
+        print(f"{what} answers on port {process.endpoint.port} (process {process.pid})", flush=True)
+    return pools
+
+
+def end_with_parent() -> None:
+    """Have the kernel send this process SIGTERM when the gateway ends, even by kill -9; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def start_haproxy(program: str, state: State, settings: dict[str, str], log_path: Path | None) -> subprocess.Popen:
+    """Start HAProxy in the state folder; its access log goes to `log_path`, or to our own output where that is None."""
+    command = [program, "-W", "-S", "unix@master.sock,mode,600", "-f", str(CONFIG_PATH), "-f", "backends.cfg"]
+    check = subprocess.run(
+        [program, "-c", *command[4:]],
+        cwd=state.folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+    )
+    if check.returncode:
+        reasons = [line for line in check.stderr.splitlines() if "[ALERT]" in line] or ["no reason given"]
+        raise GatewayError(f"HAProxy refuses its configuration: {reasons[0].split(' : ', 1)[-1]}")
+    log = log_path.open("ab") if log_path else None
+    try:
+        return subprocess.Popen(
+            command,
+            cwd=state.folder,
+            env={**os.environ, **settings},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=(state.folder / "haproxy.log").open("wb"),
+            start_new_session=True,
+            preexec_fn=end_with_parent,
+        )
+    finally:
+        if log:
+            log.close()
+
+
+def stop_haproxy(process: subprocess.Popen) -> None:
+    """End HAProxy: requests under way are answered first, for a few seconds."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def wait_until_up(process: subprocess.Popen, state: State, wanted: set[tuple[str, str]]) -> None:
+    """Wait until the health check of every replica in `wanted` (backend, name) has succeeded."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        if process.poll() is not None:
+            lines = (state.folder / "haproxy.log").read_text(errors="replace").strip().splitlines()
+            raise GatewayError(f"HAProxy ended with exit code {process.returncode}: {lines[-1] if lines else ''}")
+        try:
+            rows = read_statistics(state)
+            up = {(row["pxname"], row["svname"]) for row in rows if row["check_status"] == "L7OK"}
+            if wanted <= up:
+                return
+            missing = " ".join(sorted(wanted - up)[0])
+        except OSError as error:
+            missing = f"the admin socket ({error.strerror})"
+        if time.monotonic() > deadline_s:
+            raise GatewayError(f"no sign of {missing} within {START_TIMEOUT_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serve until Ctrl-C; nothing that was started is left then."""
+    program = find_haproxy()
+    settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
+    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY"):
+        if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
+            raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
+    if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
+        raise GatewayError(f"GATEWAY_MAX_BODY is at most {DEFAULTS['GATEWAY_MAX_BODY']}: tune.bufsize must hold it")
+    state = State(arguments.state)
+    state.create()
+    percents = state.read_percents(SPLIT)
+    state.read_percents(RATES)
+    keys = state.read(KEYS)
+    for name in ("GATEWAY_BIND", "GATEWAY_METRICS_BIND"):
+        check_address(name, settings[name])
+    servers = load_servers()
+    external = {name: pools for name in servers if (pools := pools_from_environment(servers[name], os.environ))}
+    names = arguments.servers or list(external) or ["onnx"]
+    unknown = [name for name in names if name not in servers]
+    if unknown:
+        raise GatewayError(f"no server called {unknown[0]!r}; there are {', '.join(servers)}")
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)  # also where a shell had it ignored
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signal.signal(signal.SIGHUP, interrupt)
+    with ExitStack() as stack:
+        started = start_replicas([name for name in names if name not in external], arguments.replicas, stack)
+        pools = started + [pool for name in names for pool in external.get(name, ())]
+        if state.make_certificate():
+            print(f"made a self-signed certificate: {state.folder / CERTIFICATE}")
+        with state.lock():
+            state.write(SPLIT, {**dict.fromkeys(names, 0), **percents})
+            services = {s.grpc_service: s.name for p in pools if (s := p.server).grpc_service}
+            state.write(SERVERS, {**{name: name for name in names}, **services})
+            (state.folder / "backends.cfg").write_text(pools_module.render(pools))
+            pids = {f"{p.server.name} v{p.version}-{i}": r.pid for p in started for i, r in enumerate(p.replicas, 1)}
+            (state.folder / "replicas.json").write_text(json.dumps(pids))
+        log_path = None if str(arguments.access_log) == "-" else arguments.access_log or state.folder / "access.log"
+        haproxy = start_haproxy(program, state, settings, log_path)
+        stack.callback(stop_haproxy, haproxy)
+        wanted = {
+            (f"{p.server.name}-v{p.version}", f"v{p.version}-{i}")
+            for p in started
+            for i in range(1, len(p.replicas) + 1)
+        }
+        wait_until_up(haproxy, state, wanted)
+        if not keys:
+            print("no API key yet, so every request gets 401: python gateway.py keys add NAME")
+        split = state.read_percents(SPLIT)
+        print("version 2 gets " + ", ".join(f"{split[name]} % on {name}" for name in names))
+        print(f"serving on https://{settings['GATEWAY_BIND']}, Ctrl-C to stop", flush=True)
+        lost = set()
+        while haproxy.poll() is None:
+            time.sleep(POLL_S)
+            for what, pid in pids.items():
+                if what not in lost and not is_running(pid):
+                    lost.add(what)
+                    print(f"{what} (process {pid}) has ended; the others answer for it", flush=True)
+        raise GatewayError(f"HAProxy ended with exit code {haproxy.returncode}; see {state.folder / 'haproxy.log'}")
+
+
+def is_running(pid: int) -> bool:
+    """Whether our child `pid` still runs; one that has ended stays a zombie until it is waited for."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
+
+
+def read_statistics(state: State) -> list[dict[str, str]]:
+    """Return HAProxy's table of frontends, backends and servers. OSError where no gateway runs."""
+    return list(csv.DictReader(io.StringIO(state.ask("show stat").removeprefix("# "))))
+
+
+def read_status(state: State) -> dict:
+    """Return the split, and of a running gateway the replicas and counts, by server."""
+    status = {"running": True, "servers": {}}
+    for name, percent in state.read_percents(SPLIT).items():
+        versions = {version: {"share": share, "requests": 0, "failed": 0, "replicas": {}} for version, share in
+                    (("1", 100 - percent), ("2", percent))}  # fmt: skip
+        status["servers"][name] = versions
+    try:
+        rows = read_statistics(state)
+    except (FileNotFoundError, ConnectionRefusedError):
+        return {**status, "running": False}
+    try:
+        pids = json.loads((state.folder / "replicas.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        pids = {}
+    live = {}
+    for row in rows:
+        found = re.fullmatch(r"(.+)-v[12](-grpc)?", row["pxname"])
+        server = re.fullmatch(r"v([12])-.+", row["svname"])
+        if not found or not server or found[1] not in status["servers"]:
+            continue
+        live.setdefault(found[1], status["servers"][found[1]])
+        version = status["servers"][found[1]][server[1]]
+        counts = {key: int(row[key] or 0) for key in ("hrsp_1xx", "hrsp_2xx", "hrsp_3xx", "hrsp_4xx", "hrsp_5xx")}
+        version["requests"] += sum(counts.values())
+        version["failed"] += counts["hrsp_5xx"]
+        if row["pxname"] == f"{found[1]}-v{server[1]}":
+            version["replicas"][row["svname"]] = {
+                "address": row["addr"],
+                "state": row["status"],
+                "check": row["check_status"],
+                "pid": pids.get(f"{found[1]} {row['svname']}"),
+            }
+    return {**status, "servers": live}
+
+
+def print_status(arguments: argparse.Namespace) -> None:
+    status = read_status(State(arguments.state))
+    if arguments.json:
+        print(json.dumps(status))
+        return
+    if not status["running"]:
+        print("the gateway is not running; the split that it will start with:")
+    for name, versions in status["servers"].items():
+        for version, facts in versions.items():
+            print(f"{name} version {version}: {facts['share']} % of the users", end="")
+            if not status["running"]:
+                print()
+                continue
+            print(f", {facts['requests']} requests answered, {facts['failed']} of them with 5xx")
+            for replica, seen in facts["replicas"].items():
+                process = f", process {seen['pid']}" if seen["pid"] else ""
+                print(f"  {replica} {seen['state']} ({seen['check']}) at {seen['address']}{process}")
+
+
+def set_split(arguments: argparse.Namespace, percent: int) -> None:
+    """Give version 2 `percent` of the users of one server or of all."""
+    if arguments.model != MODEL_NAME:
+        raise GatewayError(f"no model called {arguments.model!r}; there is {MODEL_NAME}")
+    state = State(arguments.state)
+    known = state.read_percents(SPLIT) or load_servers()
+    if arguments.server and arguments.server not in known:
+        raise GatewayError(f"no server called {arguments.server!r}; there are {', '.join(known)}")
+    names = [arguments.server] if arguments.server else list(known)
+    told = state.set_split(dict.fromkeys(names, percent))
+    when = "from now on" if told else "when the gateway starts (it is not running)"
+    print(f"{MODEL_NAME} on {', '.join(names)}: {100 - percent} % version 1, {percent} % version 2, {when}")
+
+
+def parse_split(text: str) -> int:
+    """Return version 2's percents in "v2=30" or "v1=70"; ArgumentTypeError where it is something else."""
+    found = re.fullmatch(r"v([12])=(\d{1,3})", text)
+    if not found or int(found[2]) > 100:
+        raise argparse.ArgumentTypeError(f"{text!r}: write v2=0 to v2=100, the percents of the users")
+    return int(found[2]) if found[1] == "2" else 100 - int(found[2])
+
+
+def change_keys(arguments: argparse.Namespace) -> None:
+    state = State(arguments.state)
+    if arguments.action == "list":
+        rates = state.read_percents(RATES)
+        for owner in sorted(state.read(KEYS).values()):
+            print(f"{owner}: {rates[owner]} requests/s" if owner in rates else f"{owner}: the default rate")
+    elif arguments.action == "add":
+        print(state.add_key(arguments.name, arguments.rate))
+        print("this is the only time it is shown; send it as the header X-API-Key", file=sys.stderr)
+    else:
+        state.revoke_key(arguments.name)
+        print(f"revoked: {arguments.name}")
+
+
+def print_servers(_arguments: argparse.Namespace) -> None:
+    print(json.dumps({name: asdict(server) for name, server in load_servers().items()}, indent=2))
+
+
+def reload(arguments: argparse.Namespace) -> None:
+    """Have HAProxy read haproxy.cfg, the certificate and the state anew; no request fails."""
+    try:
+        answer = State(arguments.state).ask("reload", "master.sock")
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise GatewayError("the gateway is not running: python gateway.py serve") from None
+    print(answer.strip() or "reloaded")
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path(os.environ.get("GATEWAY_STATE") or FOLDER / "state"),
+        help="folder of what is remembered (default: GATEWAY_STATE, else state here)",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    server = commands.add_parser("serve", help="start the gateway, and the servers that have no address given")
+    server.add_argument(
+        "--servers", nargs="+", metavar="NAME",
+        help="the servers behind it (default: those that GATEWAY_<NAME>_V1 gives addresses of, else onnx)",
+    )  # fmt: skip
+    server.add_argument("--replicas", type=positive, default=2, help="processes to start for each version (default: 2)")
+    server.add_argument("--access-log", type=Path, help="a file, or - for our output (default: access.log there)")
+    server.set_defaults(run=serve)
+    for name, percent, text in (
+        ("set", None, "give version 2 a share of the users: v2=30"),
+        ("promote", 100, "give version 2 to all users"),
+        ("rollback", 0, "give version 1 to all users"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("model", help="my_model")
+        if percent is None:
+            command.add_argument("split", type=parse_split, metavar="v2=PERCENT")
+        command.add_argument("--server", help="on this server alone (default: on all)")
+        command.set_defaults(run=lambda a, p=percent: set_split(a, a.split if p is None else p))
+    status = commands.add_parser("status", help="the split, the replicas' health and the counts by version")
+    status.add_argument("--json", action="store_true", help="for programs (default: for people)")
+    status.set_defaults(run=print_status)
+    keys = commands.add_parser("keys", help="add, list or revoke API keys")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    add = actions.add_parser("add", help="make a key and show it once")
+    add.add_argument("name", help="whose it is; stands in the access log")
+    add.add_argument("--rate", type=positive, help="accepted requests per second (default: GATEWAY_RATE, else 1000)")
+    actions.add_parser("list", help="whose keys there are")
+    actions.add_parser("revoke", help="make a key worthless, at once").add_argument("name", help="whose")
+    keys.set_defaults(run=change_keys)
+    servers = commands.add_parser("servers", help="print servers.json, which an image reads in place of benchmarks/")
+    servers.set_defaults(run=print_servers)
+    commands.add_parser("reload", help="read haproxy.cfg and the certificate anew").set_defaults(run=reload)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("stopped", flush=True)
+    except (GatewayError, PoolError, StateError, RuntimeError) as error:
+        sys.exit(f"gateway: {error}")
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

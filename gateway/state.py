@@ -1,0 +1,195 @@
+"""What the gateway remembers: the split, the API keys and the certificate, as files in its state folder.
+
+Each file is what HAProxy itself reads at its start, so that a restart and a reload find what was set last.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+SPLIT, KEYS, RATES, SERVERS = "split.map", "keys.map", "rates.map", "servers.map"
+CERTIFICATE = "tls.pem"
+ADMIN_SOCKET = "admin.sock"
+CERTIFICATE_DAYS = 365
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+
+
+class StateError(Exception):
+    """The state cannot be used; the message is one line that says what to do."""
+
+
+class State:
+    """The state folder. All changes are written whole, under a lock, and then told to a running HAProxy."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+
+    def create(self) -> None:
+        """Make the folder, readable by its owner alone, and the files that HAProxy wants to find."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            for name in (SPLIT, KEYS, RATES):
+                if not (self.folder / name).exists():
+                    self.write(name, {})
+        except OSError as error:
+            raise StateError(f"{self.folder}: {error.strerror}; choose another folder with --state") from None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Let one command at a time read, change and write."""
+        self.create()
+        with (self.folder / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def read(self, name: str) -> dict[str, str]:
+        """Return a map file's pairs. StateError where a line is no pair."""
+        path = self.folder / name
+        try:
+            lines = path.read_text().splitlines()
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise StateError(f"{path} cannot be read ({error}); {self.remedy(name)}") from None
+        pairs = [line.split() for line in lines if line.strip() and not line.startswith("#")]
+        for pair in pairs:
+            if len(pair) != 2:
+                raise StateError(f"{path} is damaged: {' '.join(pair)[:60]!r} is no pair; {self.remedy(name)}")
+        return dict(pairs)
+
+    def read_percents(self, name: str) -> dict[str, int]:
+        """Return the numbers of SPLIT or RATES. StateError where one is none, or no percentage in SPLIT."""
+        numbers = {}
+        for key, text in self.read(name).items():
+            if not (text.isascii() and text.isdecimal()) or (name == SPLIT and int(text) > 100):
+                wanted = "0 to 100" if name == SPLIT else "a number"
+                raise StateError(
+                    f"{self.folder / name} is damaged: {key} has {text[:20]!r}, expected {wanted}; {self.remedy(name)}"
+                )
+            numbers[key] = int(text)
+        return numbers
+
+    def remedy(self, name: str) -> str:
+        lost = "every server then begins with v2=0" if name == SPLIT else "keys must be added anew"
+        return f"correct it or remove it ({lost})"
+
+    def write(self, name: str, pairs: dict) -> None:
+        """Replace a map file in one step: a reader, or a crash, meets the old or the new."""
+        descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{name}-")  # mode 0600
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                file.writelines(f"{key} {value}\n" for key, value in pairs.items())
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(self.folder / name)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
+
+    def ask(self, command: str, socket_name: str = ADMIN_SOCKET) -> str:
+        """Send one command to HAProxy's admin socket, return its answer. OSError where no gateway runs."""
+        path = self.folder / socket_name
+        with socket.socket(socket.AF_UNIX) as admin:
+            admin.settimeout(5)
+            try:
+                admin.connect(str(path))
+            except OSError as error:
+                if "too long" not in str(error):
+                    raise
+                # A socket's path may have 107 bytes; this one is shorter and names the same file.
+                folder = os.open(self.folder, os.O_PATH)
+                try:
+                    admin.connect(f"/proc/self/fd/{folder}/{socket_name}")
+                finally:
+                    os.close(folder)
+            admin.sendall(command.encode() + b"\n")
+            answer = b""
+            while part := admin.recv(1 << 16):
+                answer += part
+        return answer.decode()
+
+    def tell(self, command: str) -> bool:
+        """Send a command that answers nothing; False where no gateway runs. StateError where HAProxy refuses."""
+        try:
+            answer = self.ask(command).strip()
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        if answer:
+            raise StateError(f"HAProxy refused {command.split()[:2]}: {answer}; start the gateway again")
+        return True
+
+    def set_split(self, percents: dict[str, int]) -> bool:
+        """Give version 2 these percents of the users, by server; return whether a running gateway was told."""
+        with self.lock():
+            self.write(SPLIT, {**self.read_percents(SPLIT), **percents})
+            told = [self.tell(f"set map {SPLIT} {server} {percent}") for server, percent in percents.items()]
+        return all(told)
+
+    def add_key(self, owner: str, rate: int | None) -> str:
+        """Make a key for `owner`, keep its hash, return the key: it can be seen this once."""
+        if not NAME.fullmatch(owner):
+            raise StateError(f"the name {owner!r}: use 1 to 64 letters, digits and . _ @ -")
+        key = f"gw_{secrets.token_urlsafe(24)}"
+        with self.lock():
+            keys = self.read(KEYS)
+            if owner in keys.values():
+                raise StateError(f"{owner} has a key already; revoke that first, or choose another name")
+            digest = hash_key(key)
+            if rate:
+                self.write(RATES, {**self.read(RATES), owner: rate})
+                self.tell(f"add map {RATES} {owner} {rate}")
+            self.write(KEYS, {**keys, digest: owner})
+            self.tell(f"add map {KEYS} {digest} {owner}")
+        return key
+
+    def revoke_key(self, owner: str) -> None:
+        """Make the key of `owner` worthless, from now on."""
+        with self.lock():
+            keys = self.read(KEYS)
+            digests = [digest for digest, name in keys.items() if name == owner]
+            if not digests:
+                raise StateError(f"no key of {owner!r}; there are {', '.join(sorted(keys.values())) or 'none'}")
+            self.write(KEYS, {digest: name for digest, name in keys.items() if name != owner})
+            rates = self.read(RATES)
+            if rates.pop(owner, None):
+                self.write(RATES, rates)
+                self.tell(f"del map {RATES} {owner}")
+            for digest in digests:
+                self.tell(f"del map {KEYS} {digest}")
+
+    def make_certificate(self) -> bool:
+        """Make a self-signed certificate for this machine where there is none; return whether one was made."""
+        path = self.folder / CERTIFICATE
+        if path.exists():
+            return False
+        if not shutil.which("openssl"):
+            raise StateError(f"no openssl to make a certificate with; install it, or put your own into {path}")
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
+            key, certificate = Path(folder) / "key.pem", Path(folder) / "certificate.pem"
+            names = "subjectAltName=DNS:localhost,DNS:gateway,IP:127.0.0.1,IP:::1"
+            subprocess.run(
+                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+                + ["-days", str(CERTIFICATE_DAYS), "-subj", "/CN=localhost", "-addext", names]
+                + ["-keyout", str(key), "-out", str(certificate)],
+                check=True,
+                capture_output=True,
+            )
+            both = Path(folder) / CERTIFICATE
+            both.touch(mode=0o600)
+            both.write_text(certificate.read_text() + key.read_text())
+            both.replace(path)
+        return True
+
+
+def hash_key(key: str) -> str:
+    """What is kept of a key. It is 24 random bytes, so that a plain SHA-256 cannot be guessed back."""
+    return hashlib.sha256(key.encode()).hexdigest()
