@@ -2,12 +2,14 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import load_generator
@@ -27,6 +29,7 @@ from server_process import ServerError, ServerProcess, ask, send
 NAMES = ["torchserve", "tfserving", "bentoml", "onnx"]
 ANSWER_S = 10.0  # longest that any one answer may take here
 MAX_GROWTH_BYTES = 200e6
+ENDLESS_BYTES = 300 << 20  # more than MAX_GROWTH_BYTES
 
 numbers = st.floats(width=32) | st.integers(-(10**40), 10**40)
 scalars = st.none() | st.booleans() | numbers | st.text(max_size=5)
@@ -133,6 +136,26 @@ def test_what_is_no_http_is_refused_or_dropped(server, junk):
     assert memory_bytes(server) - before < MAX_GROWTH_BYTES
 
 
+def test_a_body_without_end_does_not_fill_the_memory(server):
+    before = highest = memory_bytes(server)
+    chunk = b"%x\r\n%s\r\n" % (1 << 20, b"[" * (1 << 20))
+    opening = head(server, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    reply = b""
+    with connect(server) as client:
+        try:
+            client.sendall(opening)
+            for _ in range(ENDLESS_BYTES >> 20):
+                client.sendall(chunk)
+                highest = max(highest, memory_bytes(server))
+            client.sendall(b"0\r\n\r\n")
+            reply = client.recv(65536)
+        except ConnectionError:  # it has had enough
+            pass
+    assert reply == b"" or reply.split(b" ", 2)[1].startswith(b"4"), reply[:200]
+    assert highest - before < MAX_GROWTH_BYTES
+    assert_right(server)
+
+
 def test_two_requests_sent_at_once_on_one_connection_get_both_right_answers(server):
     test_rows, _ = load_test_rows()
     bodies = [server.endpoint.body([test_rows[i]], "1") for i in (0, 1)]
@@ -153,14 +176,14 @@ def test_two_requests_sent_at_once_on_one_connection_get_both_right_answers(serv
 
 
 @contextlib.contextmanager
-def apart(server: ServerProcess):
-    """Keep the server and this process on cores of their own: the open loop never sleeps."""
+def apart(*servers: ServerProcess):
+    """Keep the servers and this process on cores of their own: the open loop never sleeps."""
     server_cpus, client_cpus = split_cpus()
     if server_cpus is None:
         yield
         return
     usual = os.sched_getaffinity(0)
-    for process in server.processes():
+    for process in itertools.chain(*(server.processes() for server in servers)):
         for thread in process.threads():
             os.sched_setaffinity(thread.id, server_cpus)
     os.sched_setaffinity(0, client_cpus)
@@ -170,37 +193,65 @@ def apart(server: ServerProcess):
         os.sched_setaffinity(0, usual)
 
 
+def alone_s(server: ServerProcess, seconds: float) -> float:
+    """Median latency of a user who is alone."""
+    test_rows, _ = load_test_rows()
+    exchanges = make_exchanges(server.endpoint, "1", test_rows, load_expected("1"))
+    with LoadGenerator(server.endpoint, exchanges, 1) as load:
+        return float(np.median(load.run_closed(seconds).latencies_s))
+
+
+def ask_now_and_then(server: ServerProcess, stop: threading.Event) -> list[tuple[int, float]]:
+    """Return what one more user got until `stop`: the status and the seconds of waiting, twice a second."""
+    test_rows, _ = load_test_rows()
+    request = server.endpoint.request(test_rows[:1], "1")
+    answers = []
+    while not stop.wait(0.5):
+        started_s = time.monotonic()
+        status, _ = send(server.endpoint.port, request, timeout_s=ANSWER_S)
+        answers.append((status, time.monotonic() - started_s))
+    return answers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["torchserve-tuned", "tfserving-tuned", "bentoml-tuned", "onnx-tuned"])
 def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch, capsys):
     test_rows, _ = load_test_rows()
     # What is still unsent or unanswered two seconds after the last request was due counts as failed.
     monkeypatch.setattr(load_generator, "REPLY_TIMEOUT_S", 2.0)
-    with start(name) as server, apart(server):
+    stop = threading.Event()
+    with start(name) as server, start("null") as null, apart(server, null), ThreadPoolExecutor(1) as pool:
         exchanges = make_exchanges(server.endpoint, "1", test_rows, load_expected("1"))
         with LoadGenerator(server.endpoint, exchanges, 64) as load:
             load.run_closed(10.0)  # Java compiles itself while it runs
             capacity = load.run_closed(2.0).rate
-        with LoadGenerator(server.endpoint, exchanges, 1) as load:
-            normal_s = np.median(load.run_closed(2.0).latencies_s)
+        null_s, normal_s = alone_s(null, 1.0), alone_s(server, 2.0)
         before = memory_bytes(server)
-        with LoadGenerator(server.endpoint, exchanges, 256) as load:
-            window = load.run_open(constant_arrivals(3 * capacity, 20.0))
+        one_more = pool.submit(ask_now_and_then, server, stop)
+        try:
+            with LoadGenerator(server.endpoint, exchanges, 256) as load:
+                window = load.run_open(constant_arrivals(3 * capacity, 20.0))
+        finally:
+            stop.set()
+        answers = one_more.result()
         growth = memory_bytes(server) - before
         deadline_s = time.monotonic() + 5.0
         while True:
-            with LoadGenerator(server.endpoint, exchanges, 1) as load:
-                after_s = np.median(load.run_closed(0.5).latencies_s)
-            if after_s < 2 * normal_s or time.monotonic() > deadline_s:
+            after_s = alone_s(server, 0.5)
+            # Where a neighbour has slowed the whole machine meanwhile, the server that does nothing shows it.
+            limit_s = 2 * normal_s * max(1.0, alone_s(null, 0.5) / null_s)
+            if after_s < limit_s or time.monotonic() > deadline_s:
                 break
+    statuses = Counter(status for status, _ in answers)
+    longest_s = max(wait_s for _, wait_s in answers)
     with capsys.disabled():
         print(
             f"\n{name}: {capacity:,.0f}/s closed, {window.rate:,.0f}/s right answers under 3 times that, "
             f"{growth / 1e6:+.0f} MB, p50 {normal_s * 1e3:.2f} ms before, {after_s * 1e3:.2f} ms after; "
-            f"{dict(window.errors)}"
+            f"{dict(window.errors)}; one more user: {dict(statuses)}, longest wait {longest_s:.2f} s"
         )
     assert window.wrong == 0
-    assert window.rate > 0.5 * capacity, "it answers less the more it is asked"
+    assert window.rate > capacity / 3, "it answers less the more it is asked"
     allowed = {
         "status 429",
         "status 503",
@@ -209,8 +260,10 @@ def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch,
         "no reply in 2 s",
     }
     assert set(window.errors) <= allowed, window.errors
+    assert set(statuses) <= {200, 429, 503}
+    assert longest_s < ANSWER_S / 2, "it lets users wait"
     assert growth < MAX_GROWTH_BYTES
-    assert after_s < 2 * normal_s
+    assert after_s < limit_s
 
 
 def workers(server: ServerProcess) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError
 from tensorflow_serving.apis import get_model_metadata_pb2
 
-MAX_UNZIPPED_BYTES = 100 * 2**20
+MAX_BODY_BYTES = MAX_UNZIPPED_BYTES = 100 * 2**20
 # A larger body is answered on a thread: decoding it would hold up all other requests. A small one is
 # answered at once, because handing it to a thread costs more than the answer.
 MAX_INLINE_BYTES = 64 * 2**10
@@ -44,6 +44,7 @@ ROUTES = {
     ),
 }
 JSON_HEADER = (b"content-type", b"application/json")
+CLOSING_HEADERS = [JSON_HEADER, (b"connection", b"close")]  # the rest of the body is not read
 NOT_FOUND_PAGE = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
 
 
@@ -89,10 +90,14 @@ class RestApi:
         message = await receive()
         body = message.get("body", b"")
         if message.get("more_body"):
-            chunks = [body]
+            chunks, size = [body], len(body)
             while message.get("more_body"):
                 message = await receive()
                 chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > MAX_BODY_BYTES:
+                    await send_reply(send, 413, json_replies.write_error("The body is too large"), CLOSING_HEADERS)
+                    return
             body = b"".join(chunks)
         if message["type"] == "http.disconnect":
             return
@@ -110,14 +115,7 @@ class RestApi:
             except TimeoutError:
                 message = f"Timed out after {self.timeout_s:g} s (--rest_api_timeout_in_ms)"
                 status, reply, headers = 504, json_replies.write_error(message), [JSON_HEADER]
-        await send(
-            {
-                "type": "http.response.start",
-                "status": status,
-                "headers": [*headers, (b"content-length", str(len(reply)).encode())],
-            }
-        )
-        await send({"type": "http.response.body", "body": reply})
+        await send_reply(send, status, reply, headers)
 
     def answer(self, scope, body: bytes) -> tuple[int, bytes, list]:
         """Return (HTTP status, body, headers) for one request."""
@@ -189,6 +187,13 @@ class RestApi:
         model_spec = to_json(response.model_spec)
         metadata = f'{{"signature_def": {to_json(signatures)}\n}}'
         return f'{{\n"model_spec":{model_spec}\n,\n"metadata": {metadata}\n}}\n'.encode()
+
+
+async def send_reply(send, status: int, reply: bytes, headers: list) -> None:
+    """Send one whole reply."""
+    headers = [*headers, (b"content-length", str(len(reply)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply})
 
 
 def unzip(body: bytes) -> bytes:
