@@ -19,7 +19,7 @@ ENDPOINT ?= onnx
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test cross-check soak \
-        report compare calibrate readme test test-slow lint requirements clean
+        report compare calibrate shadow readme test test-slow lint requirements clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -113,6 +113,9 @@ calibrate: setup ## check the measuring client against wrk
 
 readme: setup ## make the README's measured table anew from benchmarks/results/sample.json
 	python benchmarks/results.py --update-readme
+
+shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
+	python gateway/shadow.py --server $(ENDPOINT)
 
 ## develop
 

@@ -5,7 +5,8 @@
 
 Starts both versions of a server and HAProxy (shadow.cfg) in front, sends the rows of test.csv to version 1 as
 users would, and tells how version 2 answered the same requests: class, probability, latency, failures.
-The second form stands before two servers that run, one version each, and watches whoever asks on port 8100.
+The second form stands before two servers that run, one version each, and watches whoever asks on port 8100;
+Ctrl-C ends it early and loses nothing.
 Writes one JSON file with every observation: results/shadow-<server>.json.
 """
 
@@ -170,16 +171,19 @@ class Shadow:
         return self
 
     def __exit__(self, *_) -> None:
-        self.wait_until_compared()
-        self._stopping.set()
-        for thread in (self._reader, *self._threads):
-            thread.join()
-        dropped = self.comparison.dropped
-        dropped["the run ended"] += self._records.qsize()
-        dropped["read too late"] += self._read_socket_memory()[SK_MEMINFO_DROPS]
-        dropped["not sent by HAProxy"] += self._ask_haproxy("DroppedLogs")
-        self.comparison.dropped = +dropped  # without the zeros
-        self._stack.close()
+        with self._stack:
+            try:
+                self.wait_until_compared()
+                unsent = self._ask_haproxy("DroppedLogs")
+            finally:
+                self._stopping.set()
+                for thread in (self._reader, *self._threads):
+                    thread.join()
+            dropped = self.comparison.dropped
+            dropped["the run ended"] += self._records.qsize()
+            dropped["read too late"] += self._read_socket_memory()[SK_MEMINFO_DROPS]
+            dropped["not sent by HAProxy"] += unsent
+            self.comparison.dropped = +dropped  # without the zeros
 
     def _start_haproxy(self) -> subprocess.Popen:
         if shutil.which("haproxy") is None:
@@ -188,20 +192,24 @@ class Shadow:
         settings = {f"SHADOW_{name.upper()}_PORT": str(port) for name, port in ports.items()}
         settings["SHADOW_ADMIN"] = str(self._folder / "admin.sock")
         self._log = (self._folder / "haproxy.log").open("w+")
-        self._haproxy = subprocess.Popen(
+        self.haproxy = subprocess.Popen(
             ["haproxy", "-db", "-f", FOLDER / "shadow.cfg"],
-            env={**os.environ, **settings}, stdout=self._log, stderr=subprocess.STDOUT,
+            env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for shadow.py, which asks HAProxy for its figures first
         )  # fmt: skip
-        return self._haproxy
+        return self.haproxy
 
     def _wait_for_haproxy(self) -> None:
         deadline_s = time.monotonic() + 10
-        while time.monotonic() < deadline_s and self._haproxy.poll() is None:
+        while time.monotonic() < deadline_s and self.haproxy.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.users_port), timeout=1):
                 return
             time.sleep(POLL_S)
+        raise ServerError(f"haproxy does not listen: {self._last_words()}")
+
+    def _last_words(self) -> str:
         self._log.seek(0)
-        raise ServerError(f"haproxy does not listen: {self._log.read().strip() or 'it printed nothing'}")
+        return self._log.read().strip() or "it printed nothing"
 
     def _stop_haproxy(self, haproxy: subprocess.Popen) -> None:
         haproxy.kill()
@@ -209,12 +217,15 @@ class Shadow:
         self._log.close()
 
     def _ask_haproxy(self, figure: str) -> int:
-        """A figure of HAProxy's `show info`."""
-        with socket.socket(socket.AF_UNIX) as admin:
-            admin.connect(str(self._folder / "admin.sock"))
-            admin.sendall(b"show info\n")
-            lines = admin.makefile().read().splitlines()
-        return int(dict(line.split(": ", 1) for line in lines if ": " in line)[figure])
+        """A figure of HAProxy's `show info`; ServerError where it has ended."""
+        try:
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(self._folder / "admin.sock"))
+                admin.sendall(b"show info\n")
+                lines = admin.makefile().read().splitlines()
+            return int(dict(line.split(": ", 1) for line in lines if ": " in line)[figure])
+        except (OSError, KeyError) as error:
+            raise ServerError(f"haproxy has ended: {self._last_words()}") from error
 
     def _read_socket_memory(self) -> tuple[int, ...]:
         memory = self._tap.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 4 * MEMINFO_FIELDS)
@@ -426,7 +437,8 @@ def main() -> int:
             if arguments.rate:
                 users = send_users(endpoint, shadow.users_port, arguments.rate, arguments.seconds)
             else:
-                time.sleep(arguments.seconds)
+                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: enough seen
+                    time.sleep(arguments.seconds)
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(arguments).items() if key != "output"}
     result = {"settings": settings, "users": users and vars(users), **vars(shadow.comparison)}

@@ -296,6 +296,15 @@ def test_the_command_writes_every_observation_and_ends_with_the_finding(tmp_path
     )
 
 
+def test_an_haproxy_that_has_ended_is_an_error_and_leaves_no_thread(v1, v2):
+    before = threading.active_count()
+    running = open_shadow(v1, v2.endpoint.port)
+    with pytest.raises(ServerError, match="haproxy has ended"), running:
+        running.haproxy.kill()
+        running.haproxy.wait()
+    assert threading.active_count() == before
+
+
 def test_without_haproxy_one_line_says_how_to_get_it(v1, v2, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(ServerError, match="haproxy not found: apt-get install haproxy"):
