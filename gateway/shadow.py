@@ -17,7 +17,6 @@ import http.client
 import json
 import os
 import queue
-import shutil
 import socket
 import struct
 import subprocess
@@ -40,6 +39,8 @@ sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 from endpoint import Endpoint, load_endpoints  # noqa: E402
 from reference import load_test_rows  # noqa: E402
 from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm  # noqa: E402
+
+from gateway import GatewayError, find_haproxy  # noqa: E402
 
 DATAGRAM_BYTES = 65507  # the largest of UDP, and the longest line that shadow.cfg writes
 RECEIVE_BUFFER_BYTES = 4 << 20  # asked of the kernel; without privileges it gives net.core.rmem_max
@@ -130,8 +131,8 @@ class Shadow:
 
     A context manager: inside the block `users_port` (None: a free one) answers with what version 1 says. `endpoint`
     tells how bodies and replies are read. At most `queue_size` copies wait and `at_once` are under way; what comes
-    beyond is dropped and counted. On leaving the block, what waits has `drain_s` to be compared. ServerError where
-    HAProxy is missing or does not start.
+    beyond is dropped and counted. On leaving the block, what waits has `drain_s` to be compared. GatewayError where
+    HAProxy is missing, ServerError where it does not start or has ended.
     """
 
     def __init__(
@@ -186,14 +187,13 @@ class Shadow:
             self.comparison.dropped = +dropped  # without the zeros
 
     def _start_haproxy(self) -> subprocess.Popen:
-        if shutil.which("haproxy") is None:
-            raise ServerError("haproxy not found: apt-get install haproxy")
+        haproxy = find_haproxy()
         ports = {**self.ports, "tap": self._tap.getsockname()[1]}
         settings = {f"SHADOW_{name.upper()}_PORT": str(port) for name, port in ports.items()}
         settings["SHADOW_ADMIN"] = str(self._folder / "admin.sock")
         self._log = (self._folder / "haproxy.log").open("w+")
         self.haproxy = subprocess.Popen(
-            ["haproxy", "-db", "-f", FOLDER / "shadow.cfg"],
+            [haproxy, "-db", "-f", FOLDER / "shadow.cfg"],
             env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for shadow.py, which asks HAProxy for its figures first
         )  # fmt: skip
@@ -451,7 +451,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ServerError, OSError) as error:
+    except (ServerError, GatewayError, OSError) as error:
         sys.exit(f"shadow: {error}")
     except KeyboardInterrupt:
         sys.exit("shadow: interrupted; the servers are stopped")

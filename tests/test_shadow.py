@@ -25,6 +25,8 @@ sys.path.insert(0, str(GATEWAY_DIR))
 import shadow  # noqa: E402
 from shadow import Shadow  # noqa: E402
 
+from gateway import GatewayError  # noqa: E402
+
 ROWS = load_test_rows()[0]
 SLOW_S = 2.0
 BROKEN = "no reply", "status 502", "status 503"  # which one is a matter of when the connection breaks
@@ -306,6 +308,6 @@ def test_an_haproxy_that_has_ended_is_an_error_and_leaves_no_thread(v1, v2):
 
 
 def test_without_haproxy_one_line_says_how_to_get_it(v1, v2, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    with pytest.raises(ServerError, match="haproxy not found: apt-get install haproxy"):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(GatewayError, match="haproxy not found; install it: .*apt-get install haproxy"):
         open_shadow(v1, v2.endpoint.port).__enter__()
