@@ -19,11 +19,11 @@ class NullGrpcEndpoint(Endpoint):
         options = [] if port == self.default_ports["grpc"] else ["--port", str(port)]
         return ["python", "null_grpc_server.py", *options]
 
-    def path(self, version: str) -> str:
+    def path(self, version: str | None) -> str:
         return METHOD
 
-    def request(self, rows: list, version: str) -> Request:
-        body = encode_predict_request(rows, "my_model", int(self.native_version(version)))
+    def request(self, rows: list, version: str | None) -> Request:
+        body = encode_predict_request(rows, "my_model", int(self.native_version(version)) if version else None)
         return Request(self.path(version), body, content_type="application/grpc")
 
     def decode(self, reply: bytes) -> np.ndarray:

@@ -37,7 +37,7 @@ CONFIG_PATH = FOLDER / "haproxy.cfg"
 SERVERS_PATH = FOLDER / "servers.json"
 MODEL_NAME = "my_model"
 START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 15.0
+STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEFAULTS = {
@@ -62,10 +62,11 @@ def load_servers() -> dict[str, Server]:
 
 def find_haproxy() -> str:
     """Return HAProxy's path; GatewayError with the command that installs it."""
+    program = os.environ.get("GATEWAY_HAPROXY") or "haproxy"
     for folder in (*os.environ.get("PATH", "").split(os.pathsep), "/usr/sbin", "/usr/local/sbin"):
-        if path := shutil.which("haproxy", path=folder):
+        if path := shutil.which(program, path=folder):
             return path
-    raise GatewayError("haproxy not found; install it: sudo apt-get install haproxy (macOS: brew install haproxy)")
+    raise GatewayError(f"{program} not found; install it: sudo apt-get install haproxy (macOS: brew install haproxy)")
 
 
 def check_address(name: str, text: str) -> None:
@@ -119,7 +120,10 @@ def end_with_parent() -> None:
 
 
 def start_haproxy(program: str, state: State, settings: dict[str, str], log_path: Path | None) -> subprocess.Popen:
-    """Start HAProxy in the state folder; its access log goes to `log_path`, or to our own output where that is None."""
+    """Start HAProxy in the state folder; its access log goes to `log_path`, or to our own output where that is None.
+
+    HAProxy says on the same way that it ends or reloads, and grep keeps what is a request: every line is JSON.
+    """
     command = [program, "-W", "-S", "unix@master.sock,mode,600", "-f", str(CONFIG_PATH), "-f", "backends.cfg"]
     check = subprocess.run(
         [program, "-c", *command[4:]],
@@ -131,21 +135,22 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
     if check.returncode:
         reasons = [line for line in check.stderr.splitlines() if "[ALERT]" in line] or ["no reason given"]
         raise GatewayError(f"HAProxy refuses its configuration: {reasons[0].split(' : ', 1)[-1]}")
-    log = log_path.open("ab") if log_path else None
-    try:
+    with ExitStack() as stack:
+        log = stack.enter_context(log_path.open("ab")) if log_path else None
+        lines = subprocess.Popen(
+            ["grep", "--line-buffered", "^{"], stdin=subprocess.PIPE, stdout=log, start_new_session=True
+        )
+        stack.enter_context(lines.stdin)
         return subprocess.Popen(
             command,
             cwd=state.folder,
             env={**os.environ, **settings},
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=(state.folder / "haproxy.log").open("wb"),
+            stdout=lines.stdin,
+            stderr=stack.enter_context((state.folder / "haproxy.log").open("wb")),
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
-    finally:
-        if log:
-            log.close()
 
 
 def stop_haproxy(process: subprocess.Popen) -> None:
@@ -183,6 +188,7 @@ def serve(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C; nothing that was started is left then."""
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
+    settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
     for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY"):
         if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
