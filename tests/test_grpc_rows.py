@@ -681,11 +681,9 @@ def test_torchserves_refusal_with_status_ok_is_no_answer(torchserve_server):
 def test_the_grpc_floor_has_the_stack_and_the_answer_of_the_local_server(null_grpc, tfserving_server):
     tree = ast.parse((REPOSITORY_DIR / "tfserving" / "grpc_api.py").read_text())
     [options] = [
-        ast.literal_eval(keyword.value)
-        for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == "grpc.aio.server"
-        for keyword in call.keywords
-        if keyword.arg == "options"
+        ast.literal_eval(statement.value)
+        for statement in tree.body
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "OPTIONS"
     ]
     import null_grpc_server
 

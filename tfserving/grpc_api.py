@@ -3,10 +3,12 @@
 import asyncio
 import functools
 import sys
+import time
 
 import examples
 import grpc
 import numpy as np
+from metrics import Metrics
 from quiet_tensorflow import tf
 from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError, read_tensors
 from tensorflow.core.framework import tensor_pb2
@@ -24,6 +26,11 @@ from tensorflow_serving.apis import (
 )
 
 MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others need not wait for it
+OPTIONS = [
+    ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+]
 FLOAT32 = np.dtype(np.float32)
 SIGNATURE_FIELD = "signature_def"  # the only metadata field there is
 VALUE_FIELDS = {  # where a TensorProto keeps its values
@@ -105,6 +112,28 @@ def reports_errors(method):
     return wrapped
 
 
+def is_counted(method):
+    """Record the call in the metrics, where there are any."""
+
+    @functools.wraps(method)
+    async def wrapped(self, request):
+        if not self.metrics:
+            return await method(self, request)
+        started_s = time.perf_counter()
+        code = "OK"
+        try:
+            return await method(self, request)
+        except ServingError as error:
+            code = error.code
+            raise
+        finally:
+            name = request.model_spec.name
+            if name in self.library.models:
+                self.metrics.record(name, method.__name__, "GRPC", code, time.perf_counter() - started_s)
+
+    return wrapped
+
+
 def find_servable(library: Library, spec: model_pb2.ModelSpec) -> Servable:
     return library.find(spec.name, *chosen_version(spec))
 
@@ -125,20 +154,23 @@ def require_model_spec(request) -> None:
 
 
 class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
-    def __init__(self, library: Library):
+    def __init__(self, library: Library, metrics: Metrics | None):
         self.library = library
+        self.metrics = metrics
 
     @reports_errors
+    @is_counted
     async def Predict(self, request) -> bytes:
         if request.ByteSize() > MAX_INLINE_BYTES:
-            return await asyncio.to_thread(self.predict, request)
-        if self.library.batching is None:
-            return self.predict(request)
+            return await asyncio.to_thread(lambda: self.predict(*self.read(request)))
         servable, arguments = self.read(request)
+        if servable.is_slow:
+            return await asyncio.to_thread(self.predict, servable, arguments)
+        if self.library.batching is None:
+            return self.predict(servable, arguments)
         return encode_response(servable, arguments[1], await servable.predict_batched(*arguments))
 
-    def predict(self, request: predict_pb2.PredictRequest) -> bytes:
-        servable, arguments = self.read(request)
+    def predict(self, servable: Servable, arguments: tuple) -> bytes:
         return encode_response(servable, arguments[1], servable.predict(*arguments))
 
     def read(self, request: predict_pb2.PredictRequest) -> tuple[Servable, tuple]:
@@ -159,10 +191,12 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return find_servable(self.library, request.model_spec).metadata()
 
     @reports_errors
+    @is_counted
     async def Classify(self, request) -> classification_pb2.ClassificationResponse:
         return await self.run_examples(request, examples.classify, classification_pb2.ClassificationResponse)
 
     @reports_errors
+    @is_counted
     async def Regress(self, request) -> regression_pb2.RegressionResponse:
         return await self.run_examples(request, examples.regress, regression_pb2.RegressionResponse)
 
@@ -206,16 +240,12 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         return response
 
 
-async def start_server(library: Library, address: str) -> grpc.aio.Server:
-    """Start both services on `address`. RuntimeError where it is taken."""
-    server = grpc.aio.server(
-        options=[
-            ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
-            ("grpc.max_receive_message_length", -1),
-            ("grpc.max_send_message_length", -1),
-        ]
-    )
-    service = PredictionService(library)
+async def start_server(
+    library: Library, addresses: list[str], options: list[tuple[str, int | str]], metrics: Metrics | None
+) -> grpc.aio.Server:
+    """Start both services on each of `addresses`. RuntimeError where one is taken."""
+    server = grpc.aio.server(options=[*OPTIONS, *options])
+    service = PredictionService(library, metrics)
     # Ahead of the generated handlers, which expect a message where Predict returns one already serialized.
     predict = grpc.unary_unary_rpc_method_handler(service.Predict, predict_pb2.PredictRequest.FromString)
     server.add_generic_rpc_handlers(
@@ -223,6 +253,7 @@ async def start_server(library: Library, address: str) -> grpc.aio.Server:
     )
     prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
     model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(library), server)
-    server.add_insecure_port(address)
+    for address in addresses:
+        server.add_insecure_port(address)
     await server.start()
     return server

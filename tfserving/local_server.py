@@ -5,22 +5,38 @@
 
 It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
 127.0.0.1 only, and ends on Ctrl-C. New version folders are served within a second.
-Not built: metrics, unix sockets.
+Not built: TFLite, the profiler, TLS.
 """
 
 import argparse
 import asyncio
 import contextlib
 import gc
+import importlib.metadata
 import os
 import signal
 import socket
+import stat
 import sys
 from pathlib import Path
 
 HOST = "127.0.0.1"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Read when TensorFlow is imported. oneDNN's kernels cost a small graph 22 µs a run, TensorFlow's own 12; with 1,024
+# rows they are equal. Set it to 1 yourself for large matrices.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 GRACE_S = 2.0  # what running requests get when the server is told to stop
+# Flags of tensorflow_model_server 2.21 whose effect the local server does not have: refused, not ignored.
+UNSUPPORTED = (
+    "enable_grpc_healthcheck_service enable_per_model_batching_parameters enable_profiler "
+    "enable_serialization_as_string enable_signature_method_name_check flush_filesystem_caches "
+    "force_allow_any_version_labels_for_unavailable_models grpc_max_threads mixed_precision num_load_threads "
+    "num_tflite_interpreters_per_pool num_tflite_pools num_unload_threads per_process_gpu_memory_fraction "
+    "platform_config_file prefer_tflite_model remove_unused_fields_from_bundle_metagraph "
+    "rest_api_enable_cors_support skip_initialize_tpu ssl_config_file tensorflow_inter_op_parallelism "
+    "tensorflow_intra_op_parallelism tensorflow_session_config_file tensorflow_session_parallelism "
+    "thread_pool_factory_config_file use_alts_credentials xla_cpu_compilation_enabled"
+).split()
 
 
 def parse_bool(text: str) -> bool:
@@ -31,61 +47,91 @@ def parse_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+def parse_channel_arguments(text: str) -> list[tuple[str, int | str]]:
+    """Return the options of "key=value,key=value"; values that are integers as such."""
+    options = []
+    for argument in filter(None, text.split(",")):
+        key, equals, value = argument.partition("=")
+        if not (key and equals):
+            raise argparse.ArgumentTypeError(f"{argument!r} is not key=value")
+        options.append((key, int(value) if value.removeprefix("-").isdecimal() else value))
+    return options
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--port", type=int, default=8500, help="gRPC port, 0 for none (default: 8500)")
-    parser.add_argument("--rest_api_port", type=int, default=0, help="REST port, 0 for none (default: 0)")
-    parser.add_argument("--model_name", default="default", help="the model's name (default: default)")
-    parser.add_argument("--model_base_path", help="the folder that holds the version folders (default: none)")
-    parser.add_argument(
-        "--model_config_file",
-        type=Path,
-        help="a models.config; --model_name and --model_base_path are then ignored (default: none)",
-    )
-    parser.add_argument(
-        "--allow_version_labels_for_unavailable_models",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="accept labels in the config at the start (default: false)",
-    )
-    parser.add_argument(
-        "--rest_api_timeout_in_ms",
-        type=int,
-        default=30_000,
-        help="the longest that a large REST request may take (default: 30000)",
-    )
-    parser.add_argument(
-        "--file_system_poll_wait_seconds",
-        type=int,
-        default=1,
-        help="how often the base paths are searched for new and removed versions, 0 for never (default: 1)",
-    )
-    parser.add_argument(
-        "--enable_batching",
-        type=parse_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="let concurrent requests share a run of the graph (default: false)",
-    )
-    parser.add_argument(
-        "--batching_parameters_file", type=Path, help="how they share it, see batching.config (default: none)"
-    )
+
+    def add(name: str, default, text: str, kind: type = int, shown: str = "") -> None:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown or default})")
+
+    def add_switch(name: str, default: bool, text: str) -> None:
+        said = str(default).lower()
+        parser.add_argument(
+            f"--{name}", type=parse_bool, nargs="?", const=True, default=default, help=f"{text} (default: {said})"
+        )
+
+    add("port", 8500, "gRPC port, 0 for none")
+    add("grpc_socket_path", "", "a unix socket for gRPC beside the port", str, "none")
+    add("grpc_channel_arguments", [], "gRPC's own options, key=value,key=value", parse_channel_arguments, "none")
+    add("rest_api_port", 0, "REST port, 0 for none")
+    threads = 4 * (os.cpu_count() or 1)
+    add("rest_api_num_threads", threads, "threads for large REST requests and slow graphs")
+    add("rest_api_timeout_in_ms", 30_000, "the longest that a REST request may take on one of them, 0 for ever")
+    add("model_name", "default", "the model's name", str)
+    add("model_base_path", None, "the folder that holds the version folders", str, "none")
+    add("model_config_file", None, "a models.config instead of the two above", Path, "none")
+    add("model_config_file_poll_wait_seconds", 0, "how often that file is read again, 0 for never")
+    add_switch("allow_version_labels_for_unavailable_models", False, "accept labels in the config at the start")
+    add("file_system_poll_wait_seconds", 1, "how often the base paths are searched for versions, 0 for never")
+    add("max_num_load_retries", 5, "how often a version that failed to load is tried again")
+    add("load_retry_interval_micros", 60_000_000, "how long after a failure, if no file has changed before")
+    add("saved_model_tags", "serve", "tags of the graph to load, separated by commas", str)
+    add_switch("enable_model_warmup", True, "replay assets.extra/tf_serving_warmup_requests at load")
+    add("num_request_iterations_for_warmup", 1, "how often each of them")
+    add_switch("enable_batching", False, "let concurrent requests share a run of the graph")
+    add("batching_parameters_file", None, "how they share it, see batching.config", Path, "none")
+    add("monitoring_config_file", None, "serve Prometheus metrics, see monitoring.config", Path, "none")
+    parser.add_argument("--version", action="store_true", help="print the version of TensorFlow and end")
+
     parser.error = lambda message: parser.exit(2, f"local server: {message}; see --help\n")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        name = unknown[0].removeprefix("--").partition("=")[0]
+        if name in UNSUPPORTED:
+            parser.error(f"--{name} is a flag of tensorflow_model_server that the local server does not have")
+        parser.error(f"unknown argument: {unknown[0]}")
+    if arguments.version:
+        print(f"local server\nTensorFlow Library: {importlib.metadata.version('tensorflow')}")
+        sys.exit(0)
     if not (arguments.model_config_file or arguments.model_base_path):
         parser.error("give --model_base_path or --model_config_file")
-    if not (arguments.port or arguments.rest_api_port):
-        parser.error("give --port or --rest_api_port")
+    if not (arguments.port or arguments.grpc_socket_path or arguments.rest_api_port):
+        parser.error("give --port, --grpc_socket_path or --rest_api_port")
     if arguments.batching_parameters_file and not arguments.enable_batching:
         parser.error("--batching_parameters_file is set without setting --enable_batching to true")
-    if arguments.port == arguments.rest_api_port:
+    if arguments.port and arguments.port == arguments.rest_api_port:
         parser.error("--port and --rest_api_port cannot be the same")
+    if arguments.rest_api_num_threads < 1:
+        parser.error("--rest_api_num_threads must be positive")
+    if arguments.monitoring_config_file and not arguments.rest_api_port:
+        parser.error("--monitoring_config_file needs --rest_api_port: the metrics are served there")
     return arguments
+
+
+def free_socket_path(path: Path) -> None:
+    """Make way for a unix socket: gRPC takes over a path without asking. Exits where a server or file has it."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISSOCK(mode):
+        sys.exit(f"local server: {path} (--grpc_socket_path) is a file; choose another path")
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(str(path))
+        sys.exit(f"local server: {path} (--grpc_socket_path) is in use; choose another path or stop what uses it")
+    path.unlink()
 
 
 def bind(flag: str, port: int) -> socket.socket:
@@ -130,11 +176,30 @@ def read_batching(arguments: argparse.Namespace):
         sys.exit(f"local server: {error}")
 
 
-def load_library(models: list, batching):
-    """Load all models. A version that fails is told on stderr; exits where every one fails."""
-    from servables import Library
+def read_metrics(arguments: argparse.Namespace) -> str | None:
+    """Return the URL path for the metrics, None where there are none. Exits where the file is wrong."""
+    from metrics import MonitoringError, read_metrics_path
 
-    library = Library(batching)
+    if not arguments.monitoring_config_file:
+        return None
+    try:
+        return read_metrics_path(arguments.monitoring_config_file)
+    except MonitoringError as error:
+        sys.exit(f"local server: {error}")
+
+
+def load_library(models: list, batching, arguments: argparse.Namespace):
+    """Load all models. A version that fails is told on stderr; exits where every one fails."""
+    from servables import Library, LoadSettings
+
+    settings = LoadSettings(
+        batching=batching,
+        tags=tuple(arguments.saved_model_tags.split(",")),
+        warm_up_iterations=arguments.num_request_iterations_for_warmup if arguments.enable_model_warmup else 0,
+        max_retries=arguments.max_num_load_retries,
+        retry_interval_s=arguments.load_retry_interval_micros / 1e6,
+    )
+    library = Library(settings)
     library.configs = models
     for change in library.poll():
         if "not loaded" in change:
@@ -152,10 +217,37 @@ async def watch_folders(library, interval_s: float) -> None:
             print(f"local server: {change}", file=sys.stderr, flush=True)
 
 
-async def serve(library, arguments: argparse.Namespace, rest_socket: socket.socket | None) -> None:
+async def watch_config(library, path: Path, interval_s: float) -> None:
+    """Serve what the config file asks for whenever it has changed, for ever. A wrong one is told and left."""
+    from model_config import ConfigError, read_config
+    from servables import ServingError
+
+    def reload() -> list[str]:
+        try:
+            return library.reload(list(read_config(path, allow_labels=True).model_config_list.config))
+        except ConfigError as error:
+            return [str(error)]
+        except ServingError as error:
+            return [f"{path} not taken up: {error.message}"]
+
+    seen = path.read_bytes()
+    while True:
+        await asyncio.sleep(interval_s)
+        with contextlib.suppress(OSError):  # it is being replaced just now
+            content = path.read_bytes()
+            if content != seen:
+                seen = content
+                for change in [f"{path} has changed", *await asyncio.to_thread(reload)]:
+                    print(f"local server: {change}", file=sys.stderr, flush=True)
+
+
+async def serve(
+    library, arguments: argparse.Namespace, rest_socket: socket.socket | None, metrics_path: str | None
+) -> None:
     """Serve until one of STOP_SIGNALS comes."""
     import uvicorn
     from grpc_api import start_server
+    from metrics import Metrics
     from rest_api import RestApi
 
     class RestServer(uvicorn.Server):
@@ -170,16 +262,23 @@ async def serve(library, arguments: argparse.Namespace, rest_socket: socket.sock
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
 
-    addresses = []
+    metrics = Metrics() if metrics_path else None
+    addresses = [f"{HOST}:{arguments.port}"] if arguments.port else []
+    addresses += [f"unix:{arguments.grpc_socket_path}"] if arguments.grpc_socket_path else []
     async with asyncio.TaskGroup() as tasks:
         grpc_server = rest_server = None
-        if arguments.port:
-            address = f"{HOST}:{arguments.port}"
-            grpc_server = await start_server(library, address)
-            addresses.append(f"{address} (gRPC)")
+        if addresses:
+            grpc_server = await start_server(library, addresses, arguments.grpc_channel_arguments, metrics)
+            addresses = [f"{address} (gRPC)" for address in addresses]
         if rest_socket:
             config = uvicorn.Config(
-                RestApi(library, arguments.rest_api_timeout_in_ms / 1000),
+                RestApi(
+                    library,
+                    arguments.rest_api_timeout_in_ms / 1000 if arguments.rest_api_timeout_in_ms > 0 else None,
+                    arguments.rest_api_num_threads,
+                    metrics,
+                    metrics_path,
+                ),
                 http="httptools",
                 ws="none",
                 lifespan="off",
@@ -202,11 +301,14 @@ async def serve(library, arguments: argparse.Namespace, rest_socket: socket.sock
             if model.servables
         )
         print(f"local server: {served} ready at {' and '.join(reversed(addresses))}", flush=True)
-        watcher = None
+        watchers = []
         if arguments.file_system_poll_wait_seconds > 0:
-            watcher = tasks.create_task(watch_folders(library, arguments.file_system_poll_wait_seconds))
+            watchers.append(tasks.create_task(watch_folders(library, arguments.file_system_poll_wait_seconds)))
+        if arguments.model_config_file and arguments.model_config_file_poll_wait_seconds > 0:
+            interval_s = arguments.model_config_file_poll_wait_seconds
+            watchers.append(tasks.create_task(watch_config(library, arguments.model_config_file, interval_s)))
         await stop.wait()
-        if watcher:
+        for watcher in watchers:
             watcher.cancel()
         if rest_server:
             rest_server.should_exit = True
@@ -224,13 +326,16 @@ def main() -> None:
     rest_socket = bind("rest_api_port", arguments.rest_api_port) if arguments.rest_api_port else None
     if arguments.port:
         bind("port", arguments.port).close()  # gRPC binds by itself
-    library = load_library(read_models(arguments), read_batching(arguments))
+    if arguments.grpc_socket_path:
+        free_socket_path(Path(arguments.grpc_socket_path))
+    metrics_path = read_metrics(arguments)
+    library = load_library(read_models(arguments), read_batching(arguments), arguments)
     gc.collect()
     gc.freeze()  # what is loaded stays loaded: the garbage collector need not walk it again
     import uvloop
 
     try:
-        uvloop.run(serve(library, arguments, rest_socket))
+        uvloop.run(serve(library, arguments, rest_socket, metrics_path))
     except* RuntimeError as group:
         sys.exit(f"local server: {group.exceptions[0]}")
     # TensorFlow's threads can outlive an orderly interpreter shutdown by seconds; nothing is left to write.

@@ -3,15 +3,18 @@
 import asyncio
 import functools
 import re
+import time
 import urllib.parse
 import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import examples
 import json_replies
 import json_requests
 from google.protobuf import json_format
+from metrics import Metrics
 from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError
 from tensorflow_serving.apis import get_model_metadata_pb2
 
@@ -21,6 +24,7 @@ MAX_BODY_BYTES = MAX_UNZIPPED_BYTES = 100 * 2**20
 MAX_INLINE_BYTES = 64 * 2**10
 
 HTTP_STATUS = {
+    "OK": 200,
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
     "OUT_OF_RANGE": 400,
@@ -43,6 +47,7 @@ ROUTES = {
         re.IGNORECASE | re.ASCII,
     ),
 }
+RUNNING_VERBS = {"predict", "classify", "regress"}
 JSON_HEADER = (b"content-type", b"application/json")
 CLOSING_HEADERS = [JSON_HEADER, (b"connection", b"close")]  # the rest of the body is not read
 NOT_FOUND_PAGE = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
@@ -80,10 +85,20 @@ def parse_route(method: str, target: str) -> Route:
 class RestApi:
     """The ASGI application. It holds no state of its own beside the compiled readers."""
 
-    def __init__(self, library: Library, timeout_s: float):
-        """`timeout_s` bounds only what runs on a thread: an answer given at once cannot be interrupted."""
+    def __init__(
+        self,
+        library: Library,
+        timeout_s: float | None,
+        threads: int,
+        metrics: Metrics | None = None,
+        metrics_path: str | None = None,
+    ):
+        """`timeout_s` bounds what runs on one of the `threads`: an answer given at once cannot be interrupted."""
         self.library = library
         self.timeout_s = timeout_s
+        self.executor = ThreadPoolExecutor(threads, "rest")
+        self.metrics = metrics
+        self.metrics_path = metrics_path
         self.readers: weakref.WeakKeyDictionary[Servable, json_requests.RowReader] = weakref.WeakKeyDictionary()
 
     async def __call__(self, scope, receive, send) -> None:
@@ -105,56 +120,58 @@ class RestApi:
             if key == b"content-encoding" and b"gzip" in value:
                 body = unzip(body)
 
-        if len(body) <= MAX_INLINE_BYTES:
-            batched = await self.answer_batched(scope, body) if self.library.batching else None
-            status, reply, headers = batched or self.answer(scope, body)
-        else:
-            try:
-                async with asyncio.timeout(self.timeout_s):
-                    status, reply, headers = await asyncio.to_thread(self.answer, scope, body)
-            except TimeoutError:
-                message = f"Timed out after {self.timeout_s:g} s (--rest_api_timeout_in_ms)"
-                status, reply, headers = 504, json_replies.write_error(message), [JSON_HEADER]
+        status, reply, headers = await self.respond(scope, body)
         await send_reply(send, status, reply, headers)
 
-    def answer(self, scope, body: bytes) -> tuple[int, bytes, list]:
+    async def respond(self, scope, body: bytes) -> tuple[int, bytes, list]:
         """Return (HTTP status, body, headers) for one request."""
         target = scope["raw_path"].decode("latin-1")
+        if target == self.metrics_path:
+            return 200, self.metrics.write(), [(b"content-type", b"text/plain")]
         if not target.lower().startswith("/v1/"):
             return 404, NOT_FOUND_PAGE, [(b"content-type", b"text/html")]
         if scope["query_string"]:
             target = f"{target}?{scope['query_string'].decode('latin-1')}"
+        started_s = time.perf_counter()
+        route = None
+        code = "OK"
         try:
             route = parse_route(scope["method"], target)
-            return 200, getattr(self, route.verb)(route, body), [JSON_HEADER]
+            reply = await self.answer(route, body)
         except ServingError as error:
-            return HTTP_STATUS.get(error.code, 500), json_replies.write_error(error.message), [JSON_HEADER]
+            code, reply = error.code, json_replies.write_error(error.message)
+        except TimeoutError:
+            code, reply = "DEADLINE_EXCEEDED", json_replies.write_error("Timed out waiting for notification")
         except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser lets them be
-            return 400, json_replies.write_error("JSON Value is nested too deep"), [JSON_HEADER]
+            code, reply = "INVALID_ARGUMENT", json_replies.write_error("JSON Value is nested too deep")
+        if self.metrics and route and route.verb in RUNNING_VERBS and route.name in self.library.models:
+            self.metrics.record(route.name, route.verb, "REST", code, time.perf_counter() - started_s)
+        return HTTP_STATUS.get(code, 500), reply, [JSON_HEADER]
 
-    async def answer_batched(self, scope, body: bytes) -> tuple[int, bytes, list] | None:
-        """Answer a prediction of rows in a run that is shared with others; None for whatever else it is."""
-        try:
-            route = parse_route(scope["method"], scope["raw_path"].decode("latin-1"))
-            if route.verb != "predict" or scope["query_string"]:
-                return None
-            servable = self.library.find(route.name, route.version, route.label)
-            inputs = self._read_quickly(servable, body)
-        except (ServingError, RecursionError):
-            return None
-        if not inputs:
-            return None
-        try:
-            return 200, json_replies.write_rows(await servable.predict_batched(inputs)), [JSON_HEADER]
-        except ServingError as error:
-            return HTTP_STATUS.get(error.code, 500), json_replies.write_error(error.message), [JSON_HEADER]
+    async def answer(self, route: Route, body: bytes) -> bytes:
+        """Return the reply's body. Raises ServingError or TimeoutError."""
+        method = getattr(self, route.verb)
+        if route.verb in RUNNING_VERBS:
+            try:
+                servable = self.library.find(route.name, route.version, route.label)
+            except ServingError:
+                servable = None  # what is wrong with the body comes first
+            if len(body) > MAX_INLINE_BYTES or (servable and servable.is_slow):
+                async with asyncio.timeout(self.timeout_s):
+                    loop = asyncio.get_running_loop()
+                    return await loop.run_in_executor(self.executor, method, route, body)
+            if servable and self.library.batching and route.verb == "predict":
+                inputs = self._read_quickly(servable, body)
+                if inputs:
+                    return json_replies.write_rows(await servable.predict_batched(inputs))
+        return method(route, body)
 
     def predict(self, route: Route, body: bytes) -> bytes:
         find_servable = functools.partial(self.library.find, route.name, route.version, route.label)
         try:
             servable = find_servable()
         except ServingError:
-            servable = None  # what is wrong with the body comes first
+            servable = None
         if servable and (inputs := self._read_quickly(servable, body)):
             return json_replies.write_rows(servable.predict(inputs))
         servable, signature_name, inputs, by_row = json_requests.read_request(body, find_servable)

@@ -8,6 +8,7 @@ import errno
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 DEFAULT_SIGNATURE = "serving_default"
 INIT_SIGNATURE = "__saved_model_init_op"  # written by TensorFlow 2 for the loader, not for clients
 MAX_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses more
+SLOW_RUN_S = 0.01  # a signature whose runs take longer is run on a thread
 FLOAT = tf.float32.as_datatype_enum
 MAX_TENSOR_BYTES = 2**31  # protobuf's own limit: a larger tensor can only be a forged shape
 
@@ -76,6 +78,7 @@ class Signature:
         self.outputs = dict(sorted(definition.outputs.items()))
         self._types = [(alias, numpy_type(info.dtype)) for alias, info in self.inputs.items()]
         self._session = session
+        self.run_s = 0.0  # how long a run takes, smoothed over about eight
 
     @functools.cached_property
     def _run(self) -> Callable:
@@ -88,9 +91,15 @@ class Signature:
         """Return every output by alias. ServingError where the inputs do not fit or the graph fails."""
         arrays = self.check(inputs)
         try:
-            return dict(zip(self.outputs, self._run(*arrays), strict=True))
+            return dict(zip(self.outputs, self._run_timed(*arrays), strict=True))
         except tf.errors.OpError as error:
             raise as_serving_error(error) from None
+
+    def _run_timed(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        started_s = time.perf_counter()
+        outputs = self._run(*arrays)
+        self.run_s += (time.perf_counter() - started_s - self.run_s) / 8
+        return outputs
 
     async def run_batched(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The same on the event loop, in a run that is shared with other requests, where batching is on."""
@@ -99,7 +108,7 @@ class Signature:
         if rows is None:
             return self.run(inputs)
         if self._batcher is None:
-            self._batcher = Batcher(self._run, self.batching)
+            self._batcher = Batcher(self._run_timed, self.batching)
         future = self._batcher.add(arrays, rows)
         if future is None:
             raise ServingError("UNAVAILABLE", "The batch scheduling queue to which this task was submitted is full")
@@ -162,10 +171,21 @@ def _make_callable(session: tf.compat.v1.Session, feed: list[str], fetch: list[s
     return session.make_callable([tensor(name) for name in fetch], feed_list=[tensor(name) for name in feed])
 
 
+@dataclass(frozen=True)
+class LoadSettings:
+    """How versions are loaded and run: tensorflow_model_server's flags, with its default values."""
+
+    batching: BatchingParameters | None = None  # lets requests share runs; None: each has its own
+    tags: tuple[str, ...] = (tf.saved_model.SERVING,)  # of the graph in the SavedModel
+    warm_up_iterations: int = 1  # how often each recorded request is replayed
+    max_retries: int = 5  # how often a version that failed is tried again while its files stay as they are
+    retry_interval_s: float = 60.0  # how long after a failure
+
+
 class Servable:
     """One loaded version of one model."""
 
-    def __init__(self, name: str, version: int, folder: Path, batching: BatchingParameters | None = None):
+    def __init__(self, name: str, version: int, folder: Path, settings: LoadSettings = LoadSettings()):
         """Load the SavedModel in `folder`, replay its warm-up requests. Raises one of LOAD_ERRORS or ServingError."""
         self.name = name
         self.version = version
@@ -174,14 +194,20 @@ class Servable:
             # One thread: the graphs served here are small, and requests are the unit of parallelism.
             config = tf.compat.v1.ConfigProto(intra_op_parallelism_threads=1, inter_op_parallelism_threads=1)
             session = tf.compat.v1.Session(graph=graph, config=config)
-            meta_graph = tf.compat.v1.saved_model.load(session, [tf.saved_model.SERVING], str(folder))
+            meta_graph = tf.compat.v1.saved_model.load(session, list(settings.tags), str(folder))
         self.definitions = {
             key: definition for key, definition in meta_graph.signature_def.items() if key != INIT_SIGNATURE
         }
         self.signatures = {
-            key: Signature(session, definition, batching) for key, definition in self.definitions.items()
+            key: Signature(session, definition, settings.batching) for key, definition in self.definitions.items()
         }
-        self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
+        for _ in range(settings.warm_up_iterations):
+            self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether requests should be answered on a thread, so that others need not wait for them."""
+        return any(signature.run_s > SLOW_RUN_S for signature in self.signatures.values())
 
     def predict(
         self, inputs: dict[str, np.ndarray], signature_name: str = "", output_filter: list[str] = ()
@@ -266,9 +292,18 @@ def read_tensors(tensors) -> dict[str, np.ndarray]:
 class VersionStatus:
     """What the status request tells of one version."""
 
-    state: str  # a ModelVersionStatus.State: AVAILABLE, or END where loading failed
+    state: str  # a ModelVersionStatus.State: LOADING, also between two attempts; AVAILABLE; END
     error_code: str = "OK"
     error_message: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last attempt to load a version, which failed."""
+
+    folder_state: int  # what the files were like
+    retries: int  # attempts before it with the same files
+    retry_at_s: float  # when to try again though no file has changed; time.monotonic()
 
 
 @dataclass
@@ -282,7 +317,7 @@ class Model:
     servables: dict[int, Servable] = field(default_factory=dict)
     statuses: dict[int, VersionStatus] = field(default_factory=dict)  # newest first
     labels: dict[str, int] = field(default_factory=dict)
-    failed: dict[int, int] = field(default_factory=dict)  # version → state of its folder when loading failed
+    failures: dict[int, Failure] = field(default_factory=dict)
 
     def label_version(self, label: str) -> int:
         if label not in self.labels:
@@ -296,12 +331,12 @@ class Model:
 class Library:
     """All models, by name: what the REST and the gRPC side share."""
 
-    def __init__(self, batching: BatchingParameters | None = None):
-        """`batching` lets requests share runs; None: each has its own."""
+    def __init__(self, settings: LoadSettings = LoadSettings()):
         self.models: dict[str, Model] = {}
         self.configs: list = []  # one ModelConfig per model: what poll() serves
         self.lock = threading.Lock()  # one thread at a time loads and retires
-        self.batching = batching
+        self.settings = settings
+        self.batching = settings.batching
 
     def find(self, name: str, version: int | None = None, label: str | None = None) -> Servable:
         """Return the servable asked for, the newest loaded one where neither version nor label is given."""
@@ -342,8 +377,9 @@ class Library:
     def update(self, config) -> list[str]:
         """Load and retire versions until those are served that a ModelConfig asks for. Return what changed, in lines.
 
-        A version that fails is kept out, and tried again when its folder changes. As long as none that is asked
-        for can be served, the present ones stay: a damaged new version never replaces a good one.
+        A version that fails is kept out, and tried again when its files change or, up to max_retries times, after a
+        while; until then its state is LOADING. As long as none that is asked for can be served, the present ones
+        stay: a damaged new version never replaces a good one.
         """
         model = self.models.get(config.name) or Model(config.name)
         changes = []
@@ -352,20 +388,31 @@ class Library:
             if version in model.servables:
                 continue
             state = folder_state(folder)
-            if model.failed.get(version) == state:
-                continue
+            failure = model.failures.get(version)
+            if failure and failure.folder_state == state:
+                if failure.retries == self.settings.max_retries or time.monotonic() < failure.retry_at_s:
+                    continue
+                retries = failure.retries + 1
+            else:
+                retries = 0
+            model.set_status(version, VersionStatus("LOADING"))
+            self.models = {**self.models, config.name: model}  # a new model's status can be asked for while it loads
             try:
-                servable = Servable(config.name, version, folder, self.batching)
+                servable = Servable(config.name, version, folder, self.settings)
                 model.servables = {**model.servables, version: servable}
-                model.failed.pop(version, None)
+                model.failures.pop(version, None)
                 model.set_status(version, VersionStatus("AVAILABLE"))
                 changes.append(f"{config.name} version {version} loaded")
             except (ServingError, *LOAD_ERRORS) as error:
-                failure = as_serving_error(error)
-                model.failed[version] = state
-                model.set_status(version, VersionStatus("END", failure.code, failure.message))
-                reason = " ".join(failure.message.split())
-                changes.append(f"{config.name} version {version} not loaded: {reason}")
+                reason = as_serving_error(error)
+                retry_at_s = time.monotonic() + self.settings.retry_interval_s
+                model.failures[version] = Failure(state, retries, retry_at_s)
+                if retries == self.settings.max_retries:
+                    model.set_status(version, VersionStatus("END", reason.code, reason.message))
+                changes.append(f"{config.name} version {version} not loaded: {' '.join(reason.message.split())}")
+        for version in model.failures.keys() - wanted.keys():  # its folder has gone: nothing to try again
+            del model.failures[version]
+            model.set_status(version, VersionStatus("END"))
         if not wanted or wanted.keys() & model.servables.keys():
             for version in model.servables.keys() - wanted.keys():
                 model.servables = {number: kept for number, kept in model.servables.items() if number != version}
@@ -384,7 +431,7 @@ class Library:
         """Serve what `configs` ask for and no other model; return what changed.
 
         ServingError, and nothing is changed, where a config repeats a model, finds no version, or labels one that
-        is not loaded and not to be found.
+        is not loaded and not to be found and that did not have this label already.
         """
         names = [config.name for config in configs]
         if len(set(names)) < len(names):
@@ -393,9 +440,9 @@ class Library:
             wanted = choose_versions(config)
             if not wanted:
                 raise ServingError("NOT_FOUND", f"No versions of servable {config.name} found under {config.base_path}")
-            for version in config.version_labels.values():
-                model = self.models.get(config.name)
-                if version not in wanted or (model and version in model.failed):
+            model = self.models.get(config.name) or Model(config.name)
+            for label, version in config.version_labels.items():
+                if model.labels.get(label) != version and (version not in wanted or version in model.failures):
                     raise ServingError(
                         "FAILED_PRECONDITION",
                         f"Request to assign label to version {version} of model {config.name}, which is not currently "

@@ -8,7 +8,7 @@ The first of these that the machine has, named in the first line of output:
   docker  the official image, where a Docker engine answers and has or can get the image
   local   local_server.py, this folder's stand-in
 The same models, models.config (or --model-config), ports and requests in all three. REST on 8501, gRPC on 8500;
-Ctrl-C ends it.
+Ctrl-C ends it. A models.config that is edited is taken up within seconds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CONFIG_PATH = HERE / "models.config"
+MONITORING_PATH = HERE / "monitoring.config"
 MODELS_DIR = HERE / "models"
 IMAGE = "tensorflow/serving:2.21.0"  # as in docker-compose.yml
 NATIVE_PROGRAM = "tensorflow_model_server"
@@ -57,30 +58,32 @@ class Server:
     stop_command: list[str] | None = None
 
 
-def native_server(program: str, ports: dict[str, int], config_path: Path, batching: Path | None) -> Server:
-    return Server("native", program, [program, *server_flags(ports, config_path, batching)])
+def native_server(program: str, ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
+    return Server("native", program, [program, *port_flags(ports), *config_flags(config_dir, batching)])
 
 
-def local_server(ports: dict[str, int], config_path: Path, batching: Path | None) -> Server:
+def local_server(ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
     script = HERE / "local_server.py"
-    return Server("local", script.name, [sys.executable, str(script), *server_flags(ports, config_path, batching)])
+    command = [sys.executable, str(script), *port_flags(ports), *config_flags(config_dir, batching)]
+    return Server("local", script.name, command)
 
 
-def server_flags(ports: dict[str, int], config_path: Path, batching: Path | None) -> list[str]:
+def port_flags(ports: dict[str, int]) -> list[str]:
+    return [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}"]
+
+
+def config_flags(config_dir: Path, batching: Path | None) -> list[str]:
+    """The flags that name the configs; `config_dir` is where the server sees the folder that `write_configs` fills."""
     return [
-        f"--port={ports['grpc']}",
-        f"--rest_api_port={ports['rest']}",
-        f"--model_config_file={config_path}",
+        f"--model_config_file={config_dir / CONFIG_PATH.name}",
+        "--model_config_file_poll_wait_seconds=1",  # so that an edited models.config is taken up
         LABELS_FLAG,
-        *batching_flags(batching),
+        f"--monitoring_config_file={config_dir / MONITORING_PATH.name}",
+        *(["--enable_batching=true", f"--batching_parameters_file={config_dir / batching.name}"] if batching else []),
     ]
 
 
-def batching_flags(batching: Path | None) -> list[str]:
-    return ["--enable_batching=true", f"--batching_parameters_file={batching}"] if batching else []
-
-
-def docker_server(ports: dict[str, int], model_config: Path, batching: Path | None) -> Server:
+def docker_server(ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
     name = f"tfserving-{ports['rest']}"
     command = [
         *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
@@ -88,10 +91,8 @@ def docker_server(ports: dict[str, int], model_config: Path, batching: Path | No
         *("--publish", f"127.0.0.1:{ports['grpc']}:8500"),
         *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
         *("--volume", f"{MODELS_DIR}:/models:ro"),
-        *("--volume", f"{model_config}:/config/models.config:ro"),
-        *(("--volume", f"{batching}:/config/batching.config:ro") if batching else ()),
-        *(IMAGE, "--model_config_file=/config/models.config", LABELS_FLAG),
-        *batching_flags(batching and Path("/config/batching.config")),
+        *("--volume", f"{config_dir}:/config:ro"),
+        *(IMAGE, *config_flags(Path("/config"), batching)),
     ]
     return Server("docker", IMAGE, command, stop_command=["docker", "stop", "--time", "5", name])
 
@@ -124,25 +125,20 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def choose_server(
-    wanted: str, ports: dict[str, int], model_config: Path, local_config_path: Path, batching: Path | None
-) -> Server:
-    """Return the server to start: the one wanted, or with "auto" the first that the machine has.
-
-    A container reads `model_config` itself, the others `local_config_path`, the same with this machine's paths.
-    """
+def choose_server(wanted: str, ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
+    """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
     program = shutil.which(NATIVE_PROGRAM)
     if wanted == "native" and not program:
         raise ServeError(f"--server native: no {NATIVE_PROGRAM} on PATH; install it or leave --server out")
     if program and wanted in ("auto", "native"):
-        return native_server(program, ports, local_config_path, batching)
+        return native_server(program, ports, config_dir, batching)
     if wanted in ("auto", "docker"):
         problem = docker_problem()
         if not problem:
-            return docker_server(ports, model_config, batching)
+            return docker_server(ports, config_dir, batching)
         if wanted == "docker":
             raise ServeError(f"--server docker: {problem}; start the engine or leave --server out")
-    return local_server(ports, local_config_path, batching)
+    return local_server(ports, config_dir, batching)
 
 
 def check_models() -> None:
@@ -162,10 +158,26 @@ def check_ports(ports: dict[str, int]) -> None:
                 ) from None
 
 
-def render_config(model_config: Path, config_path: Path) -> None:
-    """Write `model_config` to `config_path` with this machine's path in place of the container's /models."""
-    here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
-    config_path.write_text(re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", model_config.read_text()))
+def write_configs(kind: str, model_config: Path, config_dir: Path, batching: Path | None) -> None:
+    """Fill the folder with what the server reads: the configs, where no container runs with this machine's path."""
+    for path in (MONITORING_PATH, *([batching] if batching else [])):
+        shutil.copy(path, config_dir)
+    config_dir.chmod(0o755)  # a container's user is another
+    take_up_config(kind, model_config, config_dir)
+
+
+def take_up_config(kind: str, model_config: Path, config_dir: Path) -> None:
+    """Write `model_config` into the folder if it has changed, at once: the server may be reading it."""
+    with contextlib.suppress(OSError):  # an editor is replacing it
+        text = model_config.read_text()
+        if kind != "docker":
+            here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
+            text = re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", text)
+        target = config_dir / CONFIG_PATH.name
+        if not target.exists() or target.read_text() != text:
+            written = target.with_suffix(".new")
+            written.write_text(text)
+            written.replace(target)
 
 
 def is_available(rest_port: int) -> bool:
@@ -190,19 +202,18 @@ def run_until_stopped(
     command: list[str],
     stop_command: list[str] | None = None,
     quiet: bool = False,
-    announce: Callable[[], bool] = lambda: True,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `command` until it ends or a stop is requested; return its exit code. Nothing of it is left then.
 
-    `announce` is called again and again while it runs, until it returns True.
+    `meanwhile` is called again and again while it runs.
     """
     output = subprocess.DEVNULL if quiet else None
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_launcher
     )
-    announced = False
     while child.poll() is None and not stopping.wait(0.1):
-        announced = announced or announce()
+        meanwhile()
     if child.poll() is None:
         if stop_command:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -237,27 +248,29 @@ def main() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stopping.set())
 
-    def announce() -> bool:
-        if not is_available(ports["rest"]):
-            return False
-        print(f"ready: REST at http://127.0.0.1:{ports['rest']}, gRPC at 127.0.0.1:{ports['grpc']}", flush=True)
-        return True
+    announced = False
+
+    def meanwhile() -> None:
+        nonlocal announced
+        take_up_config(server.kind, model_config, Path(folder))
+        if not announced and is_available(ports["rest"]):
+            announced = True
+            print(f"ready: REST at http://127.0.0.1:{ports['rest']}, gRPC at 127.0.0.1:{ports['grpc']}", flush=True)
 
     try:
         check_models()
         check_ports(ports)
         with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
-            config_path = Path(folder) / "models.config"
             model_config = arguments.model_config.resolve()
             if not model_config.is_file():
                 raise ServeError(f"{model_config} not found; models.config lies beside serve.py")
-            render_config(model_config, config_path)
             batching = arguments.batching_config and arguments.batching_config.resolve()
             if batching and not batching.is_file():
                 raise ServeError(f"{batching} not found; batching.config lies beside serve.py")
-            server = choose_server(arguments.server, ports, model_config, config_path, batching)
+            server = choose_server(arguments.server, ports, Path(folder), batching)
+            write_configs(server.kind, model_config, Path(folder), batching)
             print(f"serving with {server.kind}: {server.what}", flush=True)
-            exit_code = run_until_stopped(server.command, server.stop_command, announce=announce)
+            exit_code = run_until_stopped(server.command, server.stop_command, meanwhile=meanwhile)
     except (ServeError, OSError) as error:
         sys.exit(f"serve.py: {error}")
     if not stopping.is_set():
