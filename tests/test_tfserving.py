@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import grpc
@@ -66,6 +67,13 @@ def run_python(*arguments, cwd: Path = FOLDER, env: dict | None = None) -> subpr
     return subprocess.run(
         [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=DEADLINE_S
     )
+
+
+def wait_until(condition) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -212,11 +220,11 @@ def test_a_path_outside_v1_is_a_404_page(rest_port):
 
 
 def test_the_reply_is_laid_out_to_the_byte(rest_port):
-    status, body = send(rest_port, Request("/v1/models/my_model/versions/1:predict", b'{"instances": [[NaN,1,1,1,1]]}'))
+    status, body = send(rest_port, Request(PREDICT, json.dumps({"instances": [GOOD_ROW]}).encode()))
     assert status == 200
     lines = body.decode().split("\n")
     assert (lines[0], lines[2:]) == ("{", ["    ]", "}"])
-    assert lines[1].startswith('    "predictions": [[0.')
+    assert lines[1].startswith('    "predictions": [[0.9')
 
 
 def test_columns_and_named_rows_give_the_same_answer_as_rows(rest_port):
@@ -417,7 +425,7 @@ def copied_folder(tmp_path) -> Path:
     folder = tmp_path / "tfserving"
     (folder / "models" / "my_model" / "1").mkdir(parents=True)
     (folder / "models" / "my_model" / "1" / "saved_model.pb").touch()
-    for name in ("serve.py", "models.config"):
+    for name in ("serve.py", "models.config", "monitoring.config"):
         shutil.copy(FOLDER / name, folder)
     write_stand_in(folder / "local_server.py", tmp_path)
     (tmp_path / "bin").mkdir()
@@ -508,8 +516,16 @@ def test_the_docker_image_comes_second_and_is_stopped_by_name(launch, copied_fol
     assert f"{copied_folder}/models:/models:ro" in run
     assert run[run.index(image) + 1 :] == [
         "--model_config_file=/config/models.config",
+        "--model_config_file_poll_wait_seconds=1",
         "--allow_version_labels_for_unavailable_models=true",
+        "--monitoring_config_file=/config/monitoring.config",
     ]
+    mounted = Path(next(volume for volume in run if volume.endswith(":/config:ro")).removesuffix(":/config:ro"))
+    for name in ("models.config", "monitoring.config"):
+        assert (mounted / name).read_text() == (FOLDER / name).read_text(), "a container's paths are those of the file"
+    edited = (FOLDER / "models.config").read_text().replace('"canary" value: 2', '"canary" value: 1')
+    (copied_folder / "models.config").write_text(edited)
+    wait_until(lambda: (mounted / "models.config").read_text() == edited)
     launcher.stop(signal.SIGTERM)
     assert launcher.calls()[-1][1:] == ["stop", "--time", "5", run[run.index("--name") + 1]]
 
@@ -598,6 +614,8 @@ def test_the_compose_file_and_the_config_agree():
     service = yaml.safe_load((FOLDER / "docker-compose.yml").read_text())["services"]["tfserving"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
     mounts = dict(volume.split(":")[:2] for volume in service["volumes"])
-    assert mounts == {"./models": "/models", "./models.config": "/config/models.config"}
+    configs = {f"./{name}": f"/config/{name}" for name in ("models.config", "monitoring.config")}
+    assert mounts == {"./models": "/models", **configs}
     assert "--model_config_file=/config/models.config" in service["command"]
+    assert "--monitoring_config_file=/config/monitoring.config" in service["command"]
     assert 'base_path: "/models/my_model"' in (FOLDER / "models.config").read_text()

@@ -1,6 +1,7 @@
 """The local server as a stand-in for tensorflow_model_server: any SavedModel, versions, damage, flags, its end."""
 
 import base64
+import importlib.metadata
 import json
 import shutil
 import signal
@@ -11,16 +12,20 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
+import grpc_connection
 import numpy as np
 import psutil
 import pytest
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request
+from predict_messages import METHOD, import_messages
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
 MODELS = FOLDER / "models" / "my_model"
+KERAS_2 = REPOSITORY_DIR / "tests" / "keras2"
 DEADLINE_S = 60.0
 
 TOY_MODELS = """
@@ -48,9 +53,34 @@ class Toys(tf.Module):
     def whole(self, x):
         return {"mean": tf.reduce_mean(x)}
 
+    # As many products of matrices as asked for: a graph that takes its time.
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "n")])
+    def work(self, n):
+        _, square = tf.while_loop(
+            lambda i, square: i < n[0], lambda i, square: (i + 1, tf.matmul(square, square)), (0, tf.eye(300)))
+        return {"trace": tf.linalg.trace(square)[tf.newaxis]}
+
 toys = Toys()
 tf.saved_model.save(toys, str(target / "toys" / "007"), {
     "serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole})
+tf.saved_model.save(toys, str(target / "slow" / "1"), {"serving_default": toys.work})
+
+# A file of words as an asset, and the table that is filled from it when the model is loaded.
+class Words(tf.Module):
+    def __init__(self, path):
+        self.path = tf.saved_model.Asset(path)
+        self.table = tf.lookup.StaticHashTable(tf.lookup.TextFileInitializer(
+            self.path, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE,
+            tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER), -1)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "word")])
+    def number(self, word):
+        return {"number": self.table.lookup(word)}
+
+(target / "words.txt").write_text("benign\\nmalignant\\n")
+words = Words(str(target / "words.txt"))
+tf.saved_model.save(words, str(target / "words" / "1"), {"serving_default": words.number})
+(target / "words.txt").unlink()  # the SavedModel has its own copy
 
 # TensorFlow 1's way: a session, variables by name, signatures made by hand.
 with tf.Graph().as_default(), tf.compat.v1.Session() as session:
@@ -107,6 +137,21 @@ def post(port: int, path: str, body: dict) -> tuple[int, dict]:
     return status, json.loads(reply)
 
 
+def predict_request(model: str, alias: str, value: float | int) -> bytes:
+    """A PredictRequest for one number, in DT_FLOAT or DT_INT32."""
+    request = import_messages().PredictRequest()
+    request.model_spec.name = model
+    tensor = request.inputs[alias]
+    tensor.tensor_shape.dim.add(size=1)
+    if isinstance(value, float):
+        tensor.dtype = 1
+        tensor.float_val.append(value)
+    else:
+        tensor.dtype = 3
+        tensor.int_val.append(value)
+    return request.SerializeToString()
+
+
 def statuses(port: int, model: str) -> dict[str, dict]:
     status, reply = send(port, Request(f"/v1/models/{model}", b"", method="GET"))
     assert status == 200, reply
@@ -155,6 +200,9 @@ def server(only_damaged, toy_models, tmp_path_factory):
         f'  config {{ name: "toys" base_path: "{toy_models}/toys" }}\n'
         f'  config {{ name: "half_plus_two" base_path: "{toy_models}/half_plus_two" }}\n'
         f'  config {{ name: "verbs" base_path: "{toy_models}/verbs" }}\n'
+        f'  config {{ name: "slow" base_path: "{toy_models}/slow" }}\n'
+        f'  config {{ name: "words" base_path: "{toy_models}/words" }}\n'
+        f'  config {{ name: "keras2" base_path: "{KERAS_2}" }}\n'
         f'  config {{ name: "keras3" base_path: "{toy_models}/keras3" }}\n'
         f'  config {{ name: "latest" base_path: "{MODELS}" }}\n'
         f'  config {{ name: "specific" base_path: "{MODELS}"\n'
@@ -169,6 +217,9 @@ def server(only_damaged, toy_models, tmp_path_factory):
                 FOLDER / "local_server.py",
                 *("--port", str(ports["grpc"]), f"--rest_api_port={ports['rest']}", f"--model_config_file={config}"),
                 "--allow_version_labels_for_unavailable_models",
+                *("--max_num_load_retries=0", f"--monitoring_config_file={FOLDER / 'monitoring.config'}"),
+                *("--rest_api_timeout_in_ms=100", "--rest_api_num_threads=2"),
+                f"--grpc_socket_path={folder / 'socket'}",
             ],
             env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
             stdout=file,
@@ -200,6 +251,15 @@ def test_several_inputs_and_outputs_are_named_in_rows_and_columns(port):
     assert post(port, "toys:predict", rows) == (200, {"predictions": expected})
     columns = {"inputs": {"x": [1], "y": [[1, 2]]}, "signature_name": "serving_default"}
     assert post(port, "toys:predict", columns) == (200, {"outputs": {"a": [2.0], "b": [[2.0, 4.0]]}})
+
+
+def test_values_that_are_no_numbers_go_in_and_out_as_tokens(port):
+    body = b'{"inputs": {"x": [NaN, Infinity, -Infinity, 0.1], "y": [[0.1, NaN]]}}'
+    status, reply = send(port, Request("/v1/models/toys:predict", body))
+    assert status == 200
+    values = reply.decode().split()
+    assert values[values.index('"a":') + 1 :][:6] == ["[", "NaN,", "Infinity,", "-Infinity,", "1.1", "],"]
+    assert values[values.index('"b":') + 1 :][:7] == ["[", "[", "0.2,", "NaN", "]", "]", "}"]
 
 
 def test_strings_go_in_plain_or_as_base64_and_bytes_come_out_as_base64(port):
@@ -256,6 +316,26 @@ def test_a_model_of_tensorflow_1_is_served(port):
     assert body == b'{\n    "predictions": [2.5, 3.0, 4.5\n    ]\n}'
 
 
+def test_a_vocabulary_that_the_model_brings_along_is_read(port):
+    words = ["malignant", "benign", "unheard-of"]
+    assert post(port, "words:predict", {"instances": words}) == (200, {"predictions": [1, 0, -1]})
+
+
+def test_a_slow_graph_ends_at_the_time_limit_and_holds_up_nobody(port):
+    assert post(port, "slow:predict", {"instances": [1]})[0] == 200
+    post(port, "slow:predict", {"instances": [400]})  # answered on the spot: only now it is known as slow
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(post, port, "slow:predict", {"instances": [400]}) for _ in range(2)]
+        quick = []
+        while not all(request.done() for request in slow):
+            started_s = time.monotonic()
+            assert post(port, "half_plus_two:predict", {"instances": [1.0]})[0] == 200
+            quick.append(time.monotonic() - started_s)
+    for request in slow:
+        assert request.result() == (504, {"error": "Timed out waiting for notification"})
+    assert len(quick) >= 3, quick
+
+
 # Versions.
 
 
@@ -285,7 +365,7 @@ def test_a_damaged_version_is_kept_out_and_the_others_are_served(server):
     assert states["4"]["status"]["error_code"] == "NOT_FOUND"
     assert all(states[version]["status"]["error_message"] for version in "2345")
     lines = [line for line in log.read_text().splitlines() if "not loaded" in line]
-    assert [line.split()[4] for line in lines] == ["5", "4", "3", "2"]
+    assert [line.split()[4] for line in lines] == ["5", "4", "3", "2"], "tried again despite --max_num_load_retries=0"
     assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
     status, reply = post(ports["rest"], "my_model/labels/gone:predict", {"instances": [GOOD_ROW]})
     assert (status, reply["error"]) == (404, "Servable not found for request: Specific(my_model, 2)")
@@ -382,6 +462,49 @@ def test_what_keras_exports_by_itself_is_served(port, toy_models):
     assert np.abs(np.array(reply["predictions"]) - expected).max() <= TOLERANCE
 
 
+def samples(page: str) -> dict[str, float]:
+    """The samples of a Prometheus page by name and labels."""
+    lines = [line for line in page.splitlines() if not line.startswith("#")]
+    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+
+def test_metrics_count_requests_by_status_and_latencies_by_interface(server, port):
+    def read() -> dict[str, float]:
+        status, page = send(port, Request("/monitoring/prometheus/metrics", b"", method="GET"))
+        assert status == 200
+        return samples(page.decode())
+
+    before = read()
+    for body in ({"instances": [1.0]}, {"instances": [2.0]}, {"instances": ["a"]}):
+        post(port, "half_plus_two:predict", body)
+    post(port, "nobody:predict", {"instances": [1.0]})  # no such model: not to be counted, names have no end
+    with grpc.insecure_channel(f"unix:{server[2].parent / 'socket'}") as channel:
+        reply = channel.unary_unary(METHOD)(predict_request("half_plus_two", "x", 1.0), timeout=DEADLINE_S)
+    response = import_messages().PredictResponse.FromString(reply)
+    assert (list(response.outputs["y"].float_val), response.model_spec.version.value) == ([2.5], 123)
+    after = read()
+    grown = {name: value - before.get(name, 0) for name, value in after.items() if value != before.get(name, 0)}
+    name = ":tensorflow:serving:request_count"
+    assert grown.pop(f'{name}{{model_name="half_plus_two",status="OK"}}') == 3
+    assert grown.pop(f'{name}{{model_name="half_plus_two",status="INVALID_ARGUMENT"}}') == 1
+    name = ":tensorflow:serving:request_latency"
+    for labels, count in (('API="predict",entrypoint="REST"', 2), ('API="Predict",entrypoint="GRPC"', 1)):
+        labels = f'model_name="half_plus_two",{labels}'
+        assert grown.pop(f"{name}_count{{{labels}}}") == grown[f'{name}_bucket{{{labels},le="+Inf"}}'] == count
+        assert 0 < grown.pop(f"{name}_sum{{{labels}}}") < count * DEADLINE_S * 1e6
+        buckets = [value for key, value in after.items() if key.startswith(f"{name}_bucket{{{labels}")]
+        assert buckets == sorted(buckets) and len(buckets) == 34
+        assert f'{name}_bucket{{{labels},le="58.32"}}' in after  # 10 * 1.8**3, as TensorFlow Serving prints it
+    assert all("half_plus_two" in key and "_bucket" in key for key in grown), grown
+
+
+def test_what_keras_2_saved_is_served(port):
+    expected = json.loads((KERAS_2 / "expected.json").read_text())
+    status, reply = post(port, "keras2:predict", {"instances": expected["rows"]})
+    assert status == 200, reply
+    assert np.abs(np.array(reply["predictions"]) - expected["probabilities"]).max() <= TOLERANCE
+
+
 # Versions that come and go.
 
 
@@ -390,12 +513,15 @@ def changing(tmp_path):
     """(base path, ports, log) of a local server that serves the newest version under the base path, now 1."""
     base = tmp_path / "models"
     shutil.copytree(MODELS / "1", base / "1")
+    (tmp_path / "models.config").write_text(
+        f'model_config_list {{ config {{ name: "my_model" base_path: "{base}" }} }}'
+    )
     ports = find_free_ports(["rest", "grpc"])
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, FOLDER / "local_server.py", f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}"]
-            + [f"--model_base_path={base}", "--model_name=my_model"],
+            + [f"--model_config_file={tmp_path / 'models.config'}", "--model_config_file_poll_wait_seconds=1"],
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -407,11 +533,15 @@ def changing(tmp_path):
         process.wait()
 
 
-def wait_for_line(log: Path, text: str) -> None:
+def wait_until(condition, explain=lambda: "") -> None:
     deadline_s = time.monotonic() + DEADLINE_S
-    while text not in log.read_text():
-        assert time.monotonic() < deadline_s, log.read_text()
+    while not condition():
+        assert time.monotonic() < deadline_s, explain()
         time.sleep(0.05)
+
+
+def wait_for_line(log: Path, text: str) -> None:
+    wait_until(lambda: text in log.read_text(), log.read_text)
 
 
 def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(changing, tmp_path):
@@ -455,16 +585,45 @@ def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(cha
 
 def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing):
     base, ports, log = changing
-    (base / "2").mkdir()
-    (base / "2" / "saved_model.pb").write_bytes(b"no graph")
+    (base / "2").mkdir()  # and filled later: LOADING until then, as in TensorFlow Serving
     wait_for_line(log, "my_model version 2 not loaded: ")
+    states = statuses(ports["rest"], "my_model")
+    assert {version: entry["state"] for version, entry in states.items()} == {"2": "LOADING", "1": "AVAILABLE"}
+    assert states["2"]["status"] == {"error_code": "OK", "error_message": ""}
+    assert post(ports["rest"], "my_model/versions/2:predict", {"instances": [GOOD_ROW]})[0] == 404
+    (base / "2" / "saved_model.pb").write_bytes(b"no graph")
+    wait_for_line(log, "my_model version 2 not loaded: Cannot parse")
     assert post(ports["rest"], "my_model/versions/1:predict", {"instances": [GOOD_ROW]})[0] == 200
     assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
     shutil.copytree(MODELS / "2", base / "2", dirs_exist_ok=True)
     wait_for_line(log, "my_model version 2 loaded")
     wait_for_line(log, "my_model version 1 retired")
     assert statuses(ports["rest"], "my_model")["2"]["state"] == "AVAILABLE"
-    assert log.read_text().count("version 2 not loaded") <= 3, "it was tried again although nothing had changed"
+    assert log.read_text().count("version 2 not loaded") <= 4, "it was tried again although nothing had changed"
+
+
+def test_a_version_that_failed_is_tried_again_as_often_as_asked(tmp_path):
+    module = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{RETRIES}"
+    code, lines = finish(python("-c", module, tmp_path))
+    assert (code, lines[-3:]) == (0, ["1 LOADING", "1 LOADING", "1 END DATA_LOSS"]), lines
+
+
+RETRIES = """
+from pathlib import Path
+from model_config import single_model_config
+from servables import Library, LoadSettings
+
+(Path(sys.argv[1]) / "1").mkdir()
+(Path(sys.argv[1]) / "1" / "saved_model.pb").write_bytes(b"no graph")
+library = Library(LoadSettings(max_retries=2, retry_interval_s=-1))
+library.configs = list(single_model_config("m", sys.argv[1]).model_config_list.config)
+for expected in (1, 1, 1, 0):
+    changes = library.poll()
+    assert len(changes) == expected, changes
+    if changes:
+        status = library.models["m"].statuses[1]
+        print(*[1, status.state, *[status.error_code] * (status.error_code != "OK")])
+"""
 
 
 RELOAD = """
@@ -482,8 +641,8 @@ print(status.error_code, status.error_message)
 """
 
 
-def test_the_config_can_be_reloaded_over_grpc(changing):
-    base, ports, _ = changing
+def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, tmp_path):
+    base, ports, log = changing
     shutil.copytree(MODELS / "2", base / "2.part")
     (base / "2.part").rename(base / "2")
 
@@ -506,6 +665,19 @@ def test_the_config_can_be_reloaded_over_grpc(changing):
     assert reload(models % ("other", "")) == "0"
     assert post(ports["rest"], "other:predict", {"instances": [GOOD_ROW]})[0] == 200
     assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 404
+
+    config = tmp_path / "models.config"
+    config.write_text(models % ("my_model", 'version_labels { key: "canary" value: 1 }'))
+    canary = "my_model/labels/canary:predict"
+    wait_until(lambda: post(ports["rest"], canary, {"instances": [GOOD_ROW]})[0] == 200, log.read_text)
+    config.write_text("no config")
+    wait_for_line(log, "Error parsing text-format tensorflow.serving.ModelServerConfig")
+    status, reply = post(ports["rest"], canary, {"instances": rows[:1]})
+    assert status == 200, reply
+    assert np.abs(np.array(reply["predictions"]) - load_expected("1")[:1]).max() <= TOLERANCE
+    config.write_text(models % ("my_model", 'version_labels { key: "canary" value: 9 }'))
+    wait_for_line(log, "not taken up: Request to assign label to version 9 of model my_model")
+    assert post(ports["rest"], canary, {"instances": rows[:1]})[0] == 200
 
 
 # Batching.
@@ -583,7 +755,18 @@ def test_a_full_queue_refuses_at_once(batching_port):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (["--nonsense=1"], "unrecognized arguments: --nonsense=1"),
+        (["--nonsense=1"], "unknown argument: --nonsense=1"),
+        (
+            ["--ssl_config_file=x"],
+            "--ssl_config_file is a flag of tensorflow_model_server that the local server does not have",
+        ),
+        (["--grpc_channel_arguments=a", "--model_base_path=m"], "'a' is not key=value"),
+        (["--monitoring_config_file=x", "--model_base_path=m"], "--monitoring_config_file needs --rest_api_port"),
+        (
+            ["--port={free}", "--rest_api_port=0", "--grpc_socket_path={socket}", "--model_base_path=m"],
+            "(--grpc_socket_path) is in use; choose another path or stop what uses it",
+        ),
+        (["--port={free}", "--grpc_socket_path=client.py", "--model_base_path=m"], "is a file; choose another path"),
         (
             ["--batching_parameters_file=batching.config", "--model_base_path=m"],
             "--batching_parameters_file is set without setting --enable_batching to true",
@@ -612,13 +795,33 @@ def test_a_full_queue_refuses_at_once(batching_port):
     ],
 )
 def test_a_start_that_cannot_work_ends_at_once_with_one_line(server, arguments, error):
-    ports = {"free": find_free_ports(["grpc"])["grpc"], "taken": server[1]["rest"]}
+    ports = {
+        "free": find_free_ports(["grpc"])["grpc"],
+        "taken": server[1]["rest"],
+        "socket": server[2].parent / "socket",
+    }
     started_s = time.monotonic()
     code, lines = finish(python("local_server.py", *(argument.format(**ports) for argument in arguments)))
     assert code != 0
     assert len(lines) == 1, lines
     assert error in lines[0]
     assert time.monotonic() - started_s < 5, "TensorFlow was imported first"
+
+
+def test_a_monitoring_config_that_does_not_parse_ends_the_start(tmp_path):
+    (tmp_path / "monitoring.config").write_text('prometheus_config { enable: true port: "x" }')
+    ports = find_free_ports(["rest", "grpc"])
+    options = [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}", f"--model_base_path={MODELS}"]
+    code, lines = finish(
+        python("local_server.py", *options, f"--monitoring_config_file={tmp_path / 'monitoring.config'}")
+    )
+    assert (code, len(lines)) == (1, 1), lines
+    assert "Error parsing text-format tensorflow.serving.MonitoringConfig" in lines[0]
+
+
+def test_the_version_is_tensorflows():
+    code, lines = finish(python("local_server.py", "--version"))
+    assert (code, lines) == (0, ["local server", f"TensorFlow Library: {importlib.metadata.version('tensorflow')}"])
 
 
 def test_a_stop_while_it_starts_is_no_error():
@@ -636,7 +839,15 @@ def test_a_stop_while_it_starts_is_no_error():
 def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server):
     process, ports, log = server
     assert all(line.startswith("local server: ") for line in log.read_text().splitlines()), log.read_text()
-    process.send_signal(signal.SIGTERM)
+
+    call = Request(METHOD, predict_request("slow", "n", 60), content_type="application/grpc")
+    with ThreadPoolExecutor(1) as pool:
+        busy_s = psutil.Process(process.pid).cpu_times().user
+        under_way = pool.submit(grpc_connection.send, ports["grpc"], call)
+        while psutil.Process(process.pid).cpu_times().user < busy_s + 0.05 and not under_way.done():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert under_way.result()[0] == 200, "a request under way was dropped"
     assert process.wait(timeout=15) == 0
     assert log.read_text().splitlines()[-1] == "local server: stopped"
     with pytest.raises(ConnectionRefusedError):

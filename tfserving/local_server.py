@@ -25,7 +25,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Read when TensorFlow is imported. oneDNN's kernels cost a small graph 22 µs a run, TensorFlow's own 12; with 1,024
 # rows they are equal. Set it to 1 yourself for large matrices.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-GRACE_S = 2.0  # what running requests get when the server is told to stop
+GRACE_S = 5.0  # what running requests get when the server is told to stop
 # Flags of tensorflow_model_server 2.21 whose effect the local server does not have: refused, not ignored.
 UNSUPPORTED = (
     "enable_grpc_healthcheck_service enable_per_model_batching_parameters enable_profiler "
@@ -230,11 +230,11 @@ async def watch_config(library, path: Path, interval_s: float) -> None:
         except ServingError as error:
             return [f"{path} not taken up: {error.message}"]
 
-    seen = path.read_bytes()
+    seen = await asyncio.to_thread(path.read_bytes)
     while True:
         await asyncio.sleep(interval_s)
         with contextlib.suppress(OSError):  # it is being replaced just now
-            content = path.read_bytes()
+            content = await asyncio.to_thread(path.read_bytes)
             if content != seen:
                 seen = content
                 for change in [f"{path} has changed", *await asyncio.to_thread(reload)]:
