@@ -3,9 +3,11 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -17,7 +19,7 @@ import pytest
 from conftest import REPOSITORY_DIR
 from endpoint import Request, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, find_free_ports
+from server_process import ServerError, ServerProcess, find_free_ports, send
 
 GATEWAY_DIR = REPOSITORY_DIR / "gateway"
 sys.path.insert(0, str(GATEWAY_DIR))
@@ -227,6 +229,43 @@ def test_a_request_that_version_1_could_not_answer_is_no_difference_of_the_versi
     with Shadow(v1.endpoint, nobody, v2.endpoint.port) as running:
         assert User(running.users_port).send(predictions(v1, 1)[0])[0] == 503
     assert running.comparison.refused == {"503 and 200": 1} and running.comparison.copies == 1
+
+
+def test_behind_the_gateway_users_of_version_1_are_shadowed_and_their_keys_go_no_further(v1, v2, tmp_path):
+    bind = f"127.0.0.1:{find_free_ports(['gateway'])['gateway']}"
+    metrics = f"127.0.0.1:{find_free_ports(['metrics'])['metrics']}"
+    gateway = [sys.executable, "gateway.py", "--state", str(tmp_path / "state")]
+    key = subprocess.run(
+        [*gateway, "keys", "add", "alice"], cwd=GATEWAY_DIR, capture_output=True, text=True, check=True
+    )
+    seen = []
+    read = shadow.Copy.from_record
+
+    def from_record(record: bytes) -> shadow.Copy:
+        seen.append(record)
+        return read(record)
+
+    with pytest.MonkeyPatch.context() as patch, open_shadow(v1, v2.endpoint.port) as running:
+        patch.setattr(shadow.Copy, "from_record", from_record)
+        environment = {"GATEWAY_ONNX_V1": f"127.0.0.1:{running.users_port}", "GATEWAY_BIND": bind}
+        environment |= {"GATEWAY_METRICS_BIND": metrics}
+        with subprocess.Popen(
+            [*gateway, "serve"], cwd=GATEWAY_DIR, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+        ) as serving:
+            assert any(line.startswith("serving on ") for line in serving.stdout)
+            context = ssl.create_default_context(cafile=next((tmp_path / "state").glob("*.pem")))
+            connection = http.client.HTTPSConnection("127.0.0.1", int(bind.split(":")[1]), context=context, timeout=30)
+            for request in predictions(v1, 10):
+                headers = {"Content-Type": request.content_type, "X-API-Key": key.stdout.strip(), "X-User-Id": "alice"}
+                connection.request("POST", f"/onnx{request.path}", request.body, headers)
+                reply = connection.getresponse()
+                assert reply.status == 200 and reply.headers["X-Model-Version"] == "1"
+                assert reply.read() == send(v1.endpoint.port, request)[1]
+            connection.close()
+            serving.terminate()
+            assert serving.wait(30) == 0
+    assert running.comparison.compared == 10 and running.comparison.copies == 10
+    assert len(seen) == 10 and not any(key.stdout.strip().encode() in record for record in seen)
 
 
 # What is compared.
