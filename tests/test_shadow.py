@@ -321,9 +321,10 @@ def test_every_servers_real_replies_are_read(name, request):
 # The command.
 
 
-def test_the_command_writes_every_observation_and_ends_with_the_finding(tmp_path):
+def test_the_command_writes_every_observation_and_ends_with_the_finding(v1, v2, tmp_path):
     output = tmp_path / "shadow.json"
-    command = [sys.executable, "shadow.py", "--seconds", "1.2", "--rate", "100", "--output", str(output)]
+    command = [sys.executable, "shadow.py", "--running", str(v1.endpoint.port), str(v2.endpoint.port)]
+    command += ["--seconds", "1.2", "--rate", "100", "--output", str(output)]
     run = subprocess.run(command, cwd=GATEWAY_DIR, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     result = json.loads(output.read_text())
