@@ -332,10 +332,27 @@ def test_the_command_writes_every_observation_and_ends_with_the_finding(v1, v2, 
     assert len(result["v1"]) == len(result["v2"]) == len(result["rows"]) == len(result["v1_s"]) == 120
     flipped = (np.array(result["v1"]) >= 0.5) != (np.array(result["v2"]) >= 0.5)
     different = {tuple(row) for row, flips in zip(result["rows"], flipped, strict=True) if flips}
-    last = run.stdout.splitlines()[-1]
-    assert re.match(rf"onnx: v2 gives v1's class to {1 - flipped.mean():.1%} of 120 rows; {len(different)} ", last), (
-        last
+    assert run.stdout.splitlines()[-1] == (
+        f"onnx: v2 gives v1's class to {1 - flipped.mean():.1%} of 120 rows; {len(different)} different rows flip, "
+        f"max |Δp| {np.abs(np.array(result['v1']) - result['v2']).max():.3f}; 0 copies failed, 0 dropped"
     )
+
+
+def test_the_command_watches_who_asks_until_it_is_stopped(v1, v2, tmp_path):
+    output = tmp_path / "shadow.json"
+    command = [sys.executable, "shadow.py", "--running", str(v1.endpoint.port), str(v2.endpoint.port), "--rate", "0"]
+    command += ["--seconds", "60", "--output", str(output)]
+    with subprocess.Popen(command, cwd=GATEWAY_DIR, stdout=subprocess.PIPE, text=True) as run:
+        port = int(re.search(r"127\.0\.0\.1:(\d+)/predict,", run.stdout.readline())[1])
+        user = User(port)
+        for request in [*predictions(v1, 10), v1.endpoint.request([[1.0]], None)]:
+            user.send(request)
+        run.terminate()
+        last = run.stdout.read().splitlines()[-1]
+        assert run.wait(60) == 0
+    result = json.loads(output.read_text())
+    assert result["users"] is None and len(result["v1_s"]) == 10 and list(result["refused"].values()) == [1]
+    assert last.startswith("onnx: v2 gives v1's class to ") and " of 10 rows; " in last
 
 
 def test_an_haproxy_that_has_ended_is_an_error_and_leaves_no_thread(v1, v2):
