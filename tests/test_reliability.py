@@ -214,8 +214,11 @@ def ask_now_and_then(server: ServerProcess, stop: threading.Event) -> list[tuple
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchserve-tuned", "tfserving-tuned", "bentoml-tuned", "onnx-tuned"])
-def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "warm_up_s"),
+    [("torchserve-tuned", 10.0), ("tfserving-tuned", 1.0), ("bentoml-tuned", 1.0), ("onnx-tuned", 1.0)],
+)  # Java compiles itself while it runs
+def test_three_times_too_much_for_20_s_leaves_the_server_well(name, warm_up_s, monkeypatch, capsys):
     test_rows, _ = load_test_rows()
     # What is still unsent or unanswered two seconds after the last request was due counts as failed.
     monkeypatch.setattr(load_generator, "REPLY_TIMEOUT_S", 2.0)
@@ -223,7 +226,7 @@ def test_three_times_too_much_for_20_s_leaves_the_server_well(name, monkeypatch,
     with start(name) as server, start("null") as null, apart(server, null), ThreadPoolExecutor(1) as pool:
         exchanges = make_exchanges(server.endpoint, "1", test_rows, load_expected("1"))
         with LoadGenerator(server.endpoint, exchanges, 64) as load:
-            load.run_closed(10.0)  # Java compiles itself while it runs
+            load.run_closed(warm_up_s)
             capacity = load.run_closed(2.0).rate
         null_s, normal_s = alone_s(null, 1.0), alone_s(server, 2.0)
         before = memory_bytes(server)
@@ -295,39 +298,3 @@ def test_torchserve_replaces_a_worker_that_is_killed_under_load(capsys):
                 assert time.monotonic() < deadline_s, "it did not heal"
                 time.sleep(0.2)
         assert {p.pid for p in workers(server)}.isdisjoint({p.pid for p in victims})
-
-
-@pytest.mark.slow
-def test_torchserve_changes_its_default_version_without_a_lost_or_mixed_answer():
-    """1,000 requests from eight clients while the default goes back and forth between the versions."""
-    test_rows, _ = load_test_rows()
-    expected = {version: load_expected(version) for version in ("1", "2")}
-    with start("torchserve") as server:
-        endpoint = server.endpoint
-        stop = threading.Event()
-
-        def switch():
-            while not stop.wait(0.05):
-                for version in ("1.0", "2.0"):
-                    request = Request(f"/models/my_model/{version}/set-default", b"", method="PUT")
-                    assert send(endpoint.ports["management"], request)[0] == 200
-
-        def predict(i: int) -> int:
-            place = i % len(test_rows)
-            request = Request("/predictions/my_model", endpoint.body(test_rows[place : place + 1] * 3, "1"))
-            status, body = send(endpoint.port, request)
-            if status != 200:
-                return status
-            answer = endpoint.decode(body)
-            fits = [np.abs(answer - expected[version][place]).max() <= TOLERANCE for version in ("1", "2")]
-            return 200 if any(fits) else 0
-
-        switcher = threading.Thread(target=switch)
-        switcher.start()
-        try:
-            with ThreadPoolExecutor(8) as pool:
-                outcomes = list(pool.map(predict, range(1000)))
-        finally:
-            stop.set()
-            switcher.join()
-    assert outcomes == [200] * 1000

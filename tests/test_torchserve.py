@@ -429,6 +429,36 @@ def test_a_corrupt_new_version_never_replaces_a_good_one(tuned_server, archive, 
     assert np.abs(ask_default(tuned_server, rows) - load_expected("2")).max() <= TOLERANCE
 
 
+def test_the_default_version_changes_under_load_without_a_lost_or_mixed_answer(tuned_server):
+    """1,000 requests from eight clients while the default goes back and forth between the versions."""
+    rows, _ = load_test_rows()
+    expected = {version: load_expected(version) for version in ("1", "2")}
+    stop = threading.Event()
+
+    def predict(number: int) -> list[str]:
+        place = number % len(rows)
+        answer = ask_default(tuned_server, rows[place : place + 1] * 3)
+        return [version for version in expected if np.abs(answer - expected[version][place]).max() <= TOLERANCE]
+
+    def switch() -> int:
+        count = 0
+        while not stop.wait(0.05):
+            for version in ("1.0", "2.0"):
+                assert manage(tuned_server, "PUT", f"/models/my_model/{version}/set-default")[0] == 200
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(9) as pool:
+        switched = pool.submit(switch)
+        try:
+            answered = list(pool.map(predict, range(1000)))
+        finally:
+            stop.set()
+    assert all(answered)  # no answer is of neither version
+    assert {version for versions in answered for version in versions} == {"1", "2"}
+    assert switched.result() >= 4
+
+
 def test_a_new_version_takes_over_under_load_and_the_old_one_retires_without_a_lost_or_mixed_answer(tuned_server):
     """Eight clients ask the default version throughout, more than 1,000 times; 3.0 holds the weights of 1.0."""
     rows, _ = load_test_rows()
