@@ -18,7 +18,7 @@ ENDPOINT ?= onnx
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help setup doctor train torchserve tfserving bentoml onnx verify benchmark latency load-test cross-check soak \
+.PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate shadow readme test test-slow lint requirements clean
 
 help: ## list the targets
@@ -81,6 +81,9 @@ bentoml: setup $(BENTOML_MODELS) ## BentoML on port 3000
 
 onnx: setup $(ONNX_MODELS) ## the ONNX Runtime server on port 8000
 	cd onnx && exec python server.py
+
+gateway: setup $(ONNX_MODELS) ## HAProxy on port 8443 before both versions of the ONNX server, two replicas of each
+	cd gateway && exec python gateway.py serve
 
 ## compare
 
