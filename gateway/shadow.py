@@ -138,7 +138,7 @@ class Shadow:
     def __init__(
         self, endpoint: Endpoint, v1_port: int, v2_port: int,
         *, users_port: int | None = None, queue_size: int = 1000, at_once: int = 4, timeout_s: float = 5.0,
-        drain_s: float = 5.0,
+        drain_s: float = 10.0,
     ):  # fmt: skip
         self.endpoint = endpoint
         self.comparison = Comparison(endpoint.name)

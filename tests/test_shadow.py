@@ -53,7 +53,8 @@ def v2():
 
 
 def open_shadow(v1: ServerProcess, v2_port: int, **options) -> Shadow:
-    return Shadow(v1.endpoint, v1.endpoint.port, v2_port, **options)
+    patience = {"timeout_s": 30.0, "drain_s": 30.0}
+    return Shadow(v1.endpoint, v1.endpoint.port, v2_port, **patience | options)
 
 
 class User:
@@ -324,7 +325,7 @@ def test_every_servers_real_replies_are_read(name, request):
 def test_the_command_writes_every_observation_and_ends_with_the_finding(v1, v2, tmp_path):
     output = tmp_path / "shadow.json"
     command = [sys.executable, "shadow.py", "--running", str(v1.endpoint.port), str(v2.endpoint.port)]
-    command += ["--seconds", "1.2", "--rate", "100", "--output", str(output)]
+    command += ["--seconds", "1.2", "--rate", "100", "--timeout-s", "30", "--output", str(output)]
     run = subprocess.run(command, cwd=GATEWAY_DIR, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     result = json.loads(output.read_text())
