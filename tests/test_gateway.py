@@ -7,7 +7,6 @@ import http.client
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -28,6 +27,10 @@ from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import find_free_ports
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
+sys.path.insert(0, str(GATEWAY.parent))
+
+import pools  # noqa: E402
+
 USERS, RATE, REQUESTS, CONNECTIONS = 2000, 300, 3000, 16
 KILL_AT, MOVE_AT = 2200, 2400  # by then every user has come, and the first ones again
 AFTER_MOVE_S = 1.0
@@ -460,6 +463,19 @@ def test_prometheus_reads_what_each_version_answered(gateway):
     assert float(count.split()[-1]) >= 1
 
 
+def test_a_refusal_names_the_version_that_had_been_chosen(gateway, user_key):
+    for version in "12":
+        status, headers, _ = gateway.ask(body=bytes(200_000), X_Model_Version=version)
+        assert (status, headers["x-model-version"]) == (413, version)
+        statuses = []
+        while 429 not in statuses and len(statuses) < 100:
+            status, headers, _ = gateway.ask(key=user_key, X_Model_Version=version)
+            assert headers["x-model-version"] == version
+            statuses.append(status)
+        assert statuses[-1] == 429
+    assert "x-model-version" not in gateway.ask(key="gw_unknown")[1]
+
+
 def test_junk_does_not_disturb_the_gateway(gateway):
     for body in (b"", b"{", b"\xff\x00" * 500, b"[" * 5000):
         status, headers, _ = gateway.ask(body=body)
@@ -598,13 +614,9 @@ def test_the_servers_of_an_image_are_those_of_the_endpoints():
     )
 
 
-def test_addresses_of_one_dns_name_become_a_template(tmp_path):
-    sys.path.insert(0, str(REPOSITORY_DIR / "gateway"))
-    import pools
-
+def test_addresses_of_one_dns_name_become_a_template():
     server = pools.describe_servers()["tfserving"]
     environment = {"GATEWAY_TFSERVING_V1": "tf-v1:8501*3", "GATEWAY_TFSERVING_V1_GRPC": "tf-v1:8500*3"}
     text = pools.render(pools.pools_from_environment(server, environment))
     assert "server-template v1-1- 3 tf-v1:8500 proto h2 check-proto h1 port 8501" in text
     assert text.count("resolvers dns init-addr none") == 4  # REST and gRPC; of version 1, and behind version 2
-    assert shutil.which("haproxy")
