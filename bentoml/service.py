@@ -18,7 +18,7 @@ import bentoml
 import guard
 import numpy as np
 from bentoml.exceptions import BentoMLException, NotFound
-from pydantic import ConfigDict, PlainValidator, WithJsonSchema
+from pydantic import AfterValidator, ConfigDict, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from sklearn.pipeline import Pipeline
 from starlette.responses import JSONResponse
@@ -66,6 +66,15 @@ def check_version(value: Any) -> str:
     return value
 
 
+def check_rows(rows: np.ndarray) -> np.ndarray:
+    """Return `rows` (n, 5) if there is one and all can be computed with; else raise: it would fail the whole batch."""
+    if not len(rows):
+        raise refusal("rows is empty; send a list of rows of 5 numbers")
+    if not (np.issubdtype(rows.dtype, np.number) and (np.abs(rows) <= FLOAT32_MAX).all()):  # false for NaN, too
+        raise refusal("a value in rows is no number, not finite, or beyond the range of float32")
+    return rows
+
+
 def refusal(message: str) -> PydanticCustomError:
     """The error that BentoML answers with status 400, `message` being its "detail"."""
     return PydanticCustomError("bad_request", message)
@@ -74,6 +83,8 @@ def refusal(message: str) -> PydanticCustomError:
 def name_type(value: Any) -> str:
     return JSON_NAMES.get(type(value), "a number")
 
+
+Rows = Annotated[np.ndarray, bentoml.validators.Shape((-1, len(FEATURES))), AfterValidator(check_rows)]
 
 ROW_SCHEMA = {"type": "array", "items": {"type": "number"}, "minItems": len(FEATURES), "maxItems": len(FEATURES)}
 FEATURES_SCHEMA = {"anyOf": [ROW_SCHEMA, {"type": "array", "items": ROW_SCHEMA, "minItems": 1}]}
@@ -153,7 +164,7 @@ class Classifier:
         return await self.predict(features, VERSIONS[-1] if random.random() < SHARE_OF_V2 else VERSIONS[0])
 
     @bentoml.api(batchable=True, batch_dim=0, max_batch_size=128, max_latency_ms=100)
-    async def predict_batched(self, rows: Annotated[np.ndarray, bentoml.validators.Shape((-1, len(FEATURES)))]) -> list:
+    async def predict_batched(self, rows: Rows) -> list:
         """Return the probabilities (n, 2) of rows (n, 5) by the newest version; near requests share a call."""
         return self.models[VERSIONS[-1]].predict_proba(rows).tolist()
 
