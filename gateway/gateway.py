@@ -216,6 +216,7 @@ def serve(arguments: argparse.Namespace) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, interrupt)
     with ExitStack() as stack:
+        stack.enter_context(state.claim())
         started = start_replicas([name for name in names if name not in external], arguments.replicas, stack)
         pools = started + [pool for name in names for pool in external.get(name, ())]
         if state.make_certificate():

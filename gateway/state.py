@@ -51,6 +51,18 @@ class State:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    @contextlib.contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the only gateway that runs in the folder; StateError where another one is."""
+        with (self.folder / "running").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(
+                    f"a gateway runs in {self.folder}; stop it, or choose another folder with --state"
+                ) from None
+            yield
+
     def read(self, name: str) -> dict[str, str]:
         """Return a map file's pairs. StateError where a line is no pair."""
         path = self.folder / name

@@ -607,6 +607,13 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     assert "no-haproxy not found; install it: sudo apt-get install haproxy" in refused(hidden)
 
 
+def test_two_gateways_do_not_share_a_state_folder(gateway):
+    second = Gateway(gateway.state)
+    second.log_path = second.log_path.with_suffix(".second")
+    assert f"a gateway runs in {gateway.state}; stop it" in refused(second)
+    assert gateway.ask()[0] == 200
+
+
 def test_the_servers_of_an_image_are_those_of_the_endpoints():
     run = subprocess.run([sys.executable, GATEWAY, "servers"], capture_output=True, text=True, check=True)
     assert run.stdout == (REPOSITORY_DIR / "gateway" / "servers.json").read_text(), (
