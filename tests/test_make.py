@@ -122,6 +122,7 @@ def test_clean_removes_what_was_made_and_keeps_what_was_measured(tmp_path):
         shutil.copy2(REPOSITORY_DIR / name, tmp_path / name)
     made = [
         "torchserve/model.pth", "torchserve/models/2.0/model.pth", "torchserve/model_store/model_v2.mar",
+        "torchserve/keys/8080.json",
         "tfserving/models/my_model/2/saved_model.pb", "bentoml/store/models/my_model/latest",
         "onnx/models/my_model/2/model.onnx", "onnx/model.onnx", "benchmarks/__pycache__/endpoint.pyc",
     ]  # fmt: skip

@@ -25,8 +25,9 @@ import pytest
 import torch
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from load_generator import LoadGenerator, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "torchserve"
 ENDPOINT = load_endpoints()["torchserve"]
@@ -412,6 +413,21 @@ def test_without_the_right_token_nothing_but_the_metrics_answers(tuned_server):
     assert_one_line(refused, "Token Authorization failed")
     output = run_script(FOLDER, "grpc_client.py", "--address", address, "--keys", str(keys_path)).stdout
     assert output.count("malignant") == 2
+
+
+@pytest.mark.parametrize("name", ["torchserve-tuned", "torchserve-grpc-tuned"])
+def test_the_measuring_client_brings_the_token_over_rest_and_grpc(tuned_server, name):
+    rows, _ = load_test_rows()
+    endpoint = load_endpoints()[name](tuned_server.endpoint.ports)
+    endpoint.folder = tuned_server.endpoint.folder
+    assert np.abs(ask(endpoint, rows, "1") - load_expected("1")).max() <= TOLERANCE
+    with LoadGenerator(endpoint, make_exchanges(endpoint, "1", rows, load_expected("1")), 4) as load:
+        window = load.run_closed(0.5)
+    assert (window.errors.total(), window.wrong) == (0, 0)
+    assert len(window.latencies_s) > 0
+    endpoint.folder = REPOSITORY_DIR  # there are no keys
+    with pytest.raises(ServerError, match="Token Authorization failed"):
+        ask(endpoint, rows, "1")
 
 
 @pytest.mark.parametrize(
