@@ -23,7 +23,7 @@ from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ask, find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
-DEADLINE_S = 60.0
+DEADLINE_S = 180.0
 PREDICT = "/v1/models/my_model:predict"
 
 ACCEPTED = {"NaN", "Infinity", "minus Infinity"}  # numbers to TensorFlow Serving, by its own documentation

@@ -243,8 +243,8 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 async def start_server(
     library: Library, addresses: list[str], options: list[tuple[str, int | str]], metrics: Metrics | None
 ) -> grpc.aio.Server:
-    """Start both services on each of `addresses`. RuntimeError where one is taken."""
-    server = grpc.aio.server(options=[*OPTIONS, *options])
+    """Start both services on each of `addresses`. RuntimeError where one is taken. `options` win over OPTIONS."""
+    server = grpc.aio.server(options=list({**dict(OPTIONS), **dict(options)}.items()))
     service = PredictionService(library, metrics)
     # Ahead of the generated handlers, which expect a message where Predict returns one already serialized.
     predict = grpc.unary_unary_rpc_method_handler(service.Predict, predict_pb2.PredictRequest.FromString)
