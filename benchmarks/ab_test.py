@@ -1,0 +1,291 @@
+"""Send users through the gateway's split and decide between version 1 and version 2.
+
+    python ab_test.py --endpoint onnx          asks the gateway that runs: make gateway, in another terminal
+    python ab_test.py --read results/x.json    prints and draws a result again
+
+Users send rows of data/test.csv; the gateway gives each user one of the versions. The number of users follows
+from the accuracy difference to be found, before the first one comes. They are looked at in ten parts, with
+boundaries that keep the chance of a false verdict at 5 % over all looks together. The verdict is `promote`,
+`roll back` or `not enough evidence`. Writes results/ab-<time>.json, with all that every user saw, and a plot
+beside it. Ctrl-C ends it early: what came in by the last whole look is judged and written.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from ab_decision import Judgement, Plan, User, judge, make_plan, tally_users
+from ab_plot import draw
+from endpoint import Endpoint, load_endpoints
+from environment import describe_environment
+from gateway_cli import GATEWAY_URL, GatewayError, read_api_key, read_certificate, read_share
+from intervals import CONFIDENCE
+from reference import load_expected, load_test_rows
+from results import RESULTS_DIR, write_result
+from rich.console import Console
+from scipy import stats
+from server_process import interrupt_on_sigterm
+from split_users import Crowd, Split, SplitError
+
+SCHEMA_VERSION = 1
+PLAN_SETTINGS = (
+    "baseline_accuracy margin latency_margin alpha rows_per_user shares looks_per_step needs_gain users_per_step"
+).split()
+
+
+def plan_of(result: dict) -> Plan:
+    """The plan of a result file."""
+    return make_plan(**{name: result["plan"][name] for name in PLAN_SETTINGS})
+
+
+def encode_users(users: Iterable[User]) -> list[dict]:
+    """Return what each user saw as JSON-able values; latencies in whole microseconds."""
+    return [
+        {**{key: value for key, value in asdict(user).items() if key != "latencies_s"},
+         "latencies_us": [round(latency_s * 1e6) for latency_s in user.latencies_s]}
+        for user in users
+    ]  # fmt: skip
+
+
+def decode_users(looks: Iterable[dict]) -> list[User]:
+    """Return the users of some looks of a result file."""
+    users = []
+    for about in (about for look in looks for about in look["users"]):
+        latencies_s = [latency_us / 1e6 for latency_us in about["latencies_us"]]
+        seen = {key: value for key, value in about.items() if key != "latencies_us"}
+        users.append(User(**seen, latencies_s=latencies_s))
+    return users
+
+
+def judge_look(result: dict, plan: Plan, look: int) -> tuple[Judgement, list[User]]:
+    """Judge a result file's users up to look number `look`, from 0; return also the users."""
+    users = decode_users(result["looks"][: look + 1])
+    return judge(plan, tally_users(users, load_test_rows()[1], len(plan.shares)), look), users
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan in one line."""
+    users = f"{plan.users[-1]:,} users of {plan.rows_per_user} rows"
+    share = ", ".join(f"{share:.0%}" for share in plan.shares)
+    return (
+        f"plan: {users}, {share} of them with version 2, in {plan.looks} looks: finds an accuracy {plan.margin * 100:g}"
+        f" points off {plan.baseline_accuracy:.3f} with power {plan.power:.2f}, alpha {plan.alpha:g} in all"
+    )
+
+
+def describe_look(plan: Plan, judgement: Judgement, users: list[User], look: int) -> list[str]:
+    """One look in a few lines: who was there, the differences with intervals, the failures."""
+    counts = Counter(user.version for user in users)
+    failed = Counter(user.version for user in users if user.failures)
+    strays = sum(len(set(user.versions)) != 1 for user in users)
+    low, high = judgement.lows, judgement.highs
+    ratio = {key: np.exp(part["latency"]) for key, part in (("low", low), ("at", judgement.estimates), ("high", high))}
+    middles_ms = middle_latencies_ms(users)
+    return [
+        f"look {look + 1} of {plan.looks}: {len(users):,} users, version 1 {counts['1']:,}, version 2 {counts['2']:,}, "
+        f"both or none {strays:,}",
+        f"  accuracy     {_signed(judgement, 'accuracy', 100, 2)} points",
+        f"  Brier score  {_signed(judgement, 'brier', 1, 4)} (lower is better)",
+        f"  latency      {ratio['at']:.2f}× ({ratio['low']:.2f} to {ratio['high']:.2f}) of {middles_ms['1']:.2f} ms, "
+        f"{middles_ms['2'] - middles_ms['1']:+.2f} ms",
+        f"  failed       version 1 {failed['1']:,} users, version 2 {failed['2']:,}",
+    ]
+
+
+def middle_latencies_ms(users: Iterable[User]) -> dict[str, float]:
+    """The geometric mean of the users' latencies by version; nan where there is none."""
+    means = {"1": [], "2": []}
+    for user in users:
+        if user.rows:
+            means[user.version].append(np.mean(np.log(user.latencies_s)))
+    return {version: float(np.exp(np.mean(logs))) * 1e3 if logs else float("nan") for version, logs in means.items()}
+
+
+def describe_rows(users: Iterable[User]) -> str:
+    """What the rows, taken as a sample of patients, say of the next patient: paired, each row under both versions."""
+    labels = load_test_rows()[1]
+    benign = {"1": {}, "2": {}}
+    for user in users:
+        if len(set(user.versions)) == 1:
+            benign[user.version].update(zip(user.rows, user.benign, strict=True))
+    rows = sorted(benign["1"].keys() & benign["2"].keys())
+    if len(rows) < 2:
+        return "for the next patient: too few rows were seen with both versions"
+    truth = np.array([labels[row] for row in rows])
+    ones, twos = (np.array([benign[version][row] for row in rows]) for version in ("1", "2"))
+    right = [((values >= 0.5) == truth).astype(float) for values in (ones, twos)]
+    figures = []
+    for differences in (100 * (right[1] - right[0]), (twos - truth) ** 2 - (ones - truth) ** 2):
+        half = stats.t.isf((1 - CONFIDENCE) / 2, len(rows) - 1) * differences.std(ddof=1) / np.sqrt(len(rows))
+        figures.append((differences.mean(), differences.mean() - half, differences.mean() + half))
+    (accuracy, low, high), brier = figures
+    return (
+        f"for the next patient, from {len(rows)} rows: accuracy {accuracy:+.1f} points ({low:+.1f} to {high:+.1f}), "
+        "Brier score {:+.3f} ({:+.3f} to {:+.3f})".format(*brier)
+    )
+
+
+def _signed(judgement: Judgement, metric: str, factor: float, digits: int) -> str:
+    values = (judgement.estimates[metric], judgement.lows[metric], judgement.highs[metric])
+    return "{:+.{d}f} ({:+.{d}f} to {:+.{d}f})".format(*(float(value) * factor for value in values), d=digits)
+
+
+def describe_end(result: dict, plan: Plan, judgement: Judgement, users: list[User]) -> list[str]:
+    """The last lines: the next patient, the reasons of failures, the verdict."""
+    failures = Counter((user.version or "?", reason) for user in users for reason in user.failures)
+    lines = [f"version {version}: {count:,} × {reason}" for (version, reason), count in failures.most_common(5)]
+    reason = "interrupted" if result["interrupted"] and not judgement.ends else str(judgement.reason)
+    verdict = f"verdict: {judgement.verdict} ({reason}; {len(users):,} of {plan.users[-1]:,} users)"
+    return [*lines, describe_rows(users), verdict]
+
+
+def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None]) -> list[Judgement]:
+    """Send the users, look by look, until a look ends it or Ctrl-C does; fill `result`, return the judgements."""
+    judgements = []
+    try:
+        for look in range(plan.looks):
+            users = crowd.send(plan.users_of_look(look), plan.step(look))
+            result["looks"].append({"users": encode_users(users)})
+            judgements += tell_look(result, plan, look, tell)
+            if judgements[-1].ends:
+                break
+    except KeyboardInterrupt:
+        result["interrupted"] = True
+    return judgements
+
+
+def tell_look(result: dict, plan: Plan, look: int, tell: Callable[[str], None]) -> list[Judgement]:
+    """Judge one look of a result and print it; return the judgement, in a list."""
+    judgement, users = judge_look(result, plan, look)
+    tell("\n".join(describe_look(plan, judgement, users, look)))
+    return [judgement]
+
+
+def baseline_accuracy() -> float:
+    """Version 1's accuracy on the test rows, by the reference's answers."""
+    return float(np.mean((load_expected("1")[:, 1] >= 0.5) == np.array(load_test_rows()[1])))
+
+
+def start_result(arguments: argparse.Namespace, endpoint: Endpoint, plan: Plan) -> dict:
+    """A result file's content before the first look."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "environment": describe_environment(["numpy", "scipy", *endpoint.packages]),
+        "settings": {
+            name: getattr(arguments, name) for name in ("endpoint", "url", "connections", "seed", "timeout", "power")
+        },
+        "plan": {name: getattr(plan, name) for name in PLAN_SETTINGS},
+        "looks": [],
+        "interrupted": False,
+    }
+
+
+def make_crowd(arguments: argparse.Namespace, endpoint: Endpoint) -> Crowd:
+    """The users that the command line describes."""
+    split = Split(arguments.url, arguments.api_key or read_api_key(), arguments.certificate or read_certificate())
+    return Crowd(endpoint, split, arguments.rows_per_user, arguments.seed, arguments.connections, arguments.timeout)
+
+
+def make_ab_plan(arguments: argparse.Namespace, server: str) -> Plan:
+    """The plan that the command line asks for, at the split's own share."""
+    share = read_share(server) if arguments.share is None else arguments.share / 100
+    if not 0 < share < 1:
+        raise GatewayError(
+            f"{share:.0%} of the users get version 2, so there is nothing to compare: "
+            f"python gateway/gateway.py set my_model v2=50 --server {server}"
+        )
+    return make_plan(
+        baseline_accuracy(), arguments.margin / 100, arguments.latency_margin / 100, arguments.alpha, arguments.power,
+        arguments.rows_per_user, (share,), arguments.looks, users_per_step=arguments.users,
+    )  # fmt: skip
+
+
+def main() -> int:
+    interrupt_on_sigterm()
+    arguments = parse_arguments()
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if arguments.read:
+        path = arguments.read
+        result = read_ab_result(path)
+        plan = plan_of(result)
+        console.print(describe_plan(plan))
+        judgements = [
+            one for look in range(len(result["looks"])) for one in tell_look(result, plan, look, console.print)
+        ]
+    else:
+        path = arguments.output or RESULTS_DIR / f"ab-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+        endpoint = load_endpoints()[arguments.endpoint]()
+        plan = make_ab_plan(arguments, endpoint.folder.name)
+        result = start_result(arguments, endpoint, plan)
+        console.print(describe_plan(plan))
+        with make_crowd(arguments, endpoint) as crowd:
+            judgements = measure(plan, crowd, result, console.print)
+        if not judgements:
+            raise KeyboardInterrupt
+        write_result(result, path)
+    end = describe_end(result, plan, judgements[-1], decode_users(result["looks"]))
+    console.print("\n".join(end))
+    plot_path = path.with_suffix(".png")
+    draw(plan, judgements, end[-1], plot_path)
+    console.print(f"wrote {plot_path}" if arguments.read else f"wrote {path} and {plot_path.name}")
+    return 130 if result["interrupted"] else 0
+
+
+def read_ab_result(path: Path) -> dict:
+    """Return the file's content; GatewayError where it is of another form."""
+    try:
+        result = json.loads(path.read_text())
+        if result["schema_version"] == SCHEMA_VERSION and result["looks"]:
+            return result
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise GatewayError(f"{path}: no result of ab_test.py")
+
+
+def parse_arguments() -> argparse.Namespace:
+    choices = [name for name, one in load_endpoints().items() if one.has_model and one.name == one.folder.name]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_user_options(parser, choices)
+    parser.add_argument(
+        "--share", type=float, help="per cent of the users who get version 2 (default: asks the gateway)"
+    )
+    parser.add_argument("--margin", type=float, default=2.0, help="accuracy difference to find, in points (default: 2)")
+    parser.add_argument("--power", type=float, default=0.9, help="chance to find it (default: 0.9)")
+    parser.add_argument("--looks", type=int, default=10, help="how often to look (default: 10)")
+    parser.add_argument(
+        "--users", type=int, help="how many users instead of what the power needs (default: as planned)"
+    )
+    parser.add_argument("--output", type=Path, help="the result file (default: results/ab-<time>.json)")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="print and draw this result again (default: measure)")
+    return parser.parse_args()
+
+
+def add_user_options(parser: argparse.ArgumentParser, choices: list[str]) -> None:
+    """Add the options that say who asks what and where."""
+    parser.add_argument("--endpoint", choices=choices, default="onnx", help="which server (default: onnx)")
+    parser.add_argument("--url", default=GATEWAY_URL, help=f"the split's address (default: {GATEWAY_URL})")
+    parser.add_argument("--api-key", default="", help="the key to send (default: the gateway's key for users)")
+    parser.add_argument("--certificate", type=Path, help="PEM file that vouches for it (default: the gateway's)")
+    parser.add_argument(
+        "--latency-margin", type=float, default=20.0, help="per cent that version 2 may be slower (default: 20)"
+    )
+    parser.add_argument("--alpha", type=float, default=0.05, help="chance of a false verdict (default: 0.05)")
+    parser.add_argument("--rows-per-user", type=int, default=3, help="test rows that each user sends (default: 3)")
+    parser.add_argument("--connections", type=int, default=4, help="users at a time (default: 4)")
+    parser.add_argument("--seed", type=int, default=1, help="who the users are and what they send (default: 1)")
+    parser.add_argument("--timeout", type=float, default=2.0, help="seconds until a reply has failed (default: 2)")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (SplitError, GatewayError) as error:
+        sys.exit(f"ab_test: {error}")
+    except KeyboardInterrupt:
+        sys.exit("ab_test: interrupted before the first look; nothing is written")
