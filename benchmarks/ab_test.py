@@ -138,11 +138,15 @@ def _signed(judgement: Judgement, metric: str, factor: float, digits: int) -> st
 
 def describe_end(result: dict, plan: Plan, judgement: Judgement, users: list[User]) -> list[str]:
     """The last lines: the next patient, the reasons of failures, the verdict."""
-    failures = Counter((user.version or "?", reason) for user in users for reason in user.failures)
-    lines = [f"version {version}: {count:,} × {reason}" for (version, reason), count in failures.most_common(5)]
     reason = "interrupted" if result["interrupted"] and not judgement.ends else str(judgement.reason)
     verdict = f"verdict: {judgement.verdict} ({reason}; {len(users):,} of {plan.users[-1]:,} users)"
-    return [*lines, describe_rows(users), verdict]
+    return [*describe_failures(users), describe_rows(users), verdict]
+
+
+def describe_failures(users: Iterable[User]) -> list[str]:
+    """The most frequent failures, one a line."""
+    failures = Counter((user.version or "?", reason) for user in users for reason in user.failures)
+    return [f"version {version}: {count:,} × {reason}" for (version, reason), count in failures.most_common(5)]
 
 
 def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None]) -> list[Judgement]:
@@ -249,9 +253,8 @@ def read_ab_result(path: Path) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    choices = [name for name, one in load_endpoints().items() if one.has_model and one.name == one.folder.name]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_user_options(parser, choices)
+    add_user_options(parser)
     parser.add_argument(
         "--share", type=float, help="per cent of the users who get version 2 (default: asks the gateway)"
     )
@@ -266,8 +269,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add_user_options(parser: argparse.ArgumentParser, choices: list[str]) -> None:
+def add_user_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say who asks what and where."""
+    choices = [name for name, one in load_endpoints().items() if one.has_model and name == one.folder.name]
     parser.add_argument("--endpoint", choices=choices, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--url", default=GATEWAY_URL, help=f"the split's address (default: {GATEWAY_URL})")
     parser.add_argument("--api-key", default="", help="the key to send (default: the gateway's key for users)")
