@@ -11,10 +11,11 @@ beside it. Ctrl-C ends it early: what came in by the last whole look is judged a
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from ab_decision import Judgement, Plan, User, judge, make_plan, tally_users
 from ab_plot import draw
 from endpoint import Endpoint, load_endpoints
 from environment import describe_environment
-from gateway_cli import GATEWAY_URL, GatewayError, read_api_key, read_certificate, read_share
+from gateway_cli import GatewayError, find_certificate, gateway_url, lent_key, read_share
 from intervals import CONFIDENCE
 from reference import load_expected, load_test_rows
 from results import RESULTS_DIR, write_result
@@ -190,10 +191,15 @@ def start_result(arguments: argparse.Namespace, endpoint: Endpoint, plan: Plan) 
     }
 
 
-def make_crowd(arguments: argparse.Namespace, endpoint: Endpoint) -> Crowd:
-    """The users that the command line describes."""
-    split = Split(arguments.url, arguments.api_key or read_api_key(), arguments.certificate or read_certificate())
-    return Crowd(endpoint, split, arguments.rows_per_user, arguments.seed, arguments.connections, arguments.timeout)
+@contextlib.contextmanager
+def gather_crowd(arguments: argparse.Namespace, endpoint: Endpoint) -> Iterator[Crowd]:
+    """The users that the command line describes, with a key that is made for them unless one is given."""
+    with contextlib.nullcontext(arguments.api_key) if arguments.api_key else lent_key() as key:
+        split = Split(arguments.url, key, arguments.certificate or find_certificate())
+        with Crowd(
+            endpoint, split, arguments.rows_per_user, arguments.seed, arguments.connections, arguments.timeout
+        ) as crowd:
+            yield crowd
 
 
 def make_ab_plan(arguments: argparse.Namespace, server: str) -> Plan:
@@ -228,7 +234,7 @@ def main() -> int:
         plan = make_ab_plan(arguments, endpoint.folder.name)
         result = start_result(arguments, endpoint, plan)
         console.print(describe_plan(plan))
-        with make_crowd(arguments, endpoint) as crowd:
+        with gather_crowd(arguments, endpoint) as crowd:
             judgements = measure(plan, crowd, result, console.print)
         if not judgements:
             raise KeyboardInterrupt
@@ -273,9 +279,9 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say who asks what and where."""
     choices = [name for name, one in load_endpoints().items() if one.has_model and name == one.folder.name]
     parser.add_argument("--endpoint", choices=choices, default="onnx", help="which server (default: onnx)")
-    parser.add_argument("--url", default=GATEWAY_URL, help=f"the split's address (default: {GATEWAY_URL})")
-    parser.add_argument("--api-key", default="", help="the key to send (default: the gateway's key for users)")
-    parser.add_argument("--certificate", type=Path, help="PEM file that vouches for it (default: the gateway's)")
+    parser.add_argument("--url", default=gateway_url(), help=f"the split's address (default: {gateway_url()})")
+    parser.add_argument("--api-key", default="", help="the key to send (default: one made for this run)")
+    parser.add_argument("--certificate", type=Path, help="PEM file that vouches for it (default: the gateway's own)")
     parser.add_argument(
         "--latency-margin", type=float, default=20.0, help="per cent that version 2 may be slower (default: 20)"
     )

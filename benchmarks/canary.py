@@ -5,8 +5,8 @@
 Sets the split to 5, 25, 50 and 100 % in turn. At each step users send rows of data/test.csv, and four looks
 compare accuracy, Brier score, latency and failures of the two versions: one sequential test that goes on over
 all steps, so that the chance to take back a version that is as good stays below 5 % for the whole walk. Harm
-takes version 2 back at once; so does a split that does not do what it is set to, a step that takes too long,
-and Ctrl-C. At 100 % nobody is left to compare with: failures are watched there, and a promotion is final only
+takes version 2 back at once; so does a replica of it that is lost, a split that does not do what it is set to,
+a step that takes too long, and Ctrl-C. At 100 % nobody is left to compare with: failures are watched there, and a promotion is final only
 after that step. Writes results/canary-<time>.json and a plot beside it; `ab_test.py --read` prints it again.
 Exit code 0 only where version 2 was promoted.
 """
@@ -27,18 +27,17 @@ from ab_test import (
     describe_failures,
     describe_plan,
     encode_users,
-    make_crowd,
+    gather_crowd,
     start_result,
     tell_look,
 )
 from endpoint import load_endpoints
-from gateway_cli import GatewayError, call_gateway
+from gateway_cli import MODEL, GatewayError, call_gateway, count_replicas
 from results import RESULTS_DIR, write_result
 from rich.console import Console
 from server_process import deferred_interrupts, interrupt_on_sigterm
 from split_users import Crowd, SplitError
 
-MODEL = "my_model"
 SHARES = (0.05, 0.25, 0.5, 1.0)
 LOOKS_PER_STEP = 4
 
@@ -48,6 +47,7 @@ def walk(
 ) -> tuple[list[Judgement], str, str]:
     """Walk the steps until the end or the first harm; return (judgements, verdict, reason). Fills `result`."""
     judgements: list[Judgement] = []
+    replicas = count_replicas(server)
     for look in range(plan.looks):
         step = plan.step(look)
         if look % plan.looks_per_step == 0:
@@ -60,6 +60,8 @@ def walk(
         judgements += tell_look(result, plan, look, tell)
         if len(users) < len(wanted):
             return judgements, ROLL_BACK, f"the step took more than {step_s:g} s"
+        if count_replicas(server) < replicas:  # version 1 answers for it meanwhile, so that no user need notice
+            return judgements, ROLL_BACK, "version 2 lost a replica"
         if judgements[-1].ends:
             break
     verdict, reason = str(judgements[-1].verdict), str(judgements[-1].reason)
@@ -98,7 +100,7 @@ def main() -> int:
     path = arguments.output or RESULTS_DIR / f"canary-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     result = start_result(arguments, endpoint, plan)
     console.print(describe_plan(plan))
-    with make_crowd(arguments, endpoint) as crowd:
+    with gather_crowd(arguments, endpoint) as crowd:
         judgements = ship(arguments, plan, crowd, result, console.print)
     write_result(result, path)
     users = decode_users(result["looks"])

@@ -146,6 +146,8 @@ class Crowd:
         version = reply.getheader("X-Model-Version")
         if version in VERSIONS:
             user.versions.append(version)
+        elif 400 <= reply.status < 500:
+            raise SplitError(f"{self.split.url}{self._prefix + request.path} answers {reply.status}: {body[:200]!r}")
         elif reply.status == 200:
             raise SplitError(
                 f"{self.split.url}: the reply's X-Model-Version is {version!r}, not 1 or 2; is this the gateway?"

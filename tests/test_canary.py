@@ -1,5 +1,6 @@
 """The canary: error rates by simulation, its walk through a toy split, and planted versions behind the gateway."""
 
+import itertools
 import json
 import sys
 
@@ -60,8 +61,9 @@ def run_canary(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(canary, "interrupt_on_sigterm", lambda: None)
     output = tmp_path / "canary.json"
 
-    def run(split: ToySplit, *options: str, stuck: bool = False) -> tuple[int, list[str], dict, list[str]]:
+    def run(split: ToySplit, *options: str, stuck: bool = False, replicas=()) -> tuple[int, list[str], dict, list[str]]:
         commands = []
+        replicas = itertools.chain(replicas, itertools.repeat(2))
 
         def call_gateway(*arguments: str) -> str:
             commands.append(" ".join(arguments))
@@ -71,6 +73,7 @@ def run_canary(monkeypatch, capsys, tmp_path):
             return ""
 
         monkeypatch.setattr(canary, "call_gateway", call_gateway)
+        monkeypatch.setattr(canary, "count_replicas", lambda server: next(replicas))
         where = ["--url", split.url, "--api-key", "k", "--output", str(output), "--margin", "8"]
         monkeypatch.setattr(sys, "argv", ["canary.py", *where, "--latency-margin", "300", *options])
         code = canary.main()
@@ -119,6 +122,15 @@ def test_a_split_that_does_not_do_what_it_is_set_to_is_taken_back(run_canary):
         code, lines, _, commands = run_canary(split, stuck=True)
     assert code == 1
     assert lines[-1].startswith("verdict: roll back (sample ratio mismatch")
+    assert commands[-1] == "rollback my_model --server onnx"
+
+
+def test_a_version_that_loses_a_replica_is_taken_back_though_no_user_noticed(run_canary):
+    with ToySplit(share=0) as split:
+        code, lines, result, commands = run_canary(split, replicas=[2, 2, 1])
+    assert code == 1
+    assert lines[-1].startswith("verdict: roll back (version 2 lost a replica; ")
+    assert len(result["looks"]) == 2
     assert commands[-1] == "rollback my_model --server onnx"
 
 
