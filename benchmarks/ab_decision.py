@@ -213,7 +213,9 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
         factor = np.where(freedom >= 1, stats.t.isf(level, np.maximum(freedom, 1)), np.inf)
         with np.errstate(invalid="ignore"):
             half = np.where(np.isfinite(factor) & np.isfinite(error), factor * error, np.inf)
-        estimates[metric], lows[metric], highs[metric] = estimate, estimate - half, estimate + half
+        most = np.inf if metric == "latency" else 1.0  # shares and Brier scores lie between 0 and 1
+        estimates[metric] = estimate
+        lows[metric], highs[metric] = np.maximum(estimate - half, -most), np.minimum(estimate + half, most)
 
     step = plan.step(look)
     ones, twos = tally.users[..., step, 0], tally.users[..., step, 1]

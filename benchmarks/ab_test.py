@@ -85,27 +85,25 @@ def describe_look(plan: Plan, judgement: Judgement, users: list[User], look: int
     counts = Counter(user.version for user in users)
     failed = Counter(user.version for user in users if user.failures)
     strays = sum(len(set(user.versions)) != 1 for user in users)
-    low, high = judgement.lows, judgement.highs
-    ratio = {key: np.exp(part["latency"]) for key, part in (("low", low), ("at", judgement.estimates), ("high", high))}
-    middles_ms = middle_latencies_ms(users)
+    middle_ms = middle_latency_ms(users)
+    ratio, low, high = (
+        float(np.exp(part["latency"])) for part in (judgement.estimates, judgement.lows, judgement.highs)
+    )
     return [
         f"look {look + 1} of {plan.looks}: {len(users):,} users, version 1 {counts['1']:,}, version 2 {counts['2']:,}, "
         f"both or none {strays:,}",
         f"  accuracy     {_signed(judgement, 'accuracy', 100, 2)} points",
         f"  Brier score  {_signed(judgement, 'brier', 1, 4)} (lower is better)",
-        f"  latency      {ratio['at']:.2f}× ({ratio['low']:.2f} to {ratio['high']:.2f}) of {middles_ms['1']:.2f} ms, "
-        f"{middles_ms['2'] - middles_ms['1']:+.2f} ms",
+        f"  latency      {ratio:.2f}× ({low:.2f} to {high:.2f}) of {middle_ms:.2f} ms: "
+        f"{(ratio - 1) * middle_ms:+.2f} ms ({(low - 1) * middle_ms:+.2f} to {(high - 1) * middle_ms:+.2f})",
         f"  failed       version 1 {failed['1']:,} users, version 2 {failed['2']:,}",
     ]
 
 
-def middle_latencies_ms(users: Iterable[User]) -> dict[str, float]:
-    """The geometric mean of the users' latencies by version; nan where there is none."""
-    means = {"1": [], "2": []}
-    for user in users:
-        if user.rows:
-            means[user.version].append(np.mean(np.log(user.latencies_s)))
-    return {version: float(np.exp(np.mean(logs))) * 1e3 if logs else float("nan") for version, logs in means.items()}
+def middle_latency_ms(users: Iterable[User]) -> float:
+    """The geometric mean of version 1's users' latencies; nan where there is none."""
+    logs = [np.mean(np.log(user.latencies_s)) for user in users if user.version == "1" and user.rows]
+    return float(np.exp(np.mean(logs))) * 1e3 if logs else float("nan")
 
 
 def describe_rows(users: Iterable[User]) -> str:
@@ -157,7 +155,7 @@ def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None])
         for look in range(plan.looks):
             users = crowd.send(plan.users_of_look(look), plan.step(look))
             result["looks"].append({"users": encode_users(users)})
-            judgements += tell_look(result, plan, look, tell)
+            judgements.append(tell_look(result, plan, look, tell))
             if judgements[-1].ends:
                 break
     except KeyboardInterrupt:
@@ -165,11 +163,11 @@ def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None])
     return judgements
 
 
-def tell_look(result: dict, plan: Plan, look: int, tell: Callable[[str], None]) -> list[Judgement]:
-    """Judge one look of a result and print it; return the judgement, in a list."""
+def tell_look(result: dict, plan: Plan, look: int, tell: Callable[[str], None]) -> Judgement:
+    """Judge one look of a result and print it; return the judgement."""
     judgement, users = judge_look(result, plan, look)
     tell("\n".join(describe_look(plan, judgement, users, look)))
-    return [judgement]
+    return judgement
 
 
 def baseline_accuracy() -> float:
@@ -225,9 +223,7 @@ def main() -> int:
         result = read_ab_result(path)
         plan = plan_of(result)
         console.print(describe_plan(plan))
-        judgements = [
-            one for look in range(len(result["looks"])) for one in tell_look(result, plan, look, console.print)
-        ]
+        judgements = [tell_look(result, plan, look, console.print) for look in range(len(result["looks"]))]
     else:
         path = arguments.output or RESULTS_DIR / f"ab-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
         endpoint = load_endpoints()[arguments.endpoint]()

@@ -6,9 +6,9 @@ Sets the split to 5, 25, 50 and 100 % in turn. At each step users send rows of d
 compare accuracy, Brier score, latency and failures of the two versions: one sequential test that goes on over
 all steps, so that the chance to take back a version that is as good stays below 5 % for the whole walk. Harm
 takes version 2 back at once; so does a replica of it that is lost, a split that does not do what it is set to,
-a step that takes too long, and Ctrl-C. At 100 % nobody is left to compare with: failures are watched there, and a promotion is final only
-after that step. Writes results/canary-<time>.json and a plot beside it; `ab_test.py --read` prints it again.
-Exit code 0 only where version 2 was promoted.
+a step that takes too long, and Ctrl-C: all users then get version 1. At 100 % nobody is left to compare with;
+failures are watched there, and a promotion is final only after that step. Writes results/canary-<time>.json and a
+plot beside it; `ab_test.py --read` prints it again. Exit code 0 only where version 2 was promoted.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ab_decision import PROMOTE, ROLL_BACK, Judgement, Plan, make_plan
+from ab_decision import PROMOTE, ROLL_BACK, Plan, make_plan
 from ab_plot import draw
 from ab_test import (
     add_user_options,
@@ -28,6 +28,7 @@ from ab_test import (
     describe_plan,
     encode_users,
     gather_crowd,
+    judge_look,
     start_result,
     tell_look,
 )
@@ -43,11 +44,13 @@ LOOKS_PER_STEP = 4
 
 
 def walk(
-    plan: Plan, crowd: Crowd, server: str, step_s: float, result: dict, tell: Callable[[str], None]
-) -> tuple[list[Judgement], str, str]:
-    """Walk the steps until the end or the first harm; return (judgements, verdict, reason). Fills `result`."""
-    judgements: list[Judgement] = []
-    replicas = count_replicas(server)
+    plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, tell: Callable[[str], None]
+) -> tuple[str, str]:
+    """Walk the steps until the end or the first harm; return (verdict, reason). Fills `result`.
+
+    `replicas` is how many version 2 had to begin with.
+    """
+    server = crowd.endpoint.folder.name
     for look in range(plan.looks):
         step = plan.step(look)
         if look % plan.looks_per_step == 0:
@@ -56,26 +59,26 @@ def walk(
             deadline_s = time.monotonic() + step_s
         wanted = plan.users_of_look(look)
         users = crowd.send(wanted, step, deadline_s)
-        result["looks"].append({"users": encode_users(users), "utc": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}"})
-        judgements += tell_look(result, plan, look, tell)
+        result["looks"].append({"users": encode_users(users)})
+        judgement = tell_look(result, plan, look, tell)
         if len(users) < len(wanted):
-            return judgements, ROLL_BACK, f"the step took more than {step_s:g} s"
+            return ROLL_BACK, f"the step took more than {step_s:g} s"
         if count_replicas(server) < replicas:  # version 1 answers for it meanwhile, so that no user need notice
-            return judgements, ROLL_BACK, "version 2 lost a replica"
-        if judgements[-1].ends:
+            return ROLL_BACK, "version 2 lost a replica"
+        if judgement.ends:
             break
-    verdict, reason = str(judgements[-1].verdict), str(judgements[-1].reason)
-    if look < plan.looks - 1 and verdict != PROMOTE:  # the split itself is broken: no reason to go on with it
+    verdict, reason = str(judgement.verdict), str(judgement.reason)
+    if look < plan.looks - 1:  # harm, or a split that does not hold
         verdict = ROLL_BACK
-    return judgements, verdict, reason
+    return verdict, reason
 
 
-def ship(arguments: argparse.Namespace, plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None]):
+def ship(plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, tell: Callable[[str], None]) -> None:
     """Walk, and leave the split at 100 % version 2 where it is promoted, else at 100 % version 1."""
     server = crowd.endpoint.folder.name
-    judgements, verdict, reason = [], ROLL_BACK, "interrupted"
+    verdict, reason = ROLL_BACK, "interrupted"
     try:
-        judgements, verdict, reason = walk(plan, crowd, server, arguments.step_seconds, result, tell)
+        verdict, reason = walk(plan, crowd, replicas, step_s, result, tell)
         if verdict == PROMOTE:
             call_gateway("promote", MODEL, "--server", server)
     except KeyboardInterrupt:
@@ -85,7 +88,6 @@ def ship(arguments: argparse.Namespace, plan: Plan, crowd: Crowd, result: dict, 
             with deferred_interrupts():
                 call_gateway("rollback", MODEL, "--server", server)
     result["verdict"], result["reason"] = verdict, reason
-    return judgements
 
 
 def main() -> int:
@@ -100,15 +102,17 @@ def main() -> int:
     path = arguments.output or RESULTS_DIR / f"canary-{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     result = start_result(arguments, endpoint, plan)
     console.print(describe_plan(plan))
+    replicas = count_replicas(endpoint.folder.name)
     with gather_crowd(arguments, endpoint) as crowd:
-        judgements = ship(arguments, plan, crowd, result, console.print)
+        ship(plan, crowd, replicas, arguments.step_seconds, result, console.print)
     write_result(result, path)
     users = decode_users(result["looks"])
     for line in describe_failures(users):
         console.print(line)
     now = 2 if result["verdict"] == PROMOTE else 1
     last = f"verdict: {result['verdict']} ({result['reason']}; {len(users):,} users); all users get version {now}"
-    if judgements:
+    if result["looks"]:
+        judgements = [judge_look(result, plan, look)[0] for look in range(len(result["looks"]))]
         draw(plan, judgements, last, path.with_suffix(".png"))
     console.print(f"wrote {path}")
     console.print(last)
