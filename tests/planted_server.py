@@ -1,6 +1,6 @@
 """A version 2 of the ONNX server that must not be shipped: it is healthy, and then it is not.
 
-    python planted_server.py PORT wrong|slow|crashing
+    python planted_server.py PORT right|wrong|slow|crashing
 
 Answers any GET with 200, as a healthy server does. `wrong` swaps the two probabilities, `slow` waits 150 ms,
 `crashing` ends after three answers.

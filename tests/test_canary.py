@@ -1,15 +1,24 @@
 """The canary: error rates by simulation, its walk through a toy split, and planted versions behind the gateway."""
 
+import contextlib
 import itertools
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import canary
 import numpy as np
 import pytest
 from ab_decision import PROMOTE, ROLL_BACK, make_plan
-from ab_test import baseline_accuracy
+from ab_test import baseline_accuracy, decode_users
+from conftest import REPOSITORY_DIR
+from endpoint import load_endpoints
+from gateway_cli import call_gateway, read_share, read_versions
 from reference import load_expected
+from server_process import ServerProcess, find_free_ports
 from simulated_users import of_version, run_to_the_end, share_of, simulate, table
 from toy_split import ToySplit
 
@@ -157,3 +166,133 @@ def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, monkeypa
     assert commands[-1] == "rollback my_model --server onnx"
     assert result["interrupted"] and result["looks"]
     assert lines[-1].startswith("verdict: roll back (interrupted; ")
+
+
+# The same behind the real gateway: the good version 1 and one planted version 2.
+
+
+@contextlib.contextmanager
+def only_version(version: str):
+    """The ONNX server with one version; gives its port."""
+    endpoint_class = load_endpoints()["onnx"]
+    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)), only_version=version)
+    with ServerProcess(endpoint):
+        yield endpoint.port
+
+
+@contextlib.contextmanager
+def planted(manner: str):
+    """A version 2 that must not be shipped; gives its port."""
+    port = find_free_ports(["rest"])["rest"]
+    process = subprocess.Popen([sys.executable, "planted_server.py", str(port), manner], cwd=REPOSITORY_DIR / "tests")
+    try:
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def gateway(port_1: int, port_2: int, folder, monkeypatch):
+    """The gateway in front of two ONNX servers; its address and state are in the environment meanwhile."""
+    ports = find_free_ports(["gateway", "metrics"])
+    for name, value in {
+        "GATEWAY_STATE": folder / "state",
+        "GATEWAY_BIND": f"127.0.0.1:{ports['gateway']}",
+        "GATEWAY_METRICS_BIND": f"127.0.0.1:{ports['metrics']}",
+        "GATEWAY_ONNX_V1": f"127.0.0.1:{port_1}",
+        "GATEWAY_ONNX_V2": f"127.0.0.1:{port_2}",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    with (folder / "gateway.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "gateway.py", "serve"], cwd=REPOSITORY_DIR / "gateway", stdout=log,
+            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+    try:
+        deadline_s = time.monotonic() + 60
+        while b"serving on" not in (folder / "gateway.log").read_bytes() or not both_are_up():
+            assert process.poll() is None and time.monotonic() < deadline_s, (folder / "gateway.log").read_text()
+            time.sleep(0.1)
+        yield
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+
+
+def both_are_up() -> bool:
+    return all(
+        replica["state"] == "UP" and replica["check"] == "L7OK"
+        for version in read_versions("onnx").values()
+        for replica in version["replicas"].values()
+    )
+
+
+@pytest.fixture
+def ship(monkeypatch, capsys, tmp_path):
+    """Run the canary on the running gateway; return (exit code, printed lines, result)."""
+    monkeypatch.setattr(canary, "interrupt_on_sigterm", lambda: None)
+    output = tmp_path / "canary.json"
+
+    def run() -> tuple[int, list[str], dict]:
+        options = ["--output", str(output), "--margin", "8", "--latency-margin", "300", "--timeout", "10"]
+        monkeypatch.setattr(sys, "argv", ["canary.py", *options])
+        code = canary.main()
+        return code, capsys.readouterr().out.splitlines(), json.loads(output.read_text())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def version_1():
+    with only_version("1") as port:
+        yield port
+
+
+def test_behind_the_gateway_a_good_version_reaches_every_user(ship, version_1, tmp_path, monkeypatch):
+    with only_version("2") as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
+        code, lines, result = ship()
+        assert (code, result["verdict"]) == (0, "promote"), "\n".join(lines)
+        assert read_share("onnx") == 1.0
+        users = decode_users(result["looks"])
+        assert all(len(user.rows) == 3 and len(set(user.versions)) == 1 for user in users)
+        assert {user.version for user in users if user.step == 3} == {"2"}
+        assert call_gateway("keys", "list") == ""
+
+
+REASONS = {
+    "wrong": {"version 2 is less accurate", "version 2's probabilities are worse (Brier score)"},
+    "slow": {"version 2 is slower than allowed"},
+    "crashing": {"version 2 lost a replica"},
+}
+
+
+@pytest.mark.parametrize("manner", REASONS)
+def test_behind_the_gateway_a_planted_version_is_taken_back(manner, ship, version_1, tmp_path, monkeypatch):
+    with planted(manner) as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
+        code, lines, result = ship()
+        assert (code, result["verdict"]) == (1, "roll back"), "\n".join(lines)
+        assert result["reason"] in REASONS[manner]
+        assert read_share("onnx") == 0.0
+        assert len(result["looks"]) <= 2 * canary.LOOKS_PER_STEP
+        assert not [reason for user in decode_users(result["looks"]) for reason in user.failures]
+
+
+def test_behind_the_gateway_ctrl_c_leaves_every_user_with_version_1(version_1, tmp_path, monkeypatch):
+    with planted("right") as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
+        process = subprocess.Popen(
+            [sys.executable, "canary.py", "--output", tmp_path / "canary.json", "--latency-margin", "1000"],
+            cwd=REPOSITORY_DIR / "benchmarks", stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )  # fmt: skip
+        output = []
+        for line in process.stdout:
+            output.append(line)
+            if line.startswith("step 2"):
+                break
+        os.killpg(process.pid, signal.SIGINT)
+        output += process.communicate(timeout=60)[0].splitlines()
+        assert process.returncode == 130, output
+        assert output[-1].startswith("verdict: roll back (interrupted; ")
+        assert read_share("onnx") == 0.0
+        assert len(json.loads((tmp_path / "canary.json").read_text())["looks"]) >= canary.LOOKS_PER_STEP
