@@ -19,7 +19,7 @@ ENDPOINT ?= onnx
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
-        report compare calibrate shadow readme test test-slow lint requirements clean
+        report compare calibrate shadow ab-test canary readme test test-slow lint requirements clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -119,6 +119,12 @@ readme: setup ## make the README's measured table anew from benchmarks/results/s
 
 shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
 	python gateway/shadow.py --server $(ENDPOINT)
+
+ab-test: setup ## users meet both versions behind the running gateway, and the figures decide: make ab-test ENDPOINT=onnx
+	python benchmarks/ab_test.py --endpoint $(ENDPOINT) $(AB_TEST_OPTIONS)
+
+canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
+	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
 
 ## develop
 

@@ -1,6 +1,6 @@
 """Send users through the gateway's split and decide between version 1 and version 2.
 
-    python ab_test.py --endpoint onnx          asks the gateway that runs: make gateway, in another terminal
+    python ab_test.py --endpoint onnx          asks the running gateway: python gateway/gateway.py serve
     python ab_test.py --read results/x.json    prints and draws a result again
 
 Users send rows of data/test.csv; the gateway gives each user one of the versions. The number of users follows
@@ -261,6 +261,9 @@ def parse_arguments() -> argparse.Namespace:
         "--share", type=float, help="per cent of the users who get version 2 (default: asks the gateway)"
     )
     parser.add_argument("--margin", type=float, default=2.0, help="accuracy difference to find, in points (default: 2)")
+    parser.add_argument(
+        "--latency-margin", type=float, default=20.0, help="per cent that version 2 may be slower (default: 20)"
+    )
     parser.add_argument("--power", type=float, default=0.9, help="chance to find it (default: 0.9)")
     parser.add_argument("--looks", type=int, default=10, help="how often to look (default: 10)")
     parser.add_argument(
@@ -278,9 +281,6 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default=gateway_url(), help=f"the split's address (default: {gateway_url()})")
     parser.add_argument("--api-key", default="", help="the key to send (default: one made for this run)")
     parser.add_argument("--certificate", type=Path, help="PEM file that vouches for it (default: the gateway's own)")
-    parser.add_argument(
-        "--latency-margin", type=float, default=20.0, help="per cent that version 2 may be slower (default: 20)"
-    )
     parser.add_argument("--alpha", type=float, default=0.05, help="chance of a false verdict (default: 0.05)")
     parser.add_argument("--rows-per-user", type=int, default=3, help="test rows that each user sends (default: 3)")
     parser.add_argument("--connections", type=int, default=4, help="users at a time (default: 4)")

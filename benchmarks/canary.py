@@ -123,6 +123,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_user_options(parser)
     parser.add_argument("--margin", type=float, default=5.0, help="accuracy loss to exclude, in points (default: 5)")
+    parser.add_argument(
+        "--latency-margin", type=float, default=50.0, help="per cent that version 2 may be slower (default: 50)"
+    )
     parser.add_argument("--power", type=float, default=0.95, help="chance to exclude it (default: 0.95)")
     parser.add_argument("--step-seconds", type=float, default=60.0, help="most that a step may take (default: 60)")
     parser.add_argument("--output", type=Path, help="the result file (default: results/canary-<time>.json)")

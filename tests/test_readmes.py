@@ -23,6 +23,9 @@ from conftest import REPOSITORY_DIR, refuse_taken_ports
 
 # `make benchmark` runs in full for a student; here it does all of its steps, with shorter windows.
 SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0 --connections 1 16 --rows 1 --rates 100"
+# The same with fewer users, and with room for a machine whose cores others use.
+SHORT_AB_TEST = "--margin 4 --latency-margin 100"
+SHORT_CANARY = "--margin 8 --latency-margin 100"
 NO_ENGINE = "needs a Docker engine and an image registry; proving it is a job of its own"
 NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
@@ -113,6 +116,7 @@ class Shell:
         environment = {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "COLUMNS": "200", "TERM": "dumb"}
         environment |= {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
         environment["BENCHMARK_OPTIONS"] = SHORT_BENCHMARK
+        environment |= {"AB_TEST_OPTIONS": SHORT_AB_TEST, "CANARY_OPTIONS": SHORT_CANARY}
         self.log = self.log_path.open("wb")
         self.process = subprocess.Popen(
             ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"],
