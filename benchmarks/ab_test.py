@@ -1,6 +1,6 @@
 """Send users through the gateway's split and decide between version 1 and version 2.
 
-    python ab_test.py --endpoint onnx          asks the running gateway: python gateway/gateway.py serve
+    python ab_test.py --endpoint onnx          asks the gateway that runs: make gateway, in another terminal
     python ab_test.py --read results/x.json    prints and draws a result again
 
 Users send rows of data/test.csv; the gateway gives each user one of the versions. The number of users follows

@@ -49,7 +49,7 @@ def read_versions(server: str) -> dict[str, dict]:
     """Return what the gateway's status says of each version of `server`; GatewayError where it does not serve it."""
     status = json.loads(call_gateway("status", "--json"))
     if not status["running"]:
-        raise GatewayError("the gateway does not run: python gateway/gateway.py serve, in another terminal")
+        raise GatewayError("the gateway does not run: make gateway, in another terminal")
     if server not in status["servers"]:
         raise GatewayError(
             f"{server} is not behind the gateway, which has {', '.join(status['servers'])}: "

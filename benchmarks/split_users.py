@@ -45,9 +45,7 @@ class Split:
         except ssl.SSLError as error:
             raise SplitError(f"{self.url}: {error.reason}; is --certificate the gateway's?") from error
         except OSError as error:
-            raise SplitError(
-                f"{self.url} does not answer ({error.strerror or error}): run python gateway/gateway.py serve"
-            ) from error
+            raise SplitError(f"{self.url} does not answer ({error.strerror or error}): run make gateway") from error
         return connection
 
 

@@ -235,10 +235,7 @@ def test_a_gateway_that_is_down_is_one_line():
         cwd=REPOSITORY_DIR / "benchmarks", capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 1
-    assert (
-        done.stderr
-        == f"ab_test: {split.url} does not answer (Connection refused): run python gateway/gateway.py serve\n"
-    )
+    assert done.stderr == f"ab_test: {split.url} does not answer (Connection refused): run make gateway\n"
 
 
 def test_ctrl_c_keeps_what_came_in(tmp_path):
