@@ -147,5 +147,5 @@ requirements: setup ## pin requirements.txt anew from requirements.in
 
 clean: ## remove what was trained, exported and archived; .venv and results stay
 	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs torchserve/start.log torchserve/keys \
-		tfserving/models/my_model/[0-9]* bentoml/store onnx/models/my_model* onnx/*.onnx onnx/.writing-*
+		tfserving/models/my_model/[0-9]* bentoml/store bentoml/monitoring onnx/models/my_model* onnx/*.onnx onnx/.writing-*
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,10 +1,13 @@
-"""What `bentoml serve` leaves to us: refuse a taken port in one line, and end with the terminal or the supervisor.
+"""What `bentoml serve` leaves to us: refuse a taken port in one line, end with the terminal or the supervisor, and
+let go of a request that is answered.
 
 BentoML starts a supervisor (circus), which opens the port and starts the workers that serve. Seen
 with BentoML 1.4.39: on a taken port it shows a traceback; when its terminal closes (SIGHUP) it
-restarts the workers and stays; when it is killed with -9 the workers go on serving, without it.
+restarts the workers and stays; when it is killed with -9 the workers go on serving, without it; and
+a worker keeps every request's timer, and all that hangs on it, for 60 s.
 """
 
+import asyncio
 import ctypes
 import errno
 import signal
@@ -12,8 +15,10 @@ import socket
 import sys
 
 import click
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.exceptions import BentoMLException
 from circus.sighandler import SysHandler
+from starlette.responses import JSONResponse
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -45,3 +50,32 @@ def end_with_supervisor() -> None:
     """Have the kernel send this worker SIGTERM when its supervisor ends; Linux only, elsewhere nothing happens."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def cancel_timers() -> None:
+    """Make BentoML cancel a request's timer (`traffic.timeout`) when the reply begins.
+
+    Its own stays until it is due and keeps what the request left: 24 objects, for 60 s. At 5,000 requests/s that
+    is seven million, and each full garbage collection walks through them and stops the server for as long.
+    """
+    TimeoutMiddleware.__call__ = answer_in_time
+
+
+async def answer_in_time(middleware: TimeoutMiddleware, scope, receive, send) -> None:
+    """Answer by the application, or with 504 where it has not begun to within the time; ASGI."""
+    if scope["type"] != "http":
+        await middleware.app(scope, receive, send)
+        return
+    try:
+        async with asyncio.timeout(middleware.timeout) as deadline:
+
+            async def send_and_rest(message: dict) -> None:
+                deadline.reschedule(None)
+                await send(message)
+
+            await middleware.app(scope, receive, send_and_rest)
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        error = {"error": f"Not able to process the request in {middleware.timeout} seconds"}
+        await JSONResponse(error, status_code=504)(scope, receive, send)

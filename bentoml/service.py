@@ -18,7 +18,7 @@ import bentoml
 import guard
 import numpy as np
 from bentoml.exceptions import BentoMLException, NotFound
-from pydantic import AfterValidator, ConfigDict, PlainValidator, WithJsonSchema
+from pydantic import ConfigDict, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from sklearn.pipeline import Pipeline
 from starlette.responses import JSONResponse
@@ -31,6 +31,7 @@ FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", 
 MAX_BODY_BYTES = 1_000_000
 MAX_REQUESTS = 512  # under way in one worker; BentoML answers 429 beyond them
 SHARE_OF_V2 = 0.5  # of the requests to /predict_ab
+MONITOR = os.environ.get("MONITOR", "")  # the name of a log of all features and predictions; empty: none is written
 HOST, PORT = "127.0.0.1", 3000  # in a container: --host 0.0.0.0 or BENTOML_HOST=0.0.0.0
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -59,20 +60,22 @@ def check_features(value: Any) -> list[float] | list[list[float]]:
     return value
 
 
+def check_rows(value: Any) -> np.ndarray:
+    """Return `value` as an array (n, 5) if it is a list of rows; else raise.
+
+    Each request is checked before it joins others: one bad row would fail the call that they share.
+    """
+    features = check_features(value)
+    if not isinstance(features[0], list):
+        raise refusal("rows is one row; send a list of rows of 5 numbers")
+    return np.array(features, dtype=np.float64)
+
+
 def check_version(value: Any) -> str:
     """Return `value` if it is a version that is served; else raise."""
     if value not in VERSIONS:
         raise refusal(f"version is not one that is served: {', '.join(VERSIONS)}")
     return value
-
-
-def check_rows(rows: np.ndarray) -> np.ndarray:
-    """Return `rows` (n, 5) if there is one and all can be computed with; else raise: it would fail the whole batch."""
-    if not len(rows):
-        raise refusal("rows is empty; send a list of rows of 5 numbers")
-    if not (np.issubdtype(rows.dtype, np.number) and (np.abs(rows) <= FLOAT32_MAX).all()):  # false for NaN, too
-        raise refusal("a value in rows is no number, not finite, or beyond the range of float32")
-    return rows
 
 
 def refusal(message: str) -> PydanticCustomError:
@@ -84,10 +87,9 @@ def name_type(value: Any) -> str:
     return JSON_NAMES.get(type(value), "a number")
 
 
-Rows = Annotated[np.ndarray, bentoml.validators.Shape((-1, len(FEATURES))), AfterValidator(check_rows)]
-
 ROW_SCHEMA = {"type": "array", "items": {"type": "number"}, "minItems": len(FEATURES), "maxItems": len(FEATURES)}
-FEATURES_SCHEMA = {"anyOf": [ROW_SCHEMA, {"type": "array", "items": ROW_SCHEMA, "minItems": 1}]}
+ROWS_SCHEMA = {"type": "array", "items": ROW_SCHEMA, "minItems": 1}
+FEATURES_SCHEMA = {"anyOf": [ROW_SCHEMA, ROWS_SCHEMA]}
 
 
 class PredictInput(bentoml.IODescriptor):
@@ -149,6 +151,8 @@ class Classifier:
         rows = np.array([features] if one_row else features, dtype=np.float64)  # (n, 5)
         probabilities = self.models[version].predict_proba(rows)  # (n, 2)
         predictions = probabilities.argmax(axis=1)  # (n,)
+        if MONITOR:
+            log_predictions(rows, version, probabilities)
         return PredictOutput(
             version=version,
             prediction=int(predictions[0]) if one_row else predictions.tolist(),
@@ -164,9 +168,20 @@ class Classifier:
         return await self.predict(features, VERSIONS[-1] if random.random() < SHARE_OF_V2 else VERSIONS[0])
 
     @bentoml.api(batchable=True, batch_dim=0, max_batch_size=128, max_latency_ms=100)
-    async def predict_batched(self, rows: Rows) -> list:
+    async def predict_batched(
+        self, rows: Annotated[np.ndarray, PlainValidator(check_rows), WithJsonSchema(ROWS_SCHEMA)]
+    ) -> list:
         """Return the probabilities (n, 2) of rows (n, 5) by the newest version; near requests share a call."""
         return self.models[VERSIONS[-1]].predict_proba(rows).tolist()
+
+
+def log_predictions(rows: np.ndarray, version: str, probabilities: np.ndarray) -> None:
+    """Write a line of JSON for each row (n, 5) to monitoring/<MONITOR>/data, as bentoml.monitor does it."""
+    with bentoml.monitor(MONITOR) as monitor:
+        for name, column in zip(FEATURES, rows.T.tolist(), strict=True):
+            monitor.log_batch(column, name, "feature", "numerical")
+        monitor.log_batch([version] * len(rows), "version", "feature", "categorical")
+        monitor.log_batch(probabilities[:, 1].tolist(), "P(benign)", "prediction", "numerical")
 
 
 @functools.cache

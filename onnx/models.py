@@ -1,6 +1,7 @@
 """The models that server.py serves: bytes of a request to bytes of a reply, and the folder that they come from."""
 
 import asyncio
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ Number = Annotated[float, msgspec.Meta(ge=-FLOAT32_MAX, le=FLOAT32_MAX)]  # chec
 
 encode = msgspec.json.Encoder().encode
 
+NOT_FINITE = "the model has no finite answer to these features: they are too large"
+
 
 class Refusal(Exception):
     """A request that gets `status` and {"error": message} instead of an answer."""
@@ -37,6 +40,15 @@ class BinaryReply(NamedTuple):
 
     body: bytes
     json_bytes: int
+
+
+def encode_predictions(predictions: list) -> bytes:
+    """Return the reply to POST /predict; Refusal where a probability is not finite, which JSON writes as null."""
+    reply = encode({"predictions": predictions})
+    if b"null" in reply:
+        row = next(row for row, pair in enumerate(predictions) if not all(map(math.isfinite, pair)))
+        raise Refusal(400, f"row {row}: {NOT_FINITE}")
+    return reply
 
 
 class Parameters(msgspec.Struct):
@@ -101,11 +113,11 @@ class Model:
             return await asyncio.to_thread(self.predict_alone, body)
         if alone or self.batcher is None:
             return self.predict_alone(body)
-        return encode({"predictions": await self.batcher.add(self.decode_predict_rows(body))})
+        return encode_predictions(await self.batcher.add(self.decode_predict_rows(body)))
 
     def predict_alone(self, body: bytes) -> bytes:
         """The same in a run of its own."""
-        return encode({"predictions": self.predict_rows(self.decode_predict_rows(body)).tolist()})
+        return encode_predictions(self.predict_rows(self.decode_predict_rows(body)).tolist())
 
     def decode_predict_rows(self, body: bytes) -> list:
         """Return the rows in the body of POST /predict, at least one; Refusal where they are not."""
@@ -181,11 +193,15 @@ class Model:
         return values if nested else np.reshape(values, tensor.shape)
 
     def compute(self, rows) -> np.ndarray:
-        """Return the probabilities (n, 2); Refusal where a row is not finite in float32 or there is none."""
+        """Return the probabilities (n, 2); Refusal where a row or its answer is not finite, or there is none."""
         try:
-            return self.predictor.predict(rows)
+            probabilities = self.predictor.predict(rows)
         except ValueError as error:
             raise Refusal(400, str(error)) from None
+        finite = np.isfinite(probabilities).all(axis=1)  # (n,)
+        if not finite.all():
+            raise Refusal(400, f"row {finite.argmin()}: {NOT_FINITE}")
+        return probabilities
 
     def decode(self, decoder: Callable, body: bytes | msgspec.Raw, root: str = "$"):
         """Return what `decoder` makes of `body`; Refusal with the place and the feature's name where it fails."""
@@ -220,11 +236,13 @@ class Repository:
         self.settings = settings
         self.only_version = only_version  # of every model; None: all of them
         self.models: dict[str, dict[str, Model]] = {}  # by name and version, the newest version last
+        self.defaults: dict[str, str] = {}  # by name, the version that answers where a request names none
+        self.bad_defaults: dict[str, tuple[str, str]] = {}  # what was told of: the version named, the one kept
         self.failures: dict[tuple[str, str], str] = {}  # what is there and cannot be loaded, and why
         self.seen: dict[tuple[str, str], tuple] = {}  # the files that were tried
 
     def scan(self) -> bool:
-        """Load what is new or changed, drop what is gone; return whether what is served has changed.
+        """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
 
         A file that cannot be loaded is told in one line and changes nothing: a version that was served before it
         goes on as it was. `models` is replaced as a whole, so that a request in another thread sees the old or the
@@ -261,8 +279,52 @@ class Repository:
         models: dict[str, dict[str, Model]] = {}
         for name, version in sorted(versions, key=lambda key: (key[0], int(key[1]))):
             models.setdefault(name, {})[version] = versions[name, version]
-        self.models = models
+        defaults = {name: self.choose_default(name, list(models[name])) for name in models}
+        changed |= defaults != self.defaults
+        self.models, self.defaults = models, defaults
         return changed
+
+    def choose_default(self, name: str, versions: list[str]) -> str:
+        """Return the version that the file <name>/default names, or the newest where there is no such file.
+
+        What cannot be followed is told once, and the default stays, or is the newest where that one is gone.
+        """
+        path = self.folder / name / "default"
+        try:
+            wanted = None if self.only_version else path.read_text().strip()
+        except (OSError, UnicodeDecodeError):
+            wanted = None
+        if wanted is None or wanted in versions:
+            self.bad_defaults.pop(name, None)
+            return wanted or versions[-1]
+        kept = self.defaults.get(name) if self.defaults.get(name) in versions else versions[-1]
+        if self.bad_defaults.get(name) != (wanted, kept):
+            self.bad_defaults[name] = wanted, kept
+            print(f"server: {path} names {wanted!r}, not one of {', '.join(versions)}; {kept} stays", file=sys.stderr)
+        return kept
+
+    def describe(self) -> str:
+        """Return what is served in a line, and the defaults that are not the newest."""
+        words = []
+        for name, versions in self.models.items():
+            default = self.defaults[name]
+            chosen = "" if default == list(versions)[-1] else f" (default {default})"
+            words.append(f"{name} {', '.join(versions)}{chosen}")
+        return "; ".join(words) or "none"
+
+    def index(self) -> list[dict]:
+        """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
+        served = [
+            {"name": name, "version": version, "state": "READY", "reason": ""}
+            for name, versions in self.models.items()
+            for version in versions
+        ]
+        failed = [
+            {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
+            for (name, version), reason in self.failures.items()
+            if version not in self.models.get(name, {})
+        ]
+        return served + failed
 
     def list_files(self) -> dict[tuple[str, str], tuple[Path, tuple]]:
         """Return path and identity (it changes when the file does) of every model, by name and version."""
@@ -286,6 +348,5 @@ class Repository:
                 print(f"server: the model repository cannot be read: {error}", file=sys.stderr, flush=True)
             else:
                 if changed:
-                    served = "; ".join(f"{name} {', '.join(versions)}" for name, versions in self.models.items())
-                    print(f"models and versions: {served or 'none'}", flush=True)
+                    print(f"models and versions: {self.describe()}", flush=True)
                     on_change()

@@ -5,12 +5,15 @@ from html import escape
 
 VERSION = "1.0"
 ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
+FLOAT32_MAX = 3.4028234663852886e38
+NUMBER = {"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}
 
 
-def describe(models: dict[str, dict], model_name: str, max_body_bytes: int) -> dict:
+def describe(models: dict[str, dict], defaults: dict[str, str], model_name: str, max_body_bytes: int) -> dict:
     """Return the OpenAPI 3.1 description of what is served now.
 
-    `models` holds a Model by name and version; `model_name` is the one behind /predict.
+    `models` holds a Model by name and version, `defaults` the default version by name; `model_name` is the one
+    behind /predict.
     """
     error = {
         "type": "object",
@@ -25,21 +28,35 @@ def describe(models: dict[str, dict], model_name: str, max_body_bytes: int) -> d
         "503": "more connections than this server takes: try again",
     }
 
-    def operation(summary: str, request: dict | None, reply: dict, codes: tuple[str, ...] = ()) -> dict:
+    def operation(
+        summary: str, request: dict | None, reply: dict, codes: tuple[str, ...] = (), body_required: bool = True
+    ) -> dict:
         responses = {"200": {"description": "the answer", "content": {"application/json": {"schema": reply}}}}
         for code in codes:
             schema = {"application/json": {"schema": error}}
             responses[code] = {"description": refusals[code]} | ({"content": schema} if code != "503" else {})
         described = {"summary": summary, "responses": responses}
         if request is not None:
-            described["requestBody"] = {"required": True, "content": {"application/json": request}}
+            described["requestBody"] = {"required": body_required, "content": {"application/json": request}}
         return described
 
     anything = {"type": "object"}
     paths = {
         "/v2": {"get": operation("The server's name, version and extensions", None, anything)},
         "/v2/health/live": {"get": operation("Whether the server answers", None, anything)},
-        "/v2/health/ready": {"get": operation("Whether it has a model to serve", None, anything)},
+        "/v2/health/ready": {"get": operation("Whether it has a model to serve", None, anything, ("503",))},
+        "/v2/repository/index": {
+            "post": operation(
+                "Every version that is there, and why one is not served",
+                {
+                    "schema": {"type": "object", "properties": {"ready": {"type": "boolean"}}},
+                    "example": {"ready": True},
+                },
+                {"type": "array", "items": anything},
+                tuple(refusals),
+                body_required=False,
+            )
+        },
     }
     posts = tuple(refusals)
     for version, model in models.get(model_name, {}).items():
@@ -58,12 +75,14 @@ def describe(models: dict[str, dict], model_name: str, max_body_bytes: int) -> d
         paths[f"/predict/{version}"] = {
             "post": operation(f"P(malignant) and P(benign) of each row, by version {version}", request, reply, posts)
         }
-        paths["/predict"] = {"post": operation("The same by the newest version", request, reply, posts)}
+        if version == defaults[model_name]:
+            summary = f"The same by the default version, {version} now"
+            paths["/predict"] = {"post": operation(summary, request, reply, posts)}
     for name, versions in models.items():
         for version, model in versions.items():
             path = f"/v2/models/{name}/versions/{version}"
             tensor = {"name": model.predictor.input.name, "shape": [1, len(ROW)], "datatype": "FP32", "data": ROW}
-            request = {"schema": anything, "example": {"inputs": [tensor]}}
+            request = {"schema": _infer_schema(model.predictor), "example": {"inputs": [tensor]}}
             paths[path] = {"get": operation("Inputs, outputs and versions", None, anything)}
             paths[f"{path}/ready"] = {"get": operation("Whether this version is loaded", None, anything)}
             paths[f"{path}/infer"] = {
@@ -74,7 +93,7 @@ def describe(models: dict[str, dict], model_name: str, max_body_bytes: int) -> d
         "info": {
             "title": "ONNX Runtime server",
             "version": VERSION,
-            "description": "Without /versions/<version> a path of /v2/models/<name> means the newest version.",
+            "description": "Without /versions/<version> a path of /v2/models/<name> means the default version.",
         },
         "paths": paths,
     }
@@ -103,10 +122,39 @@ def render_page(description: dict) -> bytes:
 
 def _rows_schema(predictor) -> dict:
     names = ", ".join(predictor.feature_names)
-    row = {
-        "type": "array",
-        "items": {"type": "number", "minimum": -3e38, "maximum": 3e38},
-        "minItems": predictor.features,
-        "maxItems": predictor.features,
-    }
+    row = {"type": "array", "items": NUMBER, "minItems": predictor.features, "maxItems": predictor.features}
     return {"type": "array", "items": row, "minItems": 1, "description": f"rows of {names}"}
+
+
+def _infer_schema(predictor) -> dict:
+    shape = [{"type": "integer", "minimum": 1}, {"const": predictor.features}]
+    parameters = {"type": "object", "description": "those of the binary tensor extension; others are ignored"}
+    tensor = {
+        "type": "object",
+        "required": ["name", "shape", "datatype", "data"],
+        "properties": {
+            "name": {"const": predictor.input.name},
+            "shape": {"type": "array", "prefixItems": shape, "minItems": 2, "maxItems": 2},
+            "datatype": {"const": "FP32"},
+            "data": {
+                "anyOf": [{"type": "array", "items": NUMBER}, _rows_schema(predictor)],
+                "description": "as many numbers as the shape has, flat or by row",
+            },
+            "parameters": parameters,
+        },
+    }
+    output = {
+        "type": "object",
+        "required": ["name"],
+        "properties": {"name": {"const": predictor.output.name}, "parameters": parameters},
+    }
+    return {
+        "type": "object",
+        "required": ["inputs"],
+        "properties": {
+            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
+            "outputs": {"type": "array", "items": output},
+            "id": {"type": ["string", "null"]},
+            "parameters": parameters,
+        },
+    }

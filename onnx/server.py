@@ -3,7 +3,7 @@
     python server.py [--config tuned.toml] [--port 8000] [--model-repository models] [--device cpu|cuda|auto]
 
 POST /predict             {"data": [[5 numbers], ...]} -> {"predictions": [[P(malignant), P(benign)], ...]}
-POST /predict/<version>   the same with that version; without one the newest answers
+POST /predict/<version>   the same with that version; without one the default answers, mostly the newest
 GET  /v2...               the Open Inference Protocol: health, metadata and POST .../infer for every model
 GET  /metrics, /docs      Prometheus metrics; the OpenAPI page
 
@@ -24,6 +24,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import onnxruntime as ort
 import openapi
 import uvicorn
@@ -54,6 +55,15 @@ Handler = Callable[[bytes, int | None, bool], Awaitable[bytes | BinaryReply]]
 JSON = b"application/json"
 
 
+class IndexRequest(msgspec.Struct):
+    """The body of POST /v2/repository/index."""
+
+    ready: bool = False  # only what is ready
+
+
+decode_index_request = msgspec.json.Decoder(IndexRequest).decode
+
+
 class Route:
     """What answers one path and method."""
 
@@ -74,23 +84,36 @@ def make_routes(repository: Repository, model_name: str, metrics: Metrics | None
         return {"GET": Route(handler, content_type=content_type)}
 
     models = repository.models
+
+    async def ready(*_) -> bytes:
+        if model_name not in models:
+            raise Refusal(503, f"no version of {model_name} is served")
+        return encode({"ready": True})
+
+    async def index(body: bytes, *_) -> bytes:
+        try:
+            only_ready = bool(body) and decode_index_request(body).ready
+        except msgspec.DecodeError as error:
+            raise Refusal(400, str(error)) from None
+        return encode([entry for entry in repository.index() if not only_ready or entry["state"] == "READY"])
+
     server = encode({"name": "onnxruntime", "version": ort.__version__, "extensions": ["binary_tensor_data"]})
-    description = openapi.describe(models, model_name, MAX_BODY_BYTES)
+    description = openapi.describe(models, repository.defaults, model_name, MAX_BODY_BYTES)
     routes = {
         "/v2": get(server),
         "/v2/": get(server),
         "/v2/health/live": get(encode({"live": True})),
-        "/v2/health/ready": get(encode({"ready": model_name in models})),
+        "/v2/health/ready": {"GET": Route(ready)},
+        "/v2/repository/index": {"POST": Route(index)},
         "/openapi.json": get(encode(description)),
         "/docs": get(openapi.render_page(description), b"text/html; charset=utf-8"),
     }
     if metrics is not None:
         routes["/metrics"] = get(metrics.render, CONTENT_TYPE)
     for name, versions in models.items():
-        newest = list(versions)[-1]
         for version, model in versions.items():
             paths = [f"/v2/models/{name}/versions/{version}"]
-            if version == newest:
+            if version == repository.defaults[name]:
                 paths.append(f"/v2/models/{name}")
             infer = {"POST": Route(model.infer, name, version)}
             for path in paths:
@@ -99,7 +122,8 @@ def make_routes(repository: Repository, model_name: str, metrics: Metrics | None
                 routes[f"{path}/infer"] = infer
     for version, model in models.get(model_name, {}).items():
         routes[f"/predict/{version}"] = {"POST": Route(model.predict, model_name, version)}
-        routes["/predict"] = routes[f"/predict/{version}"]  # the newest comes last and stays
+        if version == repository.defaults[model_name]:
+            routes["/predict"] = routes[f"/predict/{version}"]
     return routes
 
 
@@ -305,9 +329,8 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # what is loaded stays: the collector need not look through it again and again
     gc.set_threshold(50_000)  # a request makes some 50 objects and no cycles: 700, the default, is every 14 requests
-    served = "; ".join(f"{name} {', '.join(versions)}" for name, versions in models.items())
     providers = next(iter(models[arguments.model].values())).predictor.providers
-    print(f"models and versions: {served} ({providers[0]})")
+    print(f"models and versions: {repository.describe()} ({providers[0]})")
     print(f"serving on http://{arguments.host}:{listener.getsockname()[1]}, Ctrl-C to stop", flush=True)
     config = uvicorn.Config(application, limit_concurrency=settings.max_connections, **UVICORN_SETTINGS)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:

@@ -210,6 +210,41 @@ def test_tritonclient_gets_the_right_answers(client, binary_input, output, count
     assert np.abs(result.as_numpy("output") - expected).max() <= TOLERANCE
 
 
+def test_tritonclient_finds_the_repository_index(client):
+    index = client.get_model_repository_index()
+    served = {(entry["name"], entry["version"]) for entry in index if entry["state"] == "READY"}
+    assert served == {(name, version) for name in ("my_model", "my_model_sklearn") for version in "12"}
+
+
+@pytest.mark.parametrize("datatype", ["BOOL", "FP64", "FP16", "INT32", "UINT8", "BYTES"])
+def test_tritonclient_is_told_of_a_datatype_that_the_model_does_not_take(client, datatype):
+    tensor = tritonclient.http.InferInput("input", [1, 5], datatype)
+    kind = {"BOOL": bool, "FP64": np.float64, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
+    rows = np.ones((1, 5), kind.get(datatype, object))
+    if datatype == "BYTES":
+        rows[:] = b"1"
+    tensor.set_data_from_numpy(rows)
+    with pytest.raises(tritonclient.utils.InferenceServerException, match=f"expected 'FP32', got '{datatype}'"):
+        client.infer("my_model", [tensor])
+
+
+def test_a_row_without_a_finite_answer_is_refused_and_the_others_are_not(tuned_server):
+    """Two features near float32's end, of opposite sign: infinity minus infinity inside the network."""
+    port, huge = tuned_server.endpoint.port, [3e38, -3e38, 3e38, -3e38, 3e38]
+    body = json.dumps({"data": [GOOD_ROW, huge]}).encode()
+
+    def ask_for(number: int) -> tuple[int, bytes]:
+        return send(port, Request("/predict/1", body) if number % 3 else tuned_server.endpoint.request([GOOD_ROW], "1"))
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for number, (status, reply) in enumerate(pool.map(ask_for, range(90))):
+            assert status == (400 if number % 3 else 200)
+            assert number % 3 == 0 or b"row 1: the model has no finite answer" in reply
+    tensor = {"name": "input", "shape": [2, 5], "datatype": "FP32", "data": [GOOD_ROW, huge]}
+    status, reply = send(port, Request("/v2/models/my_model/infer", json.dumps({"inputs": [tensor]}).encode()))
+    assert (status, b"row 1: the model has no finite answer" in reply) == (400, True)
+
+
 def binary_request(port: int, header: dict, tail: bytes, length: str | None = None) -> tuple[int, dict]:
     body = json.dumps(header).encode()
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
@@ -320,6 +355,58 @@ def test_a_corrupt_version_never_replaces_a_good_one(repository):
         assert json.loads(get(server, "/v2/models/my_model")[1])["versions"] == ["1"]
         assert "version 1 stays as it was" in server.log()
         assert server.log().count("version 3 is left out") == 1, "told once, not every second"
+
+
+def test_the_default_version_is_the_one_that_the_file_default_names(repository):
+    shutil.copytree(ONNX_DIR / "models" / "my_model" / "2", repository / "my_model" / "2")
+    default = repository / "my_model" / "default"
+    default.write_text("1\n")
+    with running("--model-repository", str(repository)) as server:
+        endpoint = server.endpoint
+        tensor = {"name": "input", "shape": [1, 5], "datatype": "FP32", "data": GOOD_ROW}
+        infer = Request("/v2/models/my_model/infer", json.dumps({"inputs": [tensor]}).encode())
+
+        def answers() -> str:
+            version = json.loads(send(endpoint.port, infer)[1])["model_version"]
+            assert send(endpoint.port, endpoint.request([GOOD_ROW], None)) == send(
+                endpoint.port, endpoint.request([GOOD_ROW], version)
+            )
+            return version
+
+        assert "my_model 1, 2 (default 1)" in server.log()
+        assert answers() == "1"
+        default.write_text("2")
+        wait_for(lambda: answers() == "2", "version 2 is the default")
+        for junk in ("", "9", "two"):
+            default.write_text(junk)
+            wait_for(lambda junk=junk: f"names {junk!r}, not one of 1, 2; 2 stays" in server.log(), "it is told")
+            assert answers() == "2"
+        default.write_text("1")
+        wait_for(lambda: answers() == "1", "version 1 is the default again")
+        default.unlink()
+        wait_for(lambda: answers() == "2", "the newest is the default")
+
+
+def test_without_a_version_left_the_server_is_not_ready_and_lives(repository):
+    with running("--model-repository", str(repository)) as server:
+        assert get(server, "/v2/health/ready") == (200, b'{"ready":true}')
+        shutil.rmtree(repository / "my_model" / "1")
+        wait_for(lambda: get(server, "/v2/health/ready")[0] == 503, "it is not ready")
+        assert b"no version of my_model" in get(server, "/v2/health/ready")[1]
+        assert get(server, "/v2/health/live")[0] == 200
+        publish(repository, "2", (ONNX_DIR / "models" / "my_model" / "2" / "model.onnx").read_bytes())
+        wait_for(lambda: get(server, "/v2/health/ready")[0] == 200, "it is ready again")
+
+
+def test_the_repository_index_tells_of_a_version_that_cannot_be_loaded(repository):
+    publish(repository, "7", b"junk")
+    with running("--model-repository", str(repository)) as server:
+        status, reply = send(server.endpoint.port, Request("/v2/repository/index", b"{}"))
+        entries = {entry["version"]: entry for entry in json.loads(reply)}
+        assert (status, entries["1"]["state"], entries["7"]["state"]) == (200, "READY", "UNAVAILABLE")
+        assert "cannot be loaded" in entries["7"]["reason"]
+        status, reply = send(server.endpoint.port, Request("/v2/repository/index", b'{"ready": true}'))
+        assert [entry["version"] for entry in json.loads(reply)] == ["1"]
 
 
 # Workers
