@@ -1,10 +1,16 @@
 """bentoml/ beyond the default service: tuned_service answers as service does; limits; A/B; the batched API."""
 
+import asyncio
+import collections
 import concurrent.futures
 import contextlib
+import gc
+import http.client
+import importlib
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,7 +22,7 @@ import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, find_free_ports, send
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 DEADLINE_S = 30.0
@@ -157,10 +163,141 @@ def test_metrics_have_fine_buckets_and_count_direct_answers(tuned_server):
     assert any("_count" in line and 'http_response_code="200"' in line for line in lines)
 
 
+@pytest.mark.parametrize("rows", [[], GOOD_ROW, [GOOD_ROW[:4]], [["1", *GOOD_ROW[1:]]], {}, None])
+def test_the_batched_api_refuses_bad_rows_one_by_one(tuned_server, rows):
+    def ask_for(number: int) -> int:
+        return post(tuned_server, "/predict_batched", {"rows": rows if number % 2 else [GOOD_ROW]})[0]
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask_for, range(8))) == [200, 400] * 4
+
+
+def test_monitor_writes_features_and_predictions_of_every_row(default_server, tmp_path):
+    shutil.copytree(FOLDER, tmp_path / "bentoml", ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
+    rows, _ = load_test_rows()
+    for name in ("bentoml", "bentoml-tuned"):
+        endpoint = load_endpoints()[name](find_free_ports(["rest"]))
+        endpoint.folder = tmp_path / "bentoml"
+        environment = endpoint.environment()
+        endpoint.environment = lambda environment=environment: {**environment, "MONITOR": "seen"}
+        with ServerProcess(endpoint):
+            ask(endpoint, rows[:20], "2")
+        path = endpoint.folder / "monitoring" / "seen" / "data" / "data.1.log"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [record for record in records if record["version"] == "v2.0.0"]
+        path.unlink()
+        assert [record["mean radius"] for record in records] == [row[0] for row in rows[:20]]
+        answers = np.array([record["P(benign)"] for record in records])
+        assert np.abs(answers - load_expected("2")[:20, 1]).max() <= TOLERANCE
+    assert post(default_server, "/predict", {"features": GOOD_ROW})[0] == 200
+    assert not (FOLDER / "monitoring").exists(), "written though nobody asked for it"
+
+
+def waiting_timers() -> int:
+    return sum(isinstance(each, asyncio.TimerHandle) and not each.cancelled() for each in gc.get_objects())
+
+
+def test_an_answered_request_leaves_no_timer_as_bentomls_own_middleware_does(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    guard = importlib.import_module("guard")
+    middleware_class = guard.TimeoutMiddleware
+
+    async def application(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(_message) -> None:
+        pass
+
+    async def left_by_ten_requests(answer) -> int:
+        middleware = middleware_class(application, 60.0)
+        before = waiting_timers()
+        for _ in range(10):
+            await answer(middleware, {"type": "http"}, receive, send)
+        return waiting_timers() - before
+
+    assert asyncio.run(left_by_ten_requests(middleware_class.__call__)) == 10, "BentoML has mended it: drop ours"
+    assert asyncio.run(left_by_ten_requests(guard.answer_in_time)) == 0
+
+
+def test_a_request_that_takes_too_long_still_gets_504(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    guard = importlib.import_module("guard")
+    sent = []
+
+    async def application(_scope, _receive, _send):
+        await asyncio.sleep(60)
+
+    async def send(message) -> None:
+        sent.append(message)
+
+    middleware = guard.TimeoutMiddleware(application, 0.05)
+    asyncio.run(guard.answer_in_time(middleware, {"type": "http"}, None, send))
+    assert sent[0]["status"] == 504
+
+
+def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tmp_path):
+    copy = tmp_path / "bentoml"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
+    endpoints = [load_endpoints()["bentoml-tuned"](find_free_ports(["rest"])) for _ in range(2)]
+    for endpoint in endpoints:
+        environment = endpoint.environment() | {"BENTOML_HOME": str(copy / "store")}
+        endpoint.environment = lambda environment=environment: environment
+    rows, _ = load_test_rows()
+    with ServerProcess(endpoints[0]):
+        model = copy / "store" / "models" / "my_model" / "v2.0.0" / "saved_model.pkl"
+        model.write_bytes(model.read_bytes()[:3000])
+        with pytest.raises(ServerError, match="v2.0.0 cannot be loaded"), ServerProcess(endpoints[1]):
+            pass
+        assert np.abs(ask(endpoints[0], rows, "2") - load_expected("2")).max() <= TOLERANCE
+
+
+def count_answers(port: int, requests: int, act, at: int) -> collections.Counter:
+    """Ask for both versions on a connection each, 8 at once; call `act` when `at` are asked. Count the outcomes."""
+    rows, _ = load_test_rows()
+    expected = {f"v{version}.0.0": load_expected(version) for version in ("1", "2")}
+
+    def ask_for(number: int) -> str:
+        if number == at:
+            act()
+        place, version = number % len(rows), f"v{number % 2 + 1}.0.0"
+        body = json.dumps({"features": [rows[place]] * 3, "version": version}).encode()
+        try:
+            status, reply = send(port, Request("/predict", body), timeout_s=60)
+        except (OSError, http.client.HTTPException):
+            return "lost"
+        if status != 200:
+            return f"status {status}"
+        answer = json.loads(reply)
+        right = np.abs(np.array(answer["probability"]) - expected[version][place]).max() <= TOLERANCE
+        return "right" if right and answer["version"] == version else "wrong"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        return collections.Counter(pool.map(ask_for, range(requests)))
+
+
+def find_worker(server: ServerProcess) -> psutil.Process:
+    return next(child for child in psutil.Process(server.pid).children(recursive=True) if child.net_connections())
+
+
+@pytest.mark.parametrize(("number", "most_lost"), [(signal.SIGTERM, 0), (signal.SIGKILL, 8)])
+def test_a_worker_that_ends_under_load_loses_at_most_what_it_was_computing(capsys, number, most_lost):
+    """SIGTERM is how a new service.py or model is taken up without closing the port."""
+    with started("bentoml-tuned") as server:
+        worker = find_worker(server)
+        outcomes = count_answers(server.endpoint.port, 1000, lambda: worker.send_signal(number), 300)
+        assert not worker.is_running()
+    with capsys.disabled():
+        print(f"\nbentoml-tuned, {number.name} for the worker: of 1000 {dict(outcomes)}")
+    assert set(outcomes) <= {"right", "lost"}, outcomes
+    assert outcomes["lost"] <= most_lost, outcomes
+
+
 def test_a_killed_worker_is_replaced(tuned_server):
-    worker = next(
-        child for child in psutil.Process(tuned_server.pid).children(recursive=True) if child.net_connections()
-    )
+    worker = find_worker(tuned_server)
     os.kill(worker.pid, signal.SIGKILL)
     deadline_s = time.monotonic() + DEADLINE_S
     while True:
