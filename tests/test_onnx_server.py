@@ -1,5 +1,6 @@
 """onnx/server.py beyond right answers: settings, batching, the binary tensors, metrics, reload, workers, limits."""
 
+import collections
 import concurrent.futures
 import contextlib
 import http.client
@@ -22,7 +23,7 @@ from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from load_generator import LoadGenerator, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, find_free_ports, send
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
 DEADLINE_S = 15.0
@@ -429,6 +430,54 @@ def test_workers_share_the_port_and_one_that_is_killed_is_replaced():
         assert sum(map(float, counts)) >= 41
         pids |= {server.pid}
     assert not any(map(psutil.pid_exists, pids))
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_under_load_loses_at_most_what_was_under_way(capsys):
+    """Eight clients, 2,000 requests, a connection each; the other worker goes on."""
+    rows, _ = load_test_rows()
+    expected = load_expected("1")
+    with running("--workers", "2") as server:
+        victim = psutil.Process(server.pid).children()[0]
+
+        def ask_for(number: int) -> str:
+            if number == 500:
+                victim.kill()
+            try:
+                answer = ask(server.endpoint, rows[number % len(rows) :][:1], "1")
+            except (OSError, http.client.HTTPException, ServerError):
+                return "lost"
+            return "right" if np.abs(answer - expected[number % len(rows)]).max() <= TOLERANCE else "wrong"
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            outcomes = collections.Counter(pool.map(ask_for, range(2000)))
+    with capsys.disabled():
+        print(f"\nonnx, two workers, one killed: of 2000 {dict(outcomes)}")
+    assert outcomes["wrong"] == 0
+    assert outcomes["lost"] <= 16, outcomes  # eight under way, and those that the kernel had queued for the worker
+
+
+@pytest.mark.slow
+def test_two_workers_answer_more_than_one_where_the_client_leaves_them_the_cores(capsys):
+    """Requests of 1,000 rows keep a worker busy for a millisecond and the client for a tenth of that."""
+    rows, _ = load_test_rows()
+    many, expected = (rows * 9)[:1000], np.tile(load_expected("1"), (9, 1))[:1000]
+    cores = len(os.sched_getaffinity(0))
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with running("--workers", "1") as one, running("--workers", "2") as two:
+        wait_for(lambda: two.log().count("serving on") == 2, "both workers serve")
+        for _ in range(5):
+            for workers, server in ((1, one), (2, two)):
+                exchanges = make_exchanges(server.endpoint, "1", many, expected, len(many))
+                with LoadGenerator(server.endpoint, exchanges, 16) as load:
+                    load.run_closed(0.3)
+                    window = load.run_closed(1.0)
+                assert (window.wrong, dict(window.errors)) == (0, {})
+                rates[workers].append(window.rate)
+    ratio = np.median([b / a for a, b in zip(rates[1], rates[2], strict=True)])
+    with capsys.disabled():
+        print(f"\ntwo workers answer {ratio:.2f} times as many requests of 1,000 rows as one, on {cores} cores")
+    assert ratio >= (1.6 if cores > 2 else 0.8), rates
 
 
 def test_workers_end_when_their_supervisor_is_killed():
