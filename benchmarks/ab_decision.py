@@ -221,7 +221,6 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
     ones, twos = tally.users[..., step, 0], tally.users[..., step, 1]
     mismatch_p = _binomial_p(twos, ones + twos, plan.shares[step])
     failure_p = _fisher_p(tally)
-    everyone = tally.users.sum((-1, -2)) + tally.strays
 
     slower = np.log1p(plan.latency_margin)
     last = look == plan.looks - 1
@@ -232,7 +231,7 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
     cases = [
         (mismatch_p < MISMATCH_ALPHA / plan.looks, UNDECIDED, "sample ratio mismatch: the split is not as set"),
         (
-            (tally.strays >= LEAST_STRAYS) & (tally.strays > STRAY_SHARE * everyone),
+            (tally.strays >= LEAST_STRAYS) & (tally.strays > STRAY_SHARE * tally.users.sum((-1, -2))),
             UNDECIDED, "users saw both versions or none: the split does not hold",
         ),
         (failure_p <= stats.norm.sf(plan.guard_z[look]), ROLL_BACK, "version 2 fails more users"),

@@ -7,7 +7,8 @@ Users send rows of data/test.csv; the gateway gives each user one of the version
 from the accuracy difference to be found, before the first one comes. They are looked at in ten parts, with
 boundaries that keep the chance of a false verdict at 5 % over all looks together. The verdict is `promote`,
 `roll back` or `not enough evidence`. Writes results/ab-<time>.json, with all that every user saw, and a plot
-beside it. Ctrl-C ends it early: what came in by the last whole look is judged and written.
+beside it. Ctrl-C, or a gateway that is lost, ends it early: what came in by the last whole look is judged and
+written, and the exit code is not 0.
 """
 
 import argparse
@@ -137,7 +138,7 @@ def _signed(judgement: Judgement, metric: str, factor: float, digits: int) -> st
 
 def describe_end(result: dict, plan: Plan, judgement: Judgement, users: list[User]) -> list[str]:
     """The last lines: the next patient, the reasons of failures, the verdict."""
-    reason = "interrupted" if result["interrupted"] and not judgement.ends else str(judgement.reason)
+    reason = str(judgement.reason) if judgement.ends else result["interrupted"]
     verdict = f"verdict: {judgement.verdict} ({reason}; {len(users):,} of {plan.users[-1]:,} users)"
     return [*describe_failures(users), describe_rows(users), verdict]
 
@@ -149,7 +150,10 @@ def describe_failures(users: Iterable[User]) -> list[str]:
 
 
 def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None]) -> list[Judgement]:
-    """Send the users, look by look, until a look ends it or Ctrl-C does; fill `result`, return the judgements."""
+    """Send the users, look by look, until a look, Ctrl-C or the gateway ends it; fill `result`, return the judgements.
+
+    SplitError where the gateway cannot be asked before the first look is done.
+    """
     judgements = []
     try:
         for look in range(plan.looks):
@@ -159,7 +163,11 @@ def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None])
             if judgements[-1].ends:
                 break
     except KeyboardInterrupt:
-        result["interrupted"] = True
+        result["interrupted"] = "interrupted"
+    except SplitError as error:
+        if not judgements:
+            raise
+        result["interrupted"] = str(error)
     return judgements
 
 
@@ -185,7 +193,7 @@ def start_result(arguments: argparse.Namespace, endpoint: Endpoint, plan: Plan) 
         },
         "plan": {name: getattr(plan, name) for name in PLAN_SETTINGS},
         "looks": [],
-        "interrupted": False,
+        "interrupted": "",
     }
 
 
@@ -240,7 +248,7 @@ def main() -> int:
     plot_path = path.with_suffix(".png")
     draw(plan, judgements, end[-1], plot_path)
     console.print(f"wrote {plot_path}" if arguments.read else f"wrote {path} and {plot_path.name}")
-    return 130 if result["interrupted"] else 0
+    return {"": 0, "interrupted": 130}.get(result["interrupted"], 1)
 
 
 def read_ab_result(path: Path) -> dict:

@@ -153,10 +153,10 @@ def run_ab_test(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(ab_test, "interrupt_on_sigterm", lambda: None)
     output = tmp_path / "ab.json"
 
-    def run(split: ToySplit, *options: str) -> tuple[list[str], dict]:
+    def run(split: ToySplit, *options: str, code: int = 0) -> tuple[list[str], dict]:
         where = ["--url", split.url, "--api-key", "k", "--share", "50", "--output", str(output)]
         monkeypatch.setattr(sys, "argv", ["ab_test.py", *where, *options])
-        assert ab_test.main() == 0
+        assert ab_test.main() == code
         return capsys.readouterr().out.splitlines(), json.loads(output.read_text())
 
     return run
@@ -201,6 +201,10 @@ BAD = {
     "errors": ({"failing": 40}, "roll back (version 2 fails more users"),
     "shapeless answers": ({"shapeless": True}, "roll back (version 2 fails more users"),
     "another split": ({"share": 20}, "not enough evidence (sample ratio mismatch"),
+    "the same version twice": (
+        {"versions": "22"},
+        "not enough evidence (no harm, and no gain that is more than chance",
+    ),
     "not sticky": ({"sticky": False}, "not enough evidence (users saw both versions or none"),
 }
 
@@ -225,6 +229,21 @@ def test_replies_429_are_waited_for_and_do_not_count(run_ab_test):
     assert lines[1].startswith("look 1 of 1: 40 users")
     assert len(split.asked) == 126
     assert all(not user.failures for user in decode_users(result["looks"]))
+
+
+def test_a_gateway_that_is_lost_ends_it_and_keeps_what_came_in(run_ab_test, monkeypatch):
+    send = ab_test.Crowd.send
+
+    def send_once(crowd, numbers, *rest):
+        if numbers.start:
+            raise SplitError("it is gone")
+        return send(crowd, numbers, *rest)
+
+    monkeypatch.setattr(ab_test.Crowd, "send", send_once)
+    with ToySplit() as split:
+        lines, result = run_ab_test(split, *FEW, code=1)
+    assert lines[-2].startswith("verdict: not enough evidence (it is gone; ")
+    assert len(result["looks"]) == 1
 
 
 def test_a_gateway_that_is_down_is_one_line():
@@ -253,6 +272,6 @@ def test_ctrl_c_keeps_what_came_in(tmp_path):
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     result = json.loads((tmp_path / "ab.json").read_text())
-    assert result["interrupted"]
+    assert result["interrupted"] == "interrupted"
     assert len(result["looks"]) >= 3
     assert "verdict: not enough evidence (interrupted; " in output

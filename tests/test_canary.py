@@ -29,7 +29,7 @@ ACCURACY = baseline_accuracy()
 @pytest.fixture(scope="module")
 def plan():
     return make_plan(
-        ACCURACY, 0.05, 0.2, power=0.95, shares=canary.SHARES, looks_per_step=canary.LOOKS_PER_STEP, needs_gain=False
+        ACCURACY, 0.05, 0.5, power=0.95, shares=canary.SHARES, looks_per_step=canary.LOOKS_PER_STEP, needs_gain=False
     )
 
 
