@@ -2,7 +2,7 @@
 
     python planted_server.py PORT right|wrong|slow|crashing
 
-Answers any GET with 200, as a healthy server does. `wrong` swaps the two probabilities, `slow` waits 150 ms,
+Answers any GET with 200, as a healthy server does. `wrong` swaps the two probabilities, `slow` waits 300 ms,
 `crashing` ends after three answers.
 """
 
@@ -19,7 +19,7 @@ from reference import load_expected, load_test_rows  # noqa: E402
 
 PORT, MANNER = int(sys.argv[1]), sys.argv[2]
 ANSWERS = dict(zip(map(tuple, load_test_rows()[0]), load_expected("2").tolist(), strict=True))
-SLOW_S = 0.15
+SLOW_S = 0.3
 LAST_ANSWER = 3
 
 
