@@ -2,6 +2,7 @@
 
     python benchmark_all.py                       profile quick: under five minutes on two cores
     python benchmark_all.py --profile rigorous    sample sizes after MLPerf's rules: hours
+    python benchmark_all.py --containers          the servers that docker compose runs
 
 Starts every server with its README's command, proves |p - expected| <= 1e-5 on all test rows of both
 versions, then runs interleaved rounds of load: closed loop by connections and by rows a request, and
@@ -13,6 +14,7 @@ nothing and stops every server.
 
 import argparse
 import contextlib
+import functools
 import os
 import random
 import shlex
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from containers import ContainerServer, list_container_endpoints
 from endpoint import Endpoint, load_endpoints
 from environment import describe_environment, split_cpus
 from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
@@ -75,10 +78,16 @@ PROFILES = {
 }  # fmt: skip
 
 
-def parse_arguments(names: list[str]) -> argparse.Namespace:
+def parse_arguments(classes: dict[str, type[Endpoint]]) -> argparse.Namespace:
+    names = list(classes)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
-    parser.add_argument("--endpoints", nargs="+", choices=names, default=names, help="which servers (default: all)")
+    parser.add_argument("--endpoints", nargs="+", choices=names, help="which servers (default: all)")
+    parser.add_argument(
+        "--containers",
+        action="store_true",
+        help="make the containers of docker-compose.yml anew and measure those (default: start each server)",
+    )
     parser.add_argument("--connections", type=int, nargs="+", help="numbers of connections (default: the profile's)")
     parser.add_argument("--rows", type=int, nargs="+", help="rows a request, 1 to 1024 (default: the profile's)")
     parser.add_argument(
@@ -113,6 +122,12 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
     arguments = parser.parse_args()
+    if arguments.containers:
+        inside = list_container_endpoints(classes)
+        names = [name for name in names if name in inside or not classes[name].has_model]
+    arguments.endpoints = arguments.endpoints or names
+    if unknown := set(arguments.endpoints) - set(names):
+        parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     profile = PROFILES[arguments.profile]
     for name in ("connections", "rounds", "seconds", "warmup_seconds", "settle_seconds"):
         if getattr(arguments, name) is None:
@@ -137,7 +152,7 @@ def parse_arguments(names: list[str]) -> argparse.Namespace:
 class ServerUnderTest:
     """A started and verified server, and the requests that it is asked."""
 
-    def __init__(self, server: ServerProcess, cpus: set[int] | None):
+    def __init__(self, server: ServerProcess | ContainerServer, cpus: set[int] | None):
         """`cpus` are the cores of server and client together, None where they are not pinned."""
         self.server = server
         self.cpus = cpus
@@ -268,29 +283,32 @@ def defaults_beside_tuned(names: list[str]) -> frozenset[str]:
 
 
 def start_and_verify(
-    endpoint: Endpoint, cpus: set[int] | None, starts: int, stack: contextlib.ExitStack
-) -> tuple[ServerProcess | None, dict]:
+    start: Callable[[], ServerProcess | ContainerServer], starts: int, stack: contextlib.ExitStack
+) -> tuple[ServerProcess | ContainerServer | None, dict]:
     """Start one server and check it; return it with its entry for the result file, or None with the failure in it.
 
-    It is started `starts` times, and left running the last time.
+    `start` returns it, not yet entered. It is started `starts` times, and left running the last time.
     """
+    server = start()
+    endpoint = server.endpoint
     about = {
         "kind": endpoint.kind,
         "variant": endpoint.variant,
         "protocol": endpoint.protocol,
-        "command": shlex.join(endpoint.full_command()),
+        "command": server.command,
         "settings": endpoint.settings,
         "starts": [],
     }
     try:
         for number in range(starts):
-            server = ServerProcess(endpoint, cpus)
+            server = server if number == 0 else start()
             with contextlib.ExitStack() as attempt:
                 attempt.enter_context(server)
                 about["starts"].append({"listens_s": server.listens_s, "ready_s": server.ready_s})
                 if number == starts - 1:
                     stack.push(attempt.pop_all())
         about["kind"] = server.kind
+        about["is_seen"] = server.is_seen
         if endpoint.has_model:
             about["max_abs_difference"] = {
                 version: max_abs_difference(endpoint, version) for version in endpoint.versions
@@ -366,7 +384,7 @@ def measure_all(
 def main() -> int:
     interrupt_on_sigterm()
     classes = load_endpoints()
-    arguments = parse_arguments(list(classes))
+    arguments = parse_arguments(classes)
     profile = PROFILES[arguments.profile]
     plan = Plan(
         rounds=arguments.rounds,
@@ -388,13 +406,23 @@ def main() -> int:
         console.print("warning: one usable core: servers and client slow each other; use a machine with two or more")
 
     abouts: dict[str, dict] = {}
+    made: dict[str, ContainerServer] = {}  # by service: two endpoints of one server share its container
+
+    def start(name: str) -> ServerProcess | ContainerServer:
+        endpoint_class = classes[name]
+        if arguments.containers and endpoint_class.has_model:
+            server = ContainerServer(endpoint_class(), server_cpus, made.get(endpoint_class.folder.name))
+            made[server.service] = server
+            return server
+        endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+        endpoint.extra_options = arguments.server_options.get(name, [])
+        return ServerProcess(endpoint, server_cpus)
+
     with contextlib.ExitStack() as stack:
         servers: dict[str, ServerUnderTest] = {}
         for name in arguments.endpoints:
-            endpoint = classes[name](find_free_ports(list(classes[name].default_ports)))
-            endpoint.extra_options = arguments.server_options.get(name, [])
             with console.status(f"{name}: starting, then comparing its answers with the reference"):
-                server, abouts[name] = start_and_verify(endpoint, server_cpus, profile.starts, stack)
+                server, abouts[name] = start_and_verify(functools.partial(start, name), profile.starts, stack)
             if server is None:
                 console.print(f"FAILED: {abouts[name]['failure']}", markup=False, soft_wrap=True)
                 continue

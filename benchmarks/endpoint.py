@@ -17,7 +17,7 @@ REPOSITORY_DIR = BENCHMARKS_DIR.parent
 
 KINDS = {
     "native": "the framework's own server",
-    "docker": "the framework's own image",
+    "docker": "the server in its image: the framework's own, or the one of the framework's folder",
     "local": "this repository's own server: the framework has none, or it cannot be installed",
     "floor": "no model: the cost of the harness and of HTTP alone",
 }
@@ -50,6 +50,7 @@ class Endpoint:
     versions: dict[str, str] = {"1": "1", "2": "2"}
     rows_key: str  # the key of the rows in the JSON body
     settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    image_settings: dict[str, str] | None = None  # as settings, of the folder's image; None: it starts another set-up
     packages: tuple[str, ...] = ()  # whose versions the result file tells
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify

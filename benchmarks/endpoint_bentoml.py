@@ -18,6 +18,7 @@ class BentomlEndpoint(Endpoint):
     service = "service:svc"
     config = "default.yaml"
     settings = {"workers": "1 (default)", "batching": "off", "access log": "on (default)", "tracing": "on (default)"}
+    image_settings = settings
 
     def command(self) -> list[str]:
         command = ["bentoml", "serve", self.service]
@@ -53,3 +54,4 @@ class TunedBentomlEndpoint(BentomlEndpoint):
     service = "tuned_service:svc"
     config = "tuned.yaml"
     settings = {"workers": "1", "batching": "by event-loop turn", "access log": "off", "tracing": "off"}
+    image_settings = None

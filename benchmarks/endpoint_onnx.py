@@ -51,3 +51,4 @@ class TunedOnnxEndpoint(OnnxEndpoint):
     variant = "tuned"
     config = "tuned.toml"
     settings = {"workers": "1", "intra-op threads": "1", "batching": "by event-loop turn", "access log": "off"}
+    image_settings = settings

@@ -23,6 +23,7 @@ class TensorFlowServingEndpoint(Endpoint):
         "batching": "off",
         "access log": "off",
     }
+    image_settings = settings
     start_timeout_s = 300.0  # with an engine but no image, the launcher fetches the image first
 
     def command(self) -> list[str]:
@@ -73,3 +74,4 @@ class TunedTensorFlowServingEndpoint(TensorFlowServingEndpoint):
     variant = "tuned"
     options = ("--batching-config", "batching.config")
     settings = {**TensorFlowServingEndpoint.settings, "batching": "batching.config: up to 1,024 rows, no delay"}
+    image_settings = None

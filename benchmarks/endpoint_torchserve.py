@@ -28,6 +28,7 @@ class TorchServeEndpoint(Endpoint):
         "batching": "off (batchSize 1, default)",
         "access log": "on (default)",
     }
+    image_settings = {**settings, "access log": "off"}
 
     def command(self) -> list[str]:
         options = list(self.options)
@@ -104,6 +105,7 @@ class TunedTorchServeEndpoint(TorchServeEndpoint):
     variant = "tuned"
     options = TUNED_OPTIONS
     settings = TUNED_SETTINGS
+    image_settings = None
 
 
 class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
@@ -111,6 +113,7 @@ class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
     variant = "tuned"
     options = TUNED_OPTIONS
     settings = TUNED_SETTINGS
+    image_settings = None
 
 
 @functools.cache

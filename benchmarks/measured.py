@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 from intervals import Interval
-from results import Cell, Knee, find_knee, list_cells, list_verdicts, list_warnings, make_tables
+from results import Cell, Knee, find_knee, is_seen, list_cells, list_verdicts, list_warnings, make_tables
 
 
 class Measured:
@@ -32,7 +32,7 @@ class Measured:
 
     def is_hidden(self, name: str) -> bool:
         """Whether the server's CPU and memory could not be seen from here."""
-        return self.result["endpoints"][name]["kind"] == "docker"
+        return not is_seen(self.result["endpoints"][name])
 
     def closed_cells(self, connections: int | None = None, rows: int | None = 1) -> dict[str, list[Cell]]:
         """The cells that hold latencies, by server: at `connections` (None: all), `rows` a request (None: all)."""

@@ -420,14 +420,18 @@ def make_tables(result: dict) -> list[TextTable]:
                 str(sum(cell.failed for cell in everything)),
                 str(sum(cell.wrong for cell in everything)),
                 f"{np.median([start['ready_s'] for start in about['starts']]):.1f}",
-                # A container's processes belong to the engine: they are not in the tree that is seen here.
-                "not seen" if about["kind"] == "docker" else _seconds(cells[-1].server_cpu_s_per_1000),
-                "not seen" if about["kind"] == "docker" else f"{max(c.rss_bytes for c in everything) / 1e6:,.0f}",
+                _seconds(cells[-1].server_cpu_s_per_1000) if is_seen(about) else "not seen",
+                f"{max(c.rss_bytes for c in everything) / 1e6:,.0f}" if is_seen(about) else "not seen",
                 str(cells[0].request_bytes),
                 str(cells[0].reply_bytes),
             ]
         )
     return [table for table in (speed, _make_ratio_table(result), saturation, batch, cost) if table.rows]
+
+
+def is_seen(about: dict) -> bool:
+    """Whether CPU and memory of an endpoint's processes were seen: a container's may be those of another system."""
+    return about.get("is_seen", about["kind"] != "docker")
 
 
 def find_default(result: dict, name: str) -> str | None:

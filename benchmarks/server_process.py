@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -119,6 +120,15 @@ class ServerProcess:
     @property
     def kind(self) -> str:
         return self.endpoint.kind_from_log(self.log())
+
+    @property
+    def command(self) -> str:
+        return shlex.join(self.endpoint.full_command())
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the server's processes are below the one started here: a container's are the engine's."""
+        return self.kind != "docker"
 
     def log(self) -> str:
         """All that the server has printed so far."""

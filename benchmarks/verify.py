@@ -1,6 +1,7 @@
 """Start each server in turn and prove that it gives the reference's answers, for both versions and every test row.
 
     python verify.py
+    python verify.py --containers    ask the servers that docker compose runs
 
 The contract is |p - expected| <= 1e-5 on every row of data/test.csv (data/expected.csv has the
 answers). Prints one line a server; exits non-zero when one breaks the contract or does not start.
@@ -11,6 +12,7 @@ import argparse
 import sys
 
 import numpy as np
+from containers import ContainerServer, list_container_endpoints
 from endpoint import Endpoint, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
 from rich.console import Console
@@ -37,16 +39,26 @@ def main() -> int:
     interrupt_on_sigterm()
     classes = {name: value for name, value in load_endpoints().items() if value.has_model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--endpoints", nargs="+", choices=classes, help="which servers (default: all of them)")
     parser.add_argument(
-        "--endpoints", nargs="+", choices=classes, default=list(classes), help="which servers (default: all of them)"
+        "--containers", action="store_true", help="ask what docker compose runs (default: start each server)"
     )
     arguments = parser.parse_args()
+    if arguments.containers:
+        classes = list_container_endpoints(classes)
+    names = arguments.endpoints or list(classes)
+    if unknown := set(names) - set(classes):
+        parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(classes)}")
     console = Console(highlight=False)
     broken = 0
-    for name in arguments.endpoints:
-        endpoint = classes[name](find_free_ports(list(classes[name].default_ports)))
+    for name in names:
+        if arguments.containers:
+            started = ContainerServer(classes[name](), recreate=False)
+        else:
+            started = ServerProcess(classes[name](find_free_ports(list(classes[name].default_ports))))
+        endpoint = started.endpoint
         try:
-            with console.status(f"{name}: starting"), ServerProcess(endpoint) as server:
+            with console.status(f"{name}: starting"), started as server:
                 differences = {version: max_abs_difference(endpoint, version) for version in endpoint.versions}
                 kind = server.kind
         except (ServerError, OSError, ValueError) as error:
@@ -57,7 +69,7 @@ def main() -> int:
         broken += not right
         figures = ", ".join(f"version {version} {difference:.1e}" for version, difference in differences.items())
         console.print(f"{name} ({kind}): {'equal' if right else 'BROKEN'}, max |Δp| {figures}", soft_wrap=True)
-    count = len(arguments.endpoints)
+    count = len(names)
     console.print(f"{count - broken} of {count} servers give the reference's answers within {TOLERANCE:.0e}")
     return 1 if broken else 0
 
