@@ -19,10 +19,11 @@ ENDPOINT ?= onnx
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
-        report compare calibrate shadow ab-test canary readme test test-slow lint requirements clean
+        report compare calibrate shadow ab-test canary readme test test-slow test-containers \
+        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 ## set-up
 
@@ -126,13 +127,39 @@ ab-test: setup ## users meet both versions behind the running gateway, and the f
 canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
 	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
 
+## containers
+
+docker-build: train ## build the images, each with its trained models
+	cd bentoml && bentoml build
+	cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest $(CONTAINERIZE_OPTIONS)
+	docker compose --profile gateway build
+
+docker-up: ## start the four servers in containers and wait until each predicts
+	docker compose up --detach --wait
+
+docker-verify: setup ## prove that the containers give the same answers
+	python benchmarks/verify.py --containers
+
+docker-benchmark: setup ## measure the containers side by side
+	python benchmarks/benchmark_all.py --containers $(BENCHMARK_OPTIONS)
+
+docker-measure: setup ## measure image sizes, cold starts and memory into this README
+	python benchmarks/container_costs.py
+	python benchmarks/container_costs.py --update-readme
+
+docker-down: ## stop and remove the containers
+	docker compose --profile gateway down
+
 ## develop
 
 test: train ## run the tests, on real servers: under ten minutes
-	python -m pytest -m "not slow"
+	python -m pytest -m "not slow and not containers"
 
 test-slow: train ## run the rest, all of the measuring tools: Locust, truths, report, calibration
 	python -m pytest -m slow
+
+test-containers: train ## run the tests that need a Docker engine, on one of their own
+	python -m pytest -m containers
 
 lint: setup ## check style
 	ruff check .

@@ -272,7 +272,8 @@ def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder
     assert {model["tag"] for model in manifest["models"]} == set(TAGS.values())
     dockerfile = (bento / "env" / "docker" / "Dockerfile").read_text()
     assert "BENTOML_HOST=0.0.0.0" in dockerfile
-    assert "python:3.11-slim" in dockerfile
+    assert dockerfile.count("FROM python:3.11.15-slim-bookworm") == 2, "what installs is not what serves"
+    assert "USER 1034" in dockerfile and "build-essential" not in dockerfile
 
     rows, _ = load_test_rows()
     (folder_copy / "service.py").unlink()  # the Bento must not need it

@@ -26,12 +26,22 @@ SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0 --connections 1 1
 # The same with fewer users, and with room for a machine whose cores others use.
 SHORT_AB_TEST = "--margin 4 --latency-margin 100"
 SHORT_CANARY = "--margin 8 --latency-margin 100"
-NO_ENGINE = "needs a Docker engine and an image registry; proving it is a job of its own"
+NO_ENGINE = "needs a Docker engine: test_containers.py does what it does, on an engine of its own"
 NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
     "make test": "it is the command that runs this test",
     "make test-slow": "it is the command that runs this test",
-    "bentoml containerize my_model_service:latest --image-tag my_model_service:latest": NO_ENGINE,
+    "make test-containers": "it starts an engine of its own and takes minutes; .ci/run runs it",
+    "make docker-build": NO_ENGINE,
+    "make docker-up": NO_ENGINE,
+    "make docker-verify": NO_ENGINE,
+    "make docker-benchmark": NO_ENGINE,
+    "make docker-measure": NO_ENGINE,
+    "make docker-down": NO_ENGINE,
+    "ONNX_PORT= docker compose --profile gateway up --detach --wait --scale onnx=3": NO_ENGINE,
+    "curl -s -X POST http://localhost:8090/onnx/predict -H \"Content-Type: application/json\" "
+    "-d '{\"data\": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'": NO_ENGINE,
+    "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
     "docker build -t my_model-torchserve .": NO_ENGINE,
     "docker run --rm -d --name my_model -p 127.0.0.1:8080:8080 my_model-torchserve": NO_ENGINE,
@@ -39,7 +49,6 @@ NOT_EXECUTED = {
     "docker build -t onnx-server .": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:8000:8000 onnx-server": NO_ENGINE,
     "docker compose up --detach --wait": NO_ENGINE,
-    "docker compose up --build --detach --wait": NO_ENGINE,
     "docker compose down": NO_ENGINE,
 }
 
