@@ -72,7 +72,7 @@ def check_docker() -> tuple[str, str]:
     version = output_of("docker", "info", "--format", "{{.ServerVersion}}")
     if not version:
         return "note", "docker command, but no engine answers: tfserving uses its local server"
-    return "ok", f"engine {version}: tfserving uses the official image unless told --server local; make docker-up runs all four"
+    return "ok", f"engine {version}: tfserving uses the official image unless told --server local; make docker-up: all"
 
 
 def check_gpu() -> tuple[str, str]:

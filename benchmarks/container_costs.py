@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import time
+from pathlib import Path
 
 from containers import ContainerServer, list_container_endpoints, run_docker
 from endpoint import load_endpoints
@@ -106,12 +107,17 @@ def main() -> None:
     parser.add_argument(
         "--update-readme", action="store_true", help="rewrite ../README.md and measure nothing (default: measure)"
     )
+    by_service = {}
+    for endpoint_class in list_container_endpoints(load_endpoints()).values():
+        by_service.setdefault(endpoint_class.folder.name, endpoint_class)
+    parser.add_argument(
+        "--services", nargs="+", choices=by_service, default=list(by_service), help="which (default: all)"
+    )
+    parser.add_argument("--output", type=Path, default=PATH, help="the result file (default: results/containers.json)")
     arguments = parser.parse_args()
     if not arguments.update_readme:
         console = Console(highlight=False)
-        by_service = {}
-        for endpoint_class in list_container_endpoints(load_endpoints()).values():
-            by_service.setdefault(endpoint_class.folder.name, endpoint_class)
+        by_service = {name: by_service[name] for name in arguments.services}
         packages = {package for endpoint_class in by_service.values() for package in endpoint_class.packages}
         result = {
             "environment": describe_environment(packages),
@@ -119,15 +125,15 @@ def main() -> None:
             "base": describe_base(),
             "containers": {},
         }
-        for name, endpoint_class in by_service.items():
-            with console.status(f"{name}: starting {STARTS} times"):
-                cost = result["containers"][name] = measure(endpoint_class)
-            console.print(f"{name} ({cost['kind']}): ready after {statistics.median(cost['starts_s']):.1f} s")
-        write_whole(PATH, json.dumps(result, indent=1) + "\n")
-        print(f"wrote {PATH.name}")
+        for service, endpoint_class in by_service.items():
+            with console.status(f"{service}: starting {STARTS} times"):
+                cost = result["containers"][service] = measure(endpoint_class)
+            console.print(f"{service} ({cost['kind']}): ready after {statistics.median(cost['starts_s']):.1f} s")
+        write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
+        print(f"wrote {arguments.output}")
         return
-    README_PATH.write_text(update_readme(README_PATH.read_text(), json.loads(PATH.read_text())))
-    print(f"wrote {README_PATH.name} from {PATH.name}")
+    README_PATH.write_text(update_readme(README_PATH.read_text(), json.loads(arguments.output.read_text())))
+    print(f"wrote {README_PATH.name} from {arguments.output.name}")
 
 
 if __name__ == "__main__":

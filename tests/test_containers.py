@@ -107,7 +107,7 @@ def test_the_image_has_the_versions_of_the_requirements(name):
 
 def test_the_readme_shows_the_measured_table_of_containers():
     result = json.loads(container_costs.PATH.read_text())
-    assert set(result["containers"]) == {"torchserve", "tfserving", "bentoml", "onnx-tuned"}
+    assert set(result["containers"]) == set(SERVICES)
     readme = container_costs.README_PATH.read_text()
     assert container_costs.update_readme(readme, result) == readme, "make docker-measure was run, and the README is old"
 
@@ -272,6 +272,20 @@ def test_the_benchmark_measures_containers_with_their_cpu_and_memory(engine, tmp
         assert window["latency_us_counts"] and not window["errors"] and not window["wrong"]
         assert window["server_rss_bytes"] > 30e6
     assert sum(window["server_cpu_s"] for window in result["windows"]) > 0.05
+
+
+@pytest.mark.containers
+def test_size_cold_start_and_memory_are_measured(engine, tmp_path):
+    path = tmp_path / "costs.json"
+    engine.run(sys.executable, "benchmarks/container_costs.py", "--services", "onnx", "--output", str(path))
+    result = json.loads(path.read_text())
+    cost = result["containers"]["onnx"]
+    assert cost["image_bytes"] == engine.inspect("onnx-server")[0]["Size"]
+    assert len(cost["starts_s"]) == container_costs.STARTS and min(cost["starts_s"]) > 0.1
+    assert 20e6 < cost["memory_bytes"] < engine.inspect("model-serving-onnx-1")[0]["HostConfig"]["Memory"]
+    assert f"| onnx | docker | `onnx-server` | {cost['image_bytes'] / 1e6:,.0f} |" in container_costs.format_table(
+        result
+    )
 
 
 @pytest.mark.containers

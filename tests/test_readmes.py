@@ -39,7 +39,7 @@ NOT_EXECUTED = {
     "make docker-measure": NO_ENGINE,
     "make docker-down": NO_ENGINE,
     "ONNX_PORT= docker compose --profile gateway up --detach --wait --scale onnx=3": NO_ENGINE,
-    "curl -s -X POST http://localhost:8090/onnx/predict -H \"Content-Type: application/json\" "
+    'curl -s -X POST http://localhost:8090/onnx/predict -H "Content-Type: application/json" '
     "-d '{\"data\": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'": NO_ENGINE,
     "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
