@@ -79,7 +79,8 @@ def format_table(result: dict) -> str:
         )
     lines += [
         "",
-        f"{environment['utc'][:10]}, {environment['cpu']}, {environment['cores']} cores, engine {result['engine']}, "
+        f"{environment['utc'][:10]}, {environment['cpu']}, {environment['cores']} cores, load average "
+        f"{environment['load_average_1min']:.1f} at the start, engine {result['engine']}, "
         f"base image: {result['base']}. Cold start: `docker compose up` to the first right answer, median of "
         f"{STARTS} and its range. Memory: what `docker stats` shows after every test row was asked.",
     ]
