@@ -143,15 +143,21 @@ def list_traces() -> dict:
 
 
 @contextlib.contextmanager
-def scaled(engine: Engine, *options: str):
-    """Run every server behind the gateway, with `options` of compose; afterwards as before."""
-    ports = dict.fromkeys(set(PORT_VARIABLES) - {"GATEWAY_PORT"}, "")
-    profile = ("docker", "compose", "--profile", "gateway")
-    engine.run(*profile, "up", "--detach", "--wait", *options, **ports)
+def gateway(engine: Engine):
+    """Run the gateway before the servers; yield what scales one of them to two. Afterwards all is as before."""
+    command = ["docker", "compose", "--profile", "gateway", "up", "--detach", "--wait"]
+    engine.run(*command)
+    ports = {}
+
+    def double(service: str) -> None:
+        command.append(f"--scale={service}=2")
+        ports.update({name: "" for name in PORT_VARIABLES if name.startswith(service.upper())})
+        engine.run(*command, **ports)
+
     try:
-        yield
+        yield double
     finally:
-        engine.run(*profile, "rm", "--stop", "--force", "gateway")
+        engine.run("docker", "compose", "--profile", "gateway", "rm", "--stop", "--force", "gateway")
         engine.run("make", "docker-up")
 
 
@@ -209,8 +215,9 @@ def test_no_request_is_lost_when_a_replica_of_any_server_is_killed(engine):
     rows, _ = load_test_rows()
     expected = load_expected("2")
     names = {"torchserve": "torchserve", "tfserving": "tfserving", "bentoml": "bentoml", "onnx": "onnx-tuned"}
-    with scaled(engine, *[f"--scale={service}=2" for service in SERVICES]):
+    with gateway(engine) as double:
         for service, name in names.items():
+            double(service)
             replicas = containers_of(engine, service)
             assert len(replicas) == 2
             endpoint = load_endpoints()[name]()
@@ -250,13 +257,13 @@ def wait_until_restarted(engine: Engine, container: dict) -> None:
 @pytest.mark.containers
 def test_the_gateway_carries_grpc(engine):
     rows, _ = load_test_rows()
-    with scaled(engine):
+    with gateway(engine):
         for name in ("tfserving-grpc", "torchserve-grpc"):
             endpoint = load_endpoints()[name]()
             endpoint.ports["grpc"] = GATEWAY_PORT
             assert np.abs(ask(endpoint, rows, "1") - load_expected("1")).max() <= TOLERANCE
-        (gateway,) = containers_of(engine, "gateway")
-        assert all(0 not in process.uids() for process in family_of(gateway))
+        (container,) = containers_of(engine, "gateway")
+        assert all(0 not in process.uids() for process in family_of(container))
 
 
 @pytest.mark.containers
