@@ -106,6 +106,13 @@ def test_the_image_has_the_versions_of_the_requirements(name):
     assert {package: pins[package] for package in image_pins} == image_pins
 
 
+def test_the_readme_shows_the_measured_table_of_containers():
+    result = json.loads(container_costs.PATH.read_text())
+    assert set(result["containers"]) == set(SERVICES)
+    readme = container_costs.README_PATH.read_text()
+    assert container_costs.update_readme(readme, result) == readme, "make docker-measure was run, and the README is old"
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """An engine that holds every image and runs the four servers, as `make docker-build docker-up` left them."""
