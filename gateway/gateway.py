@@ -86,8 +86,11 @@ def check_address(name: str, text: str) -> None:
             ) from None
 
 
-def start_replicas(names: list[str], count: int, stack: ExitStack) -> list[Pool]:
-    """Start `count` replicas of each version of each server and wait until all answer rightly."""
+def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) -> list[Pool]:
+    """Start `count` replicas of each version of each server and wait until all answer rightly.
+
+    `tuned` takes the server's tuned set-up, where it has one.
+    """
     if not names:
         return []
     from endpoint import load_endpoints
@@ -96,12 +99,16 @@ def start_replicas(names: list[str], count: int, stack: ExitStack) -> list[Pool]
     servers, classes = load_servers(), load_endpoints()
     pools, started = [], []
     for name in names:
+        endpoint_class = classes[name]
+        for other in classes.values() if tuned else ():
+            if (other.folder, other.protocol, other.variant) == (endpoint_class.folder, "REST", "tuned"):
+                endpoint_class = other
         for version in VERSIONS:
             pool = Pool(servers[name], version)
             pools.append(pool)
             for number in range(1, count + 1):
-                ports = find_free_ports(list(classes[name].default_ports))
-                endpoint = classes[name](ports, only_version=version)
+                ports = find_free_ports(list(endpoint_class.default_ports))
+                endpoint = endpoint_class(ports, only_version=version)
                 process = ServerProcess(endpoint).spawn()
                 stack.callback(process.stop)
                 started.append((process, f"{name} v{version}-{number}"))
@@ -109,6 +116,8 @@ def start_replicas(names: list[str], count: int, stack: ExitStack) -> list[Pool]
                 pool.replicas.append(Replica("127.0.0.1", ports["rest"], grpc_port, pid=process.pid))
     for process, what in started:
         process.wait_until_correct()
+        if process.endpoint.request([[0.0] * 5], None).headers:
+            raise GatewayError(f"{process.endpoint.name} wants a token with each request: leave --tuned out")
         print(f"{what} answers on port {process.endpoint.port} (process {process.pid})", flush=True)
     return pools
 
@@ -217,7 +226,9 @@ def serve(arguments: argparse.Namespace) -> None:
         signal.signal(signal.SIGHUP, interrupt)
     with ExitStack() as stack:
         stack.enter_context(state.claim())
-        started = start_replicas([name for name in names if name not in external], arguments.replicas, stack)
+        started = start_replicas(
+            [name for name in names if name not in external], arguments.replicas, arguments.tuned, stack
+        )
         pools = started + [pool for name in names for pool in external.get(name, ())]
         if state.make_certificate():
             print(f"made a self-signed certificate: {state.folder / CERTIFICATE}")
@@ -391,6 +402,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the servers behind it (default: those that GATEWAY_<NAME>_V1 gives addresses of, else onnx)",
     )  # fmt: skip
     server.add_argument("--replicas", type=positive, default=2, help="processes to start for each version (default: 2)")
+    server.add_argument("--tuned", action="store_true", help="start the servers' tuned set-ups (default: default ones)")
     server.add_argument("--access-log", type=Path, help="a file, or - for our output (default: access.log there)")
     server.set_defaults(run=serve)
     for name, percent, text in (
