@@ -33,6 +33,7 @@ from server_process import ServerError, ServerProcess, find_free_ports, interrup
 VERSION = "1"
 LONGEST_SLICE_S = 5.0
 LEAST_SLICES = 60
+LEAST_REQUESTS = 5  # in a slice, or its latencies say nothing
 PRINTED_LINES = 30
 CONNECTIONS = 32
 CAPACITY_CONNECTIONS = 4
@@ -102,6 +103,10 @@ def soak(server: ServerProcess, rate: float | None, seconds: float, console: Con
             raise ServerError(f"{server.endpoint.name}: not one right answer in {CAPACITY_SECONDS:g} s")
     slice_s = min(LONGEST_SLICE_S, seconds / LEAST_SLICES)
     count = round(seconds / slice_s)
+    if rate * slice_s < LEAST_REQUESTS:
+        raise ServerError(
+            f"{rate:g} requests/s are fewer than {LEAST_REQUESTS} in each of {count} slices: raise --rate or --seconds"
+        )
     console.print(f"{server.endpoint.name}: {rate:,.0f} requests/s for {seconds:,.0f} s, {count} samples of memory")
     console.print(f"{'s':>7}{'memory MB':>12}{'right':>10}{'p50 ms':>10}{'p99 ms':>10}{'failed':>8}{'wrong':>8}")
     windows, slices = [], []
@@ -153,7 +158,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--seconds", type=float, default=1800.0, help="how long (default: 1800, half an hour)")
-    parser.add_argument("--rate", type=float, help="requests per second (default: a third of what the server can do)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help=f"requests per second (default: a third of its closed-loop rate at {CAPACITY_CONNECTIONS} connections)",
+    )
     parser.add_argument("--output", type=Path, help="the result file (default: results/soak_<endpoint>_<utc>.json)")
     arguments = parser.parse_args()
     if arguments.seconds < 3 or (arguments.rate is not None and arguments.rate <= 0):

@@ -368,24 +368,25 @@ def test_the_default_version_is_the_one_that_the_file_default_names(repository):
         infer = Request("/v2/models/my_model/infer", json.dumps({"inputs": [tensor]}).encode())
 
         def answers() -> str:
-            version = json.loads(send(endpoint.port, infer)[1])["model_version"]
-            assert send(endpoint.port, endpoint.request([GOOD_ROW], None)) == send(
-                endpoint.port, endpoint.request([GOOD_ROW], version)
-            )
-            return version
+            return json.loads(send(endpoint.port, infer)[1])["model_version"]
+
+        def assert_default(version: str) -> None:
+            wait_for(lambda: answers() == version, f"version {version} is the default")
+            without = send(endpoint.port, endpoint.request([GOOD_ROW], None))
+            assert without == send(endpoint.port, endpoint.request([GOOD_ROW], version))
 
         assert "my_model 1, 2 (default 1)" in server.log()
-        assert answers() == "1"
+        assert_default("1")
         default.write_text("2")
-        wait_for(lambda: answers() == "2", "version 2 is the default")
+        assert_default("2")
         for junk in ("", "9", "two"):
             default.write_text(junk)
             wait_for(lambda junk=junk: f"names {junk!r}, not one of 1, 2; 2 stays" in server.log(), "it is told")
             assert answers() == "2"
         default.write_text("1")
-        wait_for(lambda: answers() == "1", "version 1 is the default again")
+        assert_default("1")
         default.unlink()
-        wait_for(lambda: answers() == "2", "the newest is the default")
+        assert_default("2")  # the newest
 
 
 def test_without_a_version_left_the_server_is_not_ready_and_lives(repository):

@@ -294,7 +294,11 @@ def test_metrics_are_prometheus_text_and_the_handler_adds_its_own(torchserve_ser
 
     ask(endpoint, rows, "1")  # all counters are there
     wait_until(lambda: read().keys() == added.keys(), "predicted_rows of both classes")
-    before = read()
+    reads = [{}, read()]  # lines come after the answer: two equal reads half a second apart say that all have come
+    while reads[-1] != reads[-2]:
+        time.sleep(0.5)
+        reads.append(read())
+    before = reads[-1]
     ask(endpoint, rows, "1")
     wait_until(lambda: read() == {name: before[name] + added[name] for name in added}, f"{added} more rows")
 

@@ -120,9 +120,14 @@ def is_counted(method):
         if not self.metrics:
             return await method(self, request)
         started_s = time.perf_counter()
-        code = "OK"
+        code = "UNKNOWN"
         try:
-            return await method(self, request)
+            reply = await method(self, request)
+            code = "OK"
+            return reply
+        except asyncio.CancelledError:
+            code = "CANCELLED"
+            raise
         except ServingError as error:
             code = error.code
             raise

@@ -96,8 +96,9 @@ class Signature:
             raise as_serving_error(error) from None
 
     def _run_timed(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        run = self._run  # made at its first use, which is no run
         started_s = time.perf_counter()
-        outputs = self._run(*arrays)
+        outputs = run(*arrays)
         self.run_s += (time.perf_counter() - started_s - self.run_s) / 8
         return outputs
 

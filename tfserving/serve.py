@@ -168,7 +168,7 @@ def write_configs(kind: str, model_config: Path, config_dir: Path, batching: Pat
 
 def take_up_config(kind: str, model_config: Path, config_dir: Path) -> None:
     """Write `model_config` into the folder if it has changed, at once: the server may be reading it."""
-    with contextlib.suppress(OSError):  # an editor is replacing it
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # an editor is replacing it, or it is no text
         text = model_config.read_text()
         if kind != "docker":
             here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
