@@ -40,7 +40,7 @@ from endpoint import Endpoint, load_endpoints  # noqa: E402
 from reference import load_test_rows  # noqa: E402
 from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm  # noqa: E402
 
-from gateway import GatewayError, find_haproxy  # noqa: E402
+from gateway import GatewayError, end_with_parent, find_haproxy  # noqa: E402
 
 DATAGRAM_BYTES = 65507  # the largest of UDP, and the longest line that shadow.cfg writes
 RECEIVE_BUFFER_BYTES = 4 << 20  # asked of the kernel; without privileges it gives net.core.rmem_max
@@ -196,6 +196,7 @@ class Shadow:
             [haproxy, "-db", "-f", FOLDER / "shadow.cfg"],
             env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for shadow.py, which asks HAProxy for its figures first
+            preexec_fn=end_with_parent,
         )  # fmt: skip
         return self.haproxy
 
