@@ -43,7 +43,7 @@ from verify import max_abs_difference
 VERSION = "1"
 SHUFFLE_SEED = 0
 WARMUP_CONNECTIONS = 16
-WARMUP_WINDOW_S = 1.0
+WARMUP_WINDOW_S = 0.5
 WARMUP_CHANGE = 0.1
 OPEN_CONNECTIONS = 64  # what an open loop may have under way; a request that finds none free waits, and that counts
 # MLPerf Inference asks for so many queries that a 99th percentile is known to a twentieth of its distance
