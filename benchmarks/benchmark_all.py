@@ -440,7 +440,11 @@ def main() -> int:
             os.sched_setaffinity(0, client_cpus)
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-            windows = measure_all(servers, plan, abouts, progress)
+            try:
+                windows = measure_all(servers, plan, abouts, progress)
+            finally:
+                for server in servers.values():
+                    server.server.ask_to_end()
 
     result = {
         "schema_version": SCHEMA_VERSION,

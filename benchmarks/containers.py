@@ -92,6 +92,9 @@ class ContainerServer:
             with contextlib.suppress(ServerError):
                 self._allow(set(range(os.cpu_count() or 1)))
 
+    def ask_to_end(self) -> None:
+        """Nothing: a container ends by the command of who started it."""
+
     @property
     def kind(self) -> str:
         """ "docker", or what the image's label `kind` says: a stand-in's is not that of the server it stands for."""

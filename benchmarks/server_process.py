@@ -83,6 +83,7 @@ class ServerProcess:
         self.listens_s = self.ready_s = float("nan")
         self.process: subprocess.Popen | None = None
         self._descendants: dict[int, psutil.Process] = {}
+        self._is_asked = False
 
     def __enter__(self) -> "ServerProcess":
         self.spawn()
@@ -221,13 +222,21 @@ class ServerProcess:
         lines = [line.strip() for line in self.log().splitlines() if line.strip()]
         return lines[-1] if lines else "it printed nothing"
 
-    def _stop(self) -> None:
-        """Ask the server to end as Ctrl-C's SIGTERM twin would, then end by force whatever of it is left."""
-        if self.process is None:
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, once, and do not wait: so several servers can end side by side before each is stopped."""
+        if self.process is None or self._is_asked:
             return
         self.processes()  # remember the descendants before their parent is gone
         if self.process.poll() is None:
             self.process.terminate()
+            self._is_asked = True
+
+    def _stop(self) -> None:
+        """Ask the server to end as Ctrl-C's SIGTERM twin would, then end by force whatever of it is left."""
+        if self.process is None:
+            return
+        self.ask_to_end()
+        if self.process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_TIMEOUT_S)
         with contextlib.suppress(ProcessLookupError):
