@@ -33,10 +33,14 @@ def find_certificate() -> Path | None:
 
 
 def call_gateway(*arguments: str) -> str:
-    """Run one gateway command and return what it printed; GatewayError where it fails."""
+    """Run one gateway command and return what it printed; GatewayError where it fails.
+
+    Ctrl-C waits for its end: a command that were left to run alone could change the split after a rollback.
+    """
     command = [sys.executable, str(GATEWAY_DIR / "gateway.py"), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True)
+        with deferred_interrupts():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, start_new_session=True)
     except subprocess.TimeoutExpired:
         raise GatewayError(f"gateway {' '.join(arguments)}: not done in {TIMEOUT_S:.0f} s") from None
     if done.returncode:
@@ -72,9 +76,9 @@ def count_replicas(server: str) -> int:
 def lent_key() -> Iterator[str]:
     """An API key that the gateway knows inside the block alone."""
     owner = f"benchmark-{os.getpid()}"
-    key = call_gateway("keys", "add", owner, "--rate", str(KEY_RATE)).strip()
     try:
-        yield key
+        yield call_gateway("keys", "add", owner, "--rate", str(KEY_RATE)).strip()
     finally:
         with deferred_interrupts():
-            call_gateway("keys", "revoke", owner)
+            if f"{owner}:" in call_gateway("keys", "list").split():  # not where adding it failed
+                call_gateway("keys", "revoke", owner)

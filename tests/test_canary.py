@@ -7,16 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import canary
+import gateway_cli
 import numpy as np
 import pytest
 from ab_decision import PROMOTE, ROLL_BACK, make_plan
 from ab_test import baseline_accuracy, decode_users
 from conftest import REPOSITORY_DIR
 from endpoint import load_endpoints
-from gateway_cli import call_gateway, read_share, read_versions
+from gateway_cli import call_gateway, lent_key, read_share, read_versions
 from reference import load_expected
 from server_process import ServerProcess, find_free_ports
 from simulated_users import of_version, run_to_the_end, share_of, simulate, table
@@ -276,6 +278,37 @@ def test_behind_the_gateway_a_planted_version_is_taken_back(manner, ship, versio
         assert read_share("onnx") == 0.0
         assert len(result["looks"]) <= 2 * canary.LOOKS_PER_STEP
         assert not [reason for user in decode_users(result["looks"]) for reason in user.failures]
+
+
+@pytest.mark.parametrize("after_s", [0.001, 0.005, 0.02, 0.1])
+def test_ctrl_c_waits_for_the_end_of_a_gateway_command(after_s, tmp_path, monkeypatch):
+    """At any time of the command's start too, when nobody knows yet which process is to be stopped."""
+    (tmp_path / "gateway.py").write_text("import time; time.sleep(0.6); open('done', 'w')")
+    monkeypatch.setattr(gateway_cli, "GATEWAY_DIR", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    main_thread = threading.main_thread().ident
+    threading.Timer(after_s, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        call_gateway("set")
+    assert (tmp_path / "done").exists()
+
+
+def test_a_lent_key_is_taken_back_where_ctrl_c_comes_while_it_is_made(monkeypatch):
+    owners = []
+
+    def call(_, what, *arguments):
+        if what == "list":
+            return "\n".join(f"{owner}: 1000 requests/s" for owner in owners)
+        if what == "revoke":
+            owners.remove(arguments[0])
+            return ""
+        owners.append(arguments[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gateway_cli, "call_gateway", call)
+    with pytest.raises(KeyboardInterrupt), lent_key():
+        pass
+    assert not owners
 
 
 @pytest.mark.slow
