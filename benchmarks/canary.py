@@ -82,6 +82,7 @@ def ship(plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, t
         if verdict == PROMOTE:
             call_gateway("promote", MODEL, "--server", server)
     except KeyboardInterrupt:
+        verdict, reason = ROLL_BACK, "interrupted"
         result["interrupted"] = reason
     finally:
         if verdict != PROMOTE:

@@ -11,6 +11,7 @@ Keeps the split, the keys' hashes and the certificate in its state folder (defau
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import io
@@ -37,6 +38,7 @@ CONFIG_PATH = FOLDER / "haproxy.cfg"
 SERVERS_PATH = FOLDER / "servers.json"
 MODEL_NAME = "my_model"
 START_TIMEOUT_S = 30.0
+RELOAD_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -205,8 +207,8 @@ def serve(arguments: argparse.Namespace) -> None:
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {DEFAULTS['GATEWAY_MAX_BODY']}: tune.bufsize must hold it")
     state = State(arguments.state)
     state.create()
-    percents = state.read_percents(SPLIT)
-    state.read_percents(RATES)
+    for name in (SPLIT, RATES):
+        state.read_percents(name)  # a damaged file is told before anything starts
     keys = state.read(KEYS)
     for name in ("GATEWAY_BIND", "GATEWAY_METRICS_BIND"):
         check_address(name, settings[name])
@@ -233,7 +235,7 @@ def serve(arguments: argparse.Namespace) -> None:
         if state.make_certificate():
             print(f"made a self-signed certificate: {state.folder / CERTIFICATE}")
         with state.lock():
-            state.write(SPLIT, {**dict.fromkeys(names, 0), **percents})
+            state.write(SPLIT, {**dict.fromkeys(names, 0), **state.read_percents(SPLIT)})
             services = {s.grpc_service: s.name for p in pools if (s := p.server).grpc_service}
             state.write(SERVERS, {**{name: name for name in names}, **services})
             (state.folder / "backends.cfg").write_text(pools_module.render(pools))
@@ -372,12 +374,28 @@ def print_servers(_arguments: argparse.Namespace) -> None:
 
 
 def reload(arguments: argparse.Namespace) -> None:
-    """Have HAProxy read haproxy.cfg, the certificate and the state anew; no request fails."""
-    try:
-        answer = State(arguments.state).ask("reload", "master.sock")
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise GatewayError("the gateway is not running: python gateway.py serve") from None
-    print(answer.strip() or "reloaded")
+    """Have HAProxy read haproxy.cfg, the certificate and the state anew; what is under way is answered first."""
+    state = State(arguments.state)
+    with state.lock():  # a split that were set meanwhile might reach the old worker alone
+        try:
+            before = worker_pid(state)
+            state.ask("reload", "master.sock")
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise GatewayError("the gateway is not running: python gateway.py serve") from None
+        deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
+        while worker_pid(state) in (before, None):
+            if time.monotonic() > deadline_s:
+                raise GatewayError(f"HAProxy refused, the old settings go on: see {state.folder / 'haproxy.log'}")
+            time.sleep(POLL_S)
+    print("reloaded")
+
+
+def worker_pid(state: State) -> str | None:
+    """The process that answers requests now; None while it is being replaced."""
+    with contextlib.suppress(TimeoutError, ConnectionResetError, BrokenPipeError):
+        found = re.search(r"^Pid: (\d+)$", state.ask("show info"), re.MULTILINE)
+        return found and found[1]
+    return None
 
 
 def positive(text: str) -> int:

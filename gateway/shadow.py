@@ -279,6 +279,10 @@ class Shadow:
             connection.request("POST", copy.path, copy.body, {"Content-Type": copy.content_type})
             answer = connection.getresponse()
             reply = answer.read()
+        except UnicodeError:  # in what the user calls the body's type: no request can be made of it
+            connection.close()
+            self._count(self.comparison.refused, "an unreadable Content-Type")
+            return
         except (OSError, http.client.HTTPException):
             connection.close()
             self._count(self.comparison.failed, "no reply")

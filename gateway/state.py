@@ -135,7 +135,7 @@ class State:
             answer = self.ask(command).strip()
         except (FileNotFoundError, ConnectionRefusedError):
             return False
-        if answer:
+        if answer and not (command.startswith("del ") and "not found" in answer):
             raise StateError(f"HAProxy refused {command.split()[:2]}: {answer}; start the gateway again")
         return True
 
@@ -143,7 +143,14 @@ class State:
         """Give version 2 these percents of the users, by server; return whether a running gateway was told."""
         with self.lock():
             self.write(SPLIT, {**self.read_percents(SPLIT), **percents})
-            told = [self.tell(f"set map {SPLIT} {server} {percent}") for server, percent in percents.items()]
+            told, refused = [], []
+            for server, percent in percents.items():
+                try:
+                    told.append(self.tell(f"set map {SPLIT} {server} {percent}"))
+                except StateError as error:  # the other servers are told all the same
+                    refused.append(error)
+        if refused:
+            raise refused[0]
         return all(told)
 
     def add_key(self, owner: str, rate: int | None) -> str:
@@ -170,13 +177,13 @@ class State:
             digests = [digest for digest, name in keys.items() if name == owner]
             if not digests:
                 raise StateError(f"no key of {owner!r}; there are {', '.join(sorted(keys.values())) or 'none'}")
+            for digest in digests:  # first: whatever fails later, the key opens nothing
+                self.tell(f"del map {KEYS} {digest}")
             self.write(KEYS, {digest: name for digest, name in keys.items() if name != owner})
             rates = self.read(RATES)
             if rates.pop(owner, None):
                 self.write(RATES, rates)
                 self.tell(f"del map {RATES} {owner}")
-            for digest in digests:
-                self.tell(f"del map {KEYS} {digest}")
 
     def make_certificate(self) -> bool:
         """Make a self-signed certificate for this machine where there is none; return whether one was made."""

@@ -492,6 +492,49 @@ def test_junk_does_not_disturb_the_gateway(gateway):
     assert gateway.ask()[0] == 200
 
 
+def test_what_is_no_http_leaves_the_access_log_json(gateway):
+    raw = socket.create_connection(("localhost", gateway.port), timeout=10)
+    with raw, gateway.context().wrap_socket(raw, server_hostname="localhost") as connection:
+        connection.sendall(b"GARBAGE\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+    deadline_s = time.monotonic() + 10
+    while '"status":400' not in (lines := (gateway.state / "access.log").read_text()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert all({"bucket", "total_us"} <= set(json.loads(line)) for line in lines.splitlines())
+
+
+def test_headers_that_leave_the_body_no_room_are_refused(gateway):
+    assert gateway.ask(**{f"X_Long_{i}": "h" * 8000 for i in range(8)})[0] == 431
+    assert gateway.ask(X_Long="h" * 7000)[0] == 200
+
+
+@pytest.mark.parametrize(("first", "second"), [("1", "99"), ("2", "1abc")])
+def test_of_two_versions_asked_for_the_last_counts(gateway, first, second):
+    connection = http.client.HTTPSConnection("localhost", gateway.port, timeout=30, context=gateway.context())
+    connection.putrequest("POST", "/onnx/predict")
+    headers = [("X-API-Key", gateway.key), ("Content-Length", "0")]
+    for header in [*headers, ("X-Model-Version", first), ("X-Model-Version", second)]:
+        connection.putheader(*header)
+    connection.endheaders()
+    assert connection.getresponse().status == 400
+    connection.close()
+
+
+def test_a_reload_that_haproxy_refuses_is_told_and_changes_nothing(gateway):
+    certificate = gateway.state / "tls.pem"
+    good = certificate.read_bytes()
+    try:
+        certificate.write_text("no certificate")
+        run = gateway.command("reload", check=False)
+        assert run.returncode == 1
+        assert "HAProxy refused, the old settings go on" in run.stderr
+    finally:
+        certificate.write_bytes(good)
+    assert gateway.ask()[0] == 200
+    assert gateway.command("reload").stdout == "reloaded\n"
+
+
 def test_a_slow_body_is_given_up(gateway):
     raw = socket.create_connection(("localhost", gateway.port), timeout=60)
     with raw, gateway.context().wrap_socket(raw, server_hostname="localhost") as connection:
@@ -534,7 +577,9 @@ def test_a_dead_canary_falls_back_to_version_1_and_a_dead_gateway_leaves_nothing
         gateway.command("promote", "my_model")
         assert gateway.ask()[1]["x-model-version"] == "2"
         gateway.end(signal.SIGTERM)
-        gateway.spawn()  # the split survives a restart
+        gateway.command("rollback", "my_model")
+        gateway.spawn()  # the split survives a restart, and what is set while the replicas start
+        gateway.command("promote", "my_model")
         gateway.wait_for("version 2 gets 100 % on onnx")
         gateway.wait_for("\nserving on")
         assert gateway.ask()[1]["x-model-version"] == "2"
