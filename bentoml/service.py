@@ -29,7 +29,7 @@ if only_version := os.environ.get("ONLY_VERSION"):
     VERSIONS = [only_version]  # one of the servers behind a gateway that splits requests between versions
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
 MAX_BODY_BYTES = 1_000_000
-MAX_REQUESTS = 512  # under way in one worker; BentoML answers 429 beyond them
+MAX_CONNECTIONS = 512  # to one worker; beyond them 503, so that nobody waits long
 SHARE_OF_V2 = 0.5  # of the requests to /predict_ab
 MONITOR = os.environ.get("MONITOR", "")  # the name of a log of all features and predictions; empty: none is written
 HOST, PORT = "127.0.0.1", 3000  # in a container: --host 0.0.0.0 or BENTOML_HOST=0.0.0.0
@@ -251,10 +251,9 @@ def make_service(middleware: type) -> bentoml.Service:
     """Return the service behind `middleware`, JsonOnly or a class made of it."""
     # Not `@bentoml.service` on the class with `svc = Classifier` below it: the module would hold the same
     # service under two names, and `bentoml build` would not know which to take.
-    service = bentoml.service(
-        name="my_model_service", http={"host": HOST, "port": PORT}, traffic={"max_concurrency": MAX_REQUESTS}
-    )(Classifier)
+    service = bentoml.service(name="my_model_service", http={"host": HOST, "port": PORT})(Classifier)
     service.add_asgi_middleware(middleware)
+    guard.limit_connections(MAX_CONNECTIONS)
     return service
 
 

@@ -172,6 +172,26 @@ def test_two_requests_sent_at_once_on_one_connection_get_both_right_answers(serv
     assert np.abs(np.concatenate(answers) - load_expected("1")[:2]).max() <= TOLERANCE
 
 
+def test_more_users_at_once_than_a_server_takes_are_refused_not_kept_waiting(server, capsys):
+    test_rows, _ = load_test_rows()
+    exchanges = make_exchanges(server.endpoint, "1", test_rows, load_expected("1"))
+    before = memory_bytes(server)
+    with LoadGenerator(server.endpoint, exchanges, 1200) as load:
+        window = load.run_closed(2.0)
+    refused = window.errors.get("status 429", 0) + window.errors.get("status 503", 0)
+    with capsys.disabled():
+        print(
+            f"\n{server.endpoint.name}: 1,200 connections: {len(window.latencies_s):,} answered, {refused:,} refused, "
+            f"longest wait {max(window.latencies_s):.2f} s"
+        )
+    assert window.wrong == 0
+    assert refused
+    assert set(window.errors) <= {"status 429", "status 503", "server closes after each reply"}, window.errors
+    assert max(window.latencies_s) < ANSWER_S / 2
+    assert memory_bytes(server) - before < MAX_GROWTH_BYTES
+    assert_right(server)
+
+
 # Overload, and what a dead worker costs. Servers of their own: the shared ones are not to suffer.
 
 

@@ -562,6 +562,37 @@ def wait_for_line(log: Path, text: str) -> None:
     wait_until(lambda: text in log.read_text(), log.read_text)
 
 
+def test_a_label_for_a_version_that_comes_later_is_given_when_it_comes(changing, tmp_path):
+    base, ports, log = changing
+    config = (tmp_path / "models.config").read_text()
+    labelled = config.replace(" } }", " model_version_policy { all {} } version_labels { key: 'stable' value: 2 } } }")
+    assert labelled != config
+    (tmp_path / "models.config").write_text(labelled)
+    wait_for_line(log, "not taken up: Request to assign label to version 2")
+    shutil.copytree(MODELS / "2", tmp_path / "2")
+    (tmp_path / "2").rename(base / "2")
+    rows, _ = load_test_rows()
+    wait_until(lambda: post(ports["rest"], "my_model/labels/stable:predict", {"instances": rows[:1]})[0] == 200)
+    assert log.read_text().count("not taken up") == 1
+
+
+LATE_CHANGE = """
+import asyncio
+from pathlib import Path
+from local_server import watch_config
+
+asyncio.run(asyncio.wait_for(watch_config(None, Path(sys.argv[1]), b"as it was read", 0.05), 0.5))
+"""
+
+
+def test_a_config_that_changed_while_the_server_loaded_is_looked_at_once(tmp_path):
+    config = tmp_path / "models.config"
+    config.write_text("this is no config")
+    _, lines = finish(python("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{LATE_CHANGE}", config))
+    assert lines[0] == f"local server: {config} has changed"
+    assert sum(str(config) in line for line in lines) == 2, lines  # and what is wrong with it
+
+
 def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(changing, tmp_path):
     base, ports, log = changing
     rows, _ = load_test_rows()

@@ -25,6 +25,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Read when TensorFlow is imported. oneDNN's kernels cost a small graph 22 µs a run, TensorFlow's own 12; with 1,024
 # rows they are equal. Set it to 1 yourself for large matrices.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+MAX_CONNECTIONS = 512  # over REST; beyond them 503, so that nobody waits long
 GRACE_S = 5.0  # what running requests get when the server is told to stop
 # Flags of tensorflow_model_server 2.21 whose effect the local server does not have: refused, not ignored.
 UNSUPPORTED = (
@@ -146,6 +147,14 @@ def bind(flag: str, port: int) -> socket.socket:
     return bound
 
 
+def read_if_there(path: Path | None) -> bytes | None:
+    """Return the file's content, None where there is none."""
+    try:
+        return path.read_bytes() if path else None
+    except OSError:
+        return None
+
+
 def read_models(arguments: argparse.Namespace) -> list:
     """Return one ModelConfig per model. Exits where the config is wrong or there is no version of any model."""
     from model_config import ConfigError, choose_versions, read_config, single_model_config
@@ -217,34 +226,47 @@ async def watch_folders(library, interval_s: float) -> None:
             print(f"local server: {change}", file=sys.stderr, flush=True)
 
 
-async def watch_config(library, path: Path, interval_s: float) -> None:
-    """Serve what the config file asks for whenever it has changed, for ever. A wrong one is told and left."""
+async def watch_config(library, path: Path, taken: bytes | None, interval_s: float) -> None:
+    """Serve what the config file asks for whenever it is not `taken`, for ever. A wrong one is told once and left.
+
+    One that asks for a version which is not there yet is tried again each time, until it is.
+    """
     from model_config import ConfigError, read_config
     from servables import ServingError
 
-    def reload() -> list[str]:
+    def reload() -> tuple[bool, list[str]]:
+        """Return whether this content is done with, and what there is to tell."""
         try:
-            return library.reload(list(read_config(path, allow_labels=True).model_config_list.config))
+            return True, library.reload(list(read_config(path, allow_labels=True).model_config_list.config))
         except ConfigError as error:
-            return [str(error)]
+            return True, [str(error)]
         except ServingError as error:
-            return [f"{path} not taken up: {error.message}"]
+            return False, [f"{path} not taken up: {error.message}"]
 
-    seen = await asyncio.to_thread(path.read_bytes)
+    tried, is_done, told = taken, True, []
     while True:
         await asyncio.sleep(interval_s)
         with contextlib.suppress(OSError):  # it is being replaced just now
             content = await asyncio.to_thread(path.read_bytes)
-            if content != seen:
-                seen = content
-                for change in [f"{path} has changed", *await asyncio.to_thread(reload)]:
-                    print(f"local server: {change}", file=sys.stderr, flush=True)
+            if content == tried and is_done:
+                continue
+            news = [] if content == tried else [f"{path} has changed"]
+            tried = content
+            is_done, changes = await asyncio.to_thread(reload)
+            news += changes if news or changes != told else []
+            told = changes
+            for change in news:
+                print(f"local server: {change}", file=sys.stderr, flush=True)
 
 
 async def serve(
-    library, arguments: argparse.Namespace, rest_socket: socket.socket | None, metrics_path: str | None
+    library,
+    arguments: argparse.Namespace,
+    rest_socket: socket.socket | None,
+    metrics_path: str | None,
+    config: bytes | None,
 ) -> None:
-    """Serve until one of STOP_SIGNALS comes."""
+    """Serve until one of STOP_SIGNALS comes. `config` is the config file as it was when `library` was loaded."""
     import uvicorn
     from grpc_api import start_server
     from metrics import Metrics
@@ -271,7 +293,7 @@ async def serve(
             grpc_server = await start_server(library, addresses, arguments.grpc_channel_arguments, metrics)
             addresses = [f"{address} (gRPC)" for address in addresses]
         if rest_socket:
-            config = uvicorn.Config(
+            settings = uvicorn.Config(
                 RestApi(
                     library,
                     arguments.rest_api_timeout_in_ms / 1000 if arguments.rest_api_timeout_in_ms > 0 else None,
@@ -283,13 +305,14 @@ async def serve(
                 ws="none",
                 lifespan="off",
                 access_log=False,
-                log_level="warning",
+                log_level="error",
+                limit_concurrency=MAX_CONNECTIONS,
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=75,  # uvicorn's 5 s would close connections that a client thinks are open
                 timeout_graceful_shutdown=int(GRACE_S),
             )
-            rest_server = RestServer(config)
+            rest_server = RestServer(settings)
             tasks.create_task(rest_server.serve([rest_socket]))
             await rest_listens.wait()
             addresses.append(f"http://{HOST}:{arguments.rest_api_port} (REST)")
@@ -306,7 +329,7 @@ async def serve(
             watchers.append(tasks.create_task(watch_folders(library, arguments.file_system_poll_wait_seconds)))
         if arguments.model_config_file and arguments.model_config_file_poll_wait_seconds > 0:
             interval_s = arguments.model_config_file_poll_wait_seconds
-            watchers.append(tasks.create_task(watch_config(library, arguments.model_config_file, interval_s)))
+            watchers.append(tasks.create_task(watch_config(library, arguments.model_config_file, config, interval_s)))
         await stop.wait()
         for watcher in watchers:
             watcher.cancel()
@@ -329,13 +352,14 @@ def main() -> None:
     if arguments.grpc_socket_path:
         free_socket_path(Path(arguments.grpc_socket_path))
     metrics_path = read_metrics(arguments)
+    config = read_if_there(arguments.model_config_file)  # before it is parsed: what changes later is seen
     library = load_library(read_models(arguments), read_batching(arguments), arguments)
     gc.collect()
     gc.freeze()  # what is loaded stays loaded: the garbage collector need not walk it again
     import uvloop
 
     try:
-        uvloop.run(serve(library, arguments, rest_socket, metrics_path))
+        uvloop.run(serve(library, arguments, rest_socket, metrics_path, config))
     except* RuntimeError as group:
         sys.exit(f"local server: {group.exceptions[0]}")
     # TensorFlow's threads can outlive an orderly interpreter shutdown by seconds; nothing is left to write.
