@@ -152,14 +152,14 @@ docker-down: ## stop and remove the containers
 
 ## develop
 
-test: train ## run the tests, on real servers: under ten minutes
+test: train ## run the tests, on real servers: about twenty minutes
 	python -m pytest -m "not slow and not containers"
 
 test-slow: train ## run the rest, all of the measuring tools: Locust, truths, report, calibration
 	python -m pytest -m slow
 
 test-containers: train ## run the tests that need a Docker engine, on one of their own
-	python -m pytest -m containers
+	python -m pytest -m containers -rs
 
 lint: setup ## check style
 	ruff check .

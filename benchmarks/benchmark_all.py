@@ -66,11 +66,11 @@ class Profile:
     rows_per_request: tuple[int, ...]
     rate_shares: tuple[float, ...]  # offered rates, as shares of the server's fastest closed-loop rate
     settle_seconds: float  # longest warm-up of a server after its check
-    defaults_in_full: bool  # False: a default beside its tuned set-up is measured by connections only
+    defaults_in_full: bool  # False: a default beside its tuned set-up by connections only, and over gRPC not at all
 
 
 PROFILES = {
-    "quick": Profile(1, 5, 2, 0.25, 0, 0.1, (1, 16, 64), (1, 32, 1024), (0.25, 0.5, 0.75, 1.1), 4.0, False),
+    "quick": Profile(1, 5, 2, 0.25, 0, 0.1, (1, 16, 64), (1, 32, 1024), (0.25, 0.5, 0.75, 1.1), 3.0, False),
     "rigorous": Profile(
         3, 10, 10, 5.0, MLPERF_QUERIES, 1.0, (1, 4, 16, 64), (1, 8, 32, 128, 1024),
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), 30.0, True,
@@ -82,7 +82,12 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> argparse.Namespace:
     names = list(classes)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
-    parser.add_argument("--endpoints", nargs="+", choices=names, help="which servers (default: all)")
+    parser.add_argument(
+        "--endpoints",
+        nargs="+",
+        choices=names,
+        help="which servers (default: all; quick: no default over gRPC that has a tuned set-up)",
+    )
     parser.add_argument(
         "--containers",
         action="store_true",
@@ -125,10 +130,12 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> argparse.Namespace:
     if arguments.containers:
         inside = list_container_endpoints(classes)
         names = [name for name in names if name in inside or not classes[name].has_model]
-    arguments.endpoints = arguments.endpoints or names
+    profile = PROFILES[arguments.profile]
+    if not arguments.endpoints:
+        beside = set() if profile.defaults_in_full else defaults_beside_tuned(names)
+        arguments.endpoints = [name for name in names if name not in beside or classes[name].protocol == "REST"]
     if unknown := set(arguments.endpoints) - set(names):
         parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    profile = PROFILES[arguments.profile]
     for name in ("connections", "rounds", "seconds", "warmup_seconds", "settle_seconds"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(profile, name))

@@ -25,6 +25,7 @@ from conftest import REPOSITORY_DIR, refuse_taken_ports
 from containers import list_container_endpoints
 from endpoint import load_endpoints
 from engine import (
+    PYTHON_IMAGE,
     Engine,
     build_settings,
     find_compose,
@@ -120,8 +121,16 @@ def engine(tmp_path_factory):
         pytest.skip(f"no engine can be started here: {obstacle}")
     refuse_taken_ports()
     before = list_traces()
-    with Engine() as engine, build_settings(tmp_path_factory.mktemp("build")) as settings:
-        make_base(engine)
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = stack.enter_context(Engine())
+            make_base(engine)
+        except (RuntimeError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no engine can be started here: {error}")
+        probe = engine.run("docker", "run", "--rm", "--network", "none", PYTHON_IMAGE, "true", check=False)
+        if probe.returncode:
+            pytest.skip(f"no container can be started here: {probe.stdout}")
+        settings = stack.enter_context(build_settings(tmp_path_factory.mktemp("build")))
         make_tfserving_stand_in(engine)
         engine.environment |= settings
         engine.run("make", "docker-build", timeout_s=1200)

@@ -31,7 +31,7 @@ NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
     "make test": "it is the command that runs this test",
     "make test-slow": "it is the command that runs this test",
-    "make test-containers": "it starts an engine of its own and takes ten minutes",
+    "make test-containers": ".ci/run calls it after the tests",
     "make docker-build": NO_ENGINE,
     "make docker-up": NO_ENGINE,
     "make docker-verify": NO_ENGINE,
