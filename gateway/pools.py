@@ -88,6 +88,8 @@ def render(pools: list[Pool]) -> str:
             lines += ["", f"backend {pool.server.name}-v{pool.version}{kind}", *check_lines(pool.server)]
             for source, backup in ((pool, ""), (stable, " backup")):
                 for number, replica in enumerate(source.replicas if source else (), 1):
+                    if kind and replica.grpc_port is None:
+                        continue  # an address for REST alone was given
                     lines.append(server_line(replica, f"v{source.version}-{number}", bool(kind)) + backup)
             if stable:
                 lines.append("    option allbackups")

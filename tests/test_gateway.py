@@ -674,3 +674,10 @@ def test_addresses_of_one_dns_name_become_a_template():
     text = pools.render(pools.pools_from_environment(server, environment))
     assert "server-template v1-1- 3 tf-v1:8500 proto h2 check-proto h1 port 8501" in text
     assert text.count("resolvers dns init-addr none") == 4  # REST and gRPC; of version 1, and behind version 2
+
+
+def test_an_address_for_rest_alone_gives_grpc_no_replica():
+    server = pools.describe_servers()["tfserving"]
+    text = pools.render(pools.pools_from_environment(server, {"GATEWAY_TFSERVING_V1": "127.0.0.1:8501"}))
+    assert "None" not in text
+    assert "server" not in text.split("backend tfserving-v1-grpc")[1].split("backend")[0].replace("observe", "")

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -315,32 +316,48 @@ def test_the_openapi_description_tells_every_path_that_is_served(tuned_server):
 
 def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(repository):
     rows, _ = load_test_rows()
+    body = json.dumps({"data": rows[:1]})
     expected = {version: load_expected(version)[0] for version in ("1", "2")}
     second = (ONNX_DIR / "models" / "my_model" / "2" / "model.onnx").read_bytes()
-    seen: list[str] = []
-    with running("--model-repository", str(repository)) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.endpoint.port, timeout=10)
+    stop = threading.Event()
+    seen: list[list[str]] = [[] for _ in range(8)]  # per client: the version that answered, or what was wrong
 
-        def ask_newest() -> str:
-            body = json.dumps({"data": rows[:1]})
-            connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-            reply = connection.getresponse()
-            answer = np.array(json.loads(reply.read())["predictions"][0])
-            assert reply.status == 200
-            versions = [version for version in "12" if np.abs(answer - expected[version]).max() <= TOLERANCE]
-            assert len(versions) == 1
-            seen.append(versions[0])
-            return versions[0]
+    def ask_newest(port: int, answers: list[str]) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        with contextlib.closing(connection):
+            while not stop.is_set():
+                connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
+                reply = connection.getresponse()
+                content = reply.read()
+                answer = np.array(json.loads(content)["predictions"][0] if reply.status == 200 else np.nan)
+                right = [version for version in "12" if np.abs(answer - expected[version]).max() <= TOLERANCE]
+                answers.append(right[0] if len(right) == 1 else f"{reply.status} {content}")
 
-        while len(seen) < 300:
-            ask_newest()
-        publish(repository, "2", second)
-        wait_for(lambda: ask_newest() == "2", "version 2 answers")
-        while len(seen) < 1000:
-            ask_newest()
-        shutil.rmtree(repository / "my_model" / "2")
-        wait_for(lambda: ask_newest() == "1", "version 1 answers again")
-    assert "".join(seen).strip("1").strip("2") == "", "versions changed more than once each way"
+    def all_see(version: str) -> bool:
+        return all(answers and answers[-1] == version for answers in seen)
+
+    def count() -> int:
+        return sum(map(len, seen))
+
+    with running("--model-repository", str(repository)) as server, concurrent.futures.ThreadPoolExecutor(8) as clients:
+        try:
+            asking = [clients.submit(ask_newest, server.endpoint.port, answers) for answers in seen]
+            wait_for(lambda: count() >= 300, "300 answers")
+            publish(repository, "2", second)
+            wait_for(lambda: all_see("2"), "version 2 answers")
+            before = count()
+            wait_for(lambda: count() >= max(700, before + 100), "answers by version 2")
+            shutil.rmtree(repository / "my_model" / "2")
+            wait_for(lambda: all_see("1"), "version 1 answers again")
+            before = count()
+            wait_for(lambda: count() >= max(1000, before + 100), "answers by version 1")
+        finally:
+            stop.set()
+        for future in asking:
+            future.result()
+    for answers in seen:
+        assert set(answers) == {"1", "2"}, set(answers)
+        assert "".join(answers).strip("1").strip("2") == "", "versions changed more than once each way"
 
 
 def test_a_corrupt_version_never_replaces_a_good_one(repository):

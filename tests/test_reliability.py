@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import load_generator
 import numpy as np
@@ -75,6 +76,51 @@ def test_no_made_up_body_gets_a_5xx_or_hangs_the_server(server):
     assert memory_bytes(server) - before < MAX_GROWTH_BYTES
 
 
+PATHS = {
+    "tfserving": {
+        "POST": ["my_model:classify", "my_model/versions/1:regress", "my_model/labels/x:predict", "my_model:{}", "{}"],
+        "GET": ["my_model", "my_model/metadata", "my_model/versions/{}", "my_model/labels/{}/metadata", "{}"],
+    },
+    # Of its own API for management nothing that could touch the model which the other tests ask.
+    "torchserve": {
+        "POST": ["models?url={}&model_name=junk", "models?{}", "models/{}"],
+        "PUT": ["models/junk?min_worker={}", "models/junk/{}/set-default", "models/{}"],
+        "GET": ["models?limit={}", "models/my_model/{}", "models/{}", "{}"],
+        "DELETE": ["models/junk-{}", "models/my_model/junk-{}"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "prefix"), [("tfserving", "rest", "/v1/models/"), ("torchserve", "management", "/")]
+)
+def test_no_made_up_path_or_verb_breaks_a_server(request, capsys, name, role, prefix):
+    server = request.getfixturevalue(f"{name}_server")
+    before = memory_bytes(server)
+    statuses = Counter()
+    paths = [(method, path) for method, templates in PATHS[name].items() for path in templates]
+
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        st.sampled_from(paths),
+        st.text(max_size=20) | st.integers(-(10**20), 10**20).map(str),
+        documents.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=50),
+    )
+    def fuzz(way, text, body):
+        method, path = way
+        asked = Request(prefix + path.format(quote(text, safe="")), b"" if method == "GET" else body, method)
+        status, reply = send(server.endpoint.ports[role], asked, timeout_s=ANSWER_S)
+        statuses[status] += 1
+        # TorchServe, whose code is not ours, has its 500s: they may end nothing.
+        assert 200 <= status < (600 if name == "torchserve" else 500), (asked, reply[:500])
+
+    fuzz()
+    with capsys.disabled():
+        print(f"\n{name}, {role}: " + ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items())))
+    assert_right(server)
+    assert memory_bytes(server) - before < MAX_GROWTH_BYTES
+
+
 # Rude clients.
 
 
@@ -131,7 +177,8 @@ def test_what_is_no_http_is_refused_or_dropped(server, junk):
                 reply += chunk
         except (ConnectionError, OSError) as error:
             assert not isinstance(error, TimeoutError), "neither answered nor dropped"
-    assert reply == b"" or reply.split(b" ", 2)[1][:1] in (b"4", b"5") or reply.startswith(b"HTTP/1.1 30"), reply[:200]
+    status = reply.split(b" ", 2)[1] if reply else b"dropped"
+    assert status[:1] in (b"4", b"3", b"d") or status == b"505", reply[:200]  # 505: this version of HTTP is not served
     assert_right(server)
     assert memory_bytes(server) - before < MAX_GROWTH_BYTES
 
