@@ -159,7 +159,7 @@ test-slow: train ## run the rest, all of the measuring tools: Locust, truths, re
 	python -m pytest -m slow
 
 test-containers: train ## run the tests that need a Docker engine, on one of their own
-	python -m pytest -m containers -rs
+	python -m pytest -m containers
 
 lint: setup ## check style
 	ruff check .

@@ -264,10 +264,6 @@ def interrupt_once(*_) -> None:
     raise KeyboardInterrupt
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 @events.quitting.add_listener
 def ignore_sigterm(**_) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -285,7 +281,7 @@ def add_arguments(parser) -> None:
 @events.init.add_listener
 def prepare(environment, **_) -> None:
     signal.signal(signal.SIGTERM, interrupt_once)  # until Locust listens for it: only when a shape has ended
-    gevent.signal_handler(signal.SIGINT, interrupt)  # in a greenlet of its own: else in a user's, whose request it cuts
+    gevent.signal_handler(signal.SIGINT, interrupt_once)  # in a greenlet of its own, not in a user's
     options = environment.parsed_options
     environment.host = environment.host or f"http://127.0.0.1:{ENDPOINTS[options.endpoint]().port}"
     environment.stop_timeout = environment.stop_timeout or STOP_TIMEOUT_S

@@ -376,7 +376,7 @@ def print_servers(_arguments: argparse.Namespace) -> None:
 def reload(arguments: argparse.Namespace) -> None:
     """Have HAProxy read haproxy.cfg, the certificate and the state anew; what is under way is answered first."""
     state = State(arguments.state)
-    with state.lock():  # a split that were set meanwhile might reach the old worker alone
+    with state.lock():  # a split that is set meanwhile might reach the old worker alone
         try:
             before = worker_pid(state)
             state.ask("reload", "master.sock")

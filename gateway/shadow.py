@@ -276,13 +276,10 @@ class Shadow:
         if copy is None:
             return
         try:
-            connection.request("POST", copy.path, copy.body, {"Content-Type": copy.content_type})
+            content_type = copy.content_type.encode(errors="replace")  # a string may have only Latin-1 here
+            connection.request("POST", copy.path, copy.body, {"Content-Type": content_type})
             answer = connection.getresponse()
             reply = answer.read()
-        except UnicodeError:  # in what the user calls the body's type: no request can be made of it
-            connection.close()
-            self._count(self.comparison.refused, "an unreadable Content-Type")
-            return
         except (OSError, http.client.HTTPException):
             connection.close()
             self._count(self.comparison.failed, "no reply")

@@ -30,6 +30,7 @@ GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
 sys.path.insert(0, str(GATEWAY.parent))
 
 import pools  # noqa: E402
+from state import KEYS, SPLIT, State, StateError  # noqa: E402
 
 USERS, RATE, REQUESTS, CONNECTIONS = 2000, 300, 3000, 16
 KILL_AT, MOVE_AT = 2200, 2400  # by then every user has come, and the first ones again
@@ -680,4 +681,33 @@ def test_an_address_for_rest_alone_gives_grpc_no_replica():
     server = pools.describe_servers()["tfserving"]
     text = pools.render(pools.pools_from_environment(server, {"GATEWAY_TFSERVING_V1": "127.0.0.1:8501"}))
     assert "None" not in text
-    assert "server" not in text.split("backend tfserving-v1-grpc")[1].split("backend")[0].replace("observe", "")
+    assert "server" not in text.split("backend tfserving-v1-grpc")[1].split("backend")[0]
+
+
+@pytest.fixture
+def state(tmp_path, monkeypatch):
+    """A state folder whose HAProxy refuses what concerns torchserve, and the keys' rates."""
+    state = State(tmp_path)
+    state.create()
+    state.told = []
+
+    def ask(command: str) -> str:
+        state.told.append(command)
+        return "unknown map entry" if "torchserve" in command or "del map rates" in command else ""
+
+    monkeypatch.setattr(state, "ask", ask)
+    return state
+
+
+def test_a_refused_split_of_one_server_is_told_and_the_others_get_theirs(state):
+    with pytest.raises(StateError, match="HAProxy refused"):
+        state.set_split({"torchserve": 0, "onnx": 0})
+    assert f"set map {SPLIT} onnx 0" in state.told
+
+
+def test_a_key_is_worthless_whatever_fails_while_it_is_revoked(state):
+    state.add_key("leaver", 5)
+    with pytest.raises(StateError, match="HAProxy refused"):
+        state.revoke_key("leaver")
+    assert state.read(KEYS) == {}
+    assert any(command.startswith(f"del map {KEYS}") for command in state.told)

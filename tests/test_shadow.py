@@ -1,6 +1,7 @@
 """Shadow traffic on real servers: users get version 1's replies whatever version 2 does; the comparison is right."""
 
 import contextlib
+import dataclasses
 import http.client
 import json
 import os
@@ -230,6 +231,17 @@ def test_a_request_that_version_1_could_not_answer_is_no_difference_of_the_versi
     with Shadow(v1.endpoint, nobody, v2.endpoint.port) as running:
         assert User(running.users_port).send(predictions(v1, 1)[0])[0] == 503
     assert running.comparison.refused == {"503 and 200": 1} and running.comparison.copies == 1
+
+
+def test_a_content_type_that_is_not_ascii_reaches_version_2_too(v1, v2):
+    strange, usual = predictions(v1, 2)
+    strange = dataclasses.replace(strange, content_type="application/json; x=→".encode())
+    with open_shadow(v1, v2.endpoint.port) as running:
+        user = User(running.users_port)
+        statuses = [user.send(request)[0] for request in [*[strange] * 8, usual]]  # more than there are threads
+    assert statuses == [200] * 9
+    assert running.comparison.compared == 9
+    assert not running.comparison.failed
 
 
 def test_behind_the_gateway_users_of_version_1_are_shadowed_and_their_keys_go_no_further(v1, v2, tmp_path):
