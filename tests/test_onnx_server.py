@@ -475,27 +475,19 @@ def test_a_worker_that_is_killed_under_load_loses_at_most_what_was_under_way(cap
     assert outcomes["lost"] <= 16, outcomes  # eight under way, and those that the kernel had queued for the worker
 
 
-@pytest.mark.slow
-def test_two_workers_answer_more_than_one_where_the_client_leaves_them_the_cores(capsys):
-    """Requests of 1,000 rows keep a worker busy for a millisecond and the client for a tenth of that."""
-    rows, _ = load_test_rows()
-    many, expected = (rows * 9)[:1000], np.tile(load_expected("1"), (9, 1))[:1000]
-    cores = len(os.sched_getaffinity(0))
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    with running("--workers", "1") as one, running("--workers", "2") as two:
-        wait_for(lambda: two.log().count("serving on") == 2, "both workers serve")
-        for _ in range(5):
-            for workers, server in ((1, one), (2, two)):
-                exchanges = make_exchanges(server.endpoint, "1", many, expected, len(many))
-                with LoadGenerator(server.endpoint, exchanges, 16) as load:
-                    load.run_closed(0.3)
-                    window = load.run_closed(1.0)
-                assert (window.wrong, dict(window.errors)) == (0, {})
-                rates[workers].append(window.rate)
-    ratio = np.median([b / a for a, b in zip(rates[1], rates[2], strict=True)])
-    with capsys.disabled():
-        print(f"\ntwo workers answer {ratio:.2f} times as many requests of 1,000 rows as one, on {cores} cores")
-    assert ratio >= (1.6 if cores > 2 else 0.8), rates
+def test_cuda_gives_the_reference_answers_or_is_refused():
+    """With a GPU and CUDA the server uses them; without it does not start, and says why."""
+    try:
+        with running("--device", "cuda") as server:
+            assert "(CUDAExecutionProvider)" in server.log()
+            rows, _ = load_test_rows()
+            for version in ("1", "2"):
+                answers = [ask(server.endpoint, [row], version)[0] for row in rows]
+                for given in (answers, ask(server.endpoint, rows, version)):
+                    assert np.abs(np.array(given) - load_expected(version)).max() <= TOLERANCE
+    except ServerError as error:
+        assert shutil.which("nvidia-smi") is None, error
+        assert "CUDA was demanded" in str(error)
 
 
 def test_workers_end_when_their_supervisor_is_killed():
