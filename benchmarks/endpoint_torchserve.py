@@ -26,6 +26,8 @@ class TorchServeEndpoint(Endpoint):
     settings = {
         "workers": "one per usable core and version (default)",
         "batching": "off (batchSize 1, default)",
+        "queue": "100 (default)",
+        "network threads": "two per usable core (default)",
         "access log": "on (default)",
     }
     image_settings = {**settings, "access log": "off"}
@@ -91,9 +93,13 @@ class TorchServeGrpcEndpoint(TorchServeEndpoint):
 
 
 TUNED_OPTIONS = ("--config", "config-tuned.properties", "--log-config", "log4j2-tuned.xml")
+TUNED_ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 TUNED_SETTINGS = {
     "workers": "1 per version",
+    "threads": "1 per worker",
     "batching": "up to 64, 1 ms",
+    "queue": "1,000",
+    "network threads": "1",
     "access log": "off",
     "system metrics": "off",
     "tokens": "required",
@@ -107,6 +113,9 @@ class TunedTorchServeEndpoint(TorchServeEndpoint):
     settings = TUNED_SETTINGS
     image_settings = None
 
+    def environment(self) -> dict[str, str]:
+        return TUNED_ENVIRONMENT
+
 
 class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
     name = "torchserve-grpc-tuned"
@@ -114,6 +123,9 @@ class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
     options = TUNED_OPTIONS
     settings = TUNED_SETTINGS
     image_settings = None
+
+    def environment(self) -> dict[str, str]:
+        return TUNED_ENVIRONMENT
 
 
 @functools.cache

@@ -149,7 +149,8 @@ def describe_drift(windows: list) -> str:
         figures.append(f"p{percent} {before_s * 1000:.3f} ms, then {after_s * 1000:.3f} ms")
     medians_s = [[np.median(times_s) for times_s in part] for part in (first, last)]
     drifted = stats.mannwhitneyu(*medians_s).pvalue < SIGNIFICANCE and abs(changes[50]) >= LEAST_DRIFT
-    return f"{'; '.join(figures)}: {'it drifts' if drifted else 'no drift'}"
+    verdict = ("it rises" if changes[50] > 0 else "it falls") if drifted else "no drift"
+    return f"{'; '.join(figures)}: {verdict}"
 
 
 def main() -> int:

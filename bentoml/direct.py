@@ -8,6 +8,7 @@ import numpy as np
 from pydantic_core import from_json
 from service import MONITOR, VERSIONS, JsonOnly, check_features, check_version, load_models, log_predictions
 from sklearn.pipeline import Pipeline
+from threadpoolctl import threadpool_limits
 
 CONTENT_TYPE = (b"content-type", b"application/json")
 MAX_BATCH_ROWS = 1024
@@ -62,6 +63,8 @@ class DirectPredict(JsonOnly):
         gc.collect()
         gc.freeze()  # 170,000 objects of imported packages stay: a collection that looks through them takes 0.1 s
         self.batchers = {version: Batcher(model) for version, model in load_models().items()}
+        # BLAS starts a thread for each core; those of two workers are in each other's way (README.md, step 6).
+        threadpool_limits(limits=1)
 
     async def answer(self, scope: dict, body: bytes, send) -> bool:
         if scope["path"] != "/predict":

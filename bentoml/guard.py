@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 
+import accepting
 import click
 import uvicorn
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
@@ -63,6 +64,11 @@ def limit_connections(limit: int) -> None:
     replies, and none was refused. BentoML hands no option of this kind on to uvicorn, so it becomes the default.
     """
     uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, limit_concurrency=limit)
+
+
+def accept_faster() -> None:
+    """Make a worker, which is about to start uvicorn, take more new connections at once while it is busy."""
+    uvicorn.Server = accepting.Server
 
 
 def cancel_timers() -> None:

@@ -254,6 +254,7 @@ def make_service(middleware: type) -> bentoml.Service:
     service = bentoml.service(name="my_model_service", http={"host": HOST, "port": PORT})(Classifier)
     service.add_asgi_middleware(middleware)
     guard.limit_connections(MAX_CONNECTIONS)
+    guard.accept_faster()
     return service
 
 

@@ -274,8 +274,13 @@ def is_running(pid: int) -> bool:
 
 
 def read_statistics(state: State) -> list[dict[str, str]]:
-    """Return HAProxy's table of frontends, backends and servers. OSError where no gateway runs."""
-    return list(csv.DictReader(io.StringIO(state.ask("show stat").removeprefix("# "))))
+    """Return HAProxy's table of frontends, backends and servers. OSError where no gateway runs.
+
+    `check_status` is the last check's that ended: HAProxy writes "* " before it while another one is under way
+    (its management guide, section 9.1).
+    """
+    rows = csv.DictReader(io.StringIO(state.ask("show stat").removeprefix("# ")))
+    return [{**row, "check_status": row["check_status"].removeprefix("* ")} for row in rows]
 
 
 def read_status(state: State) -> dict:

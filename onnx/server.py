@@ -28,6 +28,7 @@ import msgspec
 import onnxruntime as ort
 import openapi
 import uvicorn
+from accepting import Server
 from metrics import CONTENT_TYPE, Metrics
 from models import BinaryReply, Refusal, Repository, encode
 from onnx_inference import PROVIDERS, DeviceError
@@ -334,13 +335,11 @@ def main() -> int:
     print(f"serving on http://{arguments.host}:{listener.getsockname()[1]}, Ctrl-C to stop", flush=True)
     config = uvicorn.Config(application, limit_concurrency=settings.max_connections, **UVICORN_SETTINGS)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(serve(uvicorn.Server(config), listener, repository, application))
+        runner.run(serve(Server(config), listener, repository, application))
     return 0
 
 
-async def serve(
-    server: uvicorn.Server, listener: socket.socket, repository: Repository, application: Application
-) -> None:
+async def serve(server: Server, listener: socket.socket, repository: Repository, application: Application) -> None:
     """Answer, and follow the repository, until a signal ends both."""
     application.under_way = server.server_state.tasks
     watcher = asyncio.create_task(repository.watch(application.update))

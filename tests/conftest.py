@@ -10,8 +10,10 @@ import pytest
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY_DIR / "benchmarks"))
-# A shell that runs the tests in the background has Ctrl-C ignored, and what the tests start would inherit that.
+# A shell that runs the tests in the background has Ctrl-C ignored, nohup a lost terminal, and what the tests start
+# would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 

@@ -266,7 +266,7 @@ def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder
     done = run("bentoml", "build", folder=folder_copy, store=store)
     assert done.returncode == 0, done.stdout
     bento = next((store / "bentos" / "my_model_service").glob("*/"))
-    ours = {"service.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
+    ours = {"service.py", "accepting.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
     assert {path.name for path in (bento / "src").iterdir()} == {*ours, "bentofile.yaml"}
     manifest = yaml.safe_load((bento / "bento.yaml").read_text())
     assert {model["tag"] for model in manifest["models"]} == set(TAGS.values())

@@ -32,6 +32,8 @@ sys.path.insert(0, str(GATEWAY.parent))
 import pools  # noqa: E402
 from state import KEYS, SPLIT, State, StateError  # noqa: E402
 
+from gateway import read_statistics  # noqa: E402
+
 USERS, RATE, REQUESTS, CONNECTIONS = 2000, 300, 3000, 16
 KILL_AT, MOVE_AT = 2200, 2400  # by then every user has come, and the first ones again
 AFTER_MOVE_S = 1.0
@@ -273,6 +275,14 @@ async def measure_added_ms(gateway: Gateway, endpoint, direct_port: int) -> list
 def binomial_interval_99(share: float, n: int) -> tuple[float, float]:
     half = 2.576 * (share * (1 - share) / n) ** 0.5
     return n * (share - half), n * (share + half)
+
+
+def test_a_check_that_is_under_way_does_not_hide_the_last_ones_result():
+    class Haproxy:
+        def ask(self, _command: str) -> str:
+            return "# pxname,svname,check_status\nonnx-v1,v1-1,* L7OK\nonnx-v1,v1-2,L7OK\nonnx-v1,BACKEND,\n"
+
+    assert [row["check_status"] for row in read_statistics(Haproxy())] == ["L7OK", "L7OK", ""]
 
 
 @pytest.mark.parametrize(

@@ -607,7 +607,13 @@ def test_a_server_that_is_not_there_is_an_oserror_and_one_of_http1_a_reason(null
 def test_every_server_that_has_grpc_has_a_row_over_each_protocol():
     classes = load_endpoints()
     over_grpc = {name for name, value in classes.items() if value.protocol == "gRPC"}
-    assert over_grpc == {"null-grpc", "tfserving-grpc", "torchserve-grpc", "torchserve-grpc-tuned"}
+    assert over_grpc == {
+        "null-grpc",
+        "tfserving-grpc",
+        "tfserving-grpc-tuned",
+        "torchserve-grpc",
+        "torchserve-grpc-tuned",
+    }
     for name in over_grpc - {"null-grpc"}:
         rest = classes[name.replace("-grpc", "")]
         assert (rest.protocol, rest().timed_port, classes[name]().timed_port) == ("REST", "rest", "grpc")

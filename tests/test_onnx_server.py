@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import tritonclient.http
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from load_generator import LoadGenerator, make_exchanges
+from prometheus_client import CollectorRegistry
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ServerProcess, ask, find_free_ports, send
 
@@ -288,12 +290,35 @@ def test_metrics_count_each_version_and_status(repository):
             ask(endpoint, [GOOD_ROW], "1")
         send(endpoint.port, Request("/predict/1", b"{"))
         text = get(server, "/metrics")[1].decode()
+        for _ in range(600):  # counted in parts
+            ask(endpoint, [GOOD_ROW], "1")
+        many = get(server, "/metrics")[1].decode()
     series = dict(re.findall(r"^(onnx_server\S+) (\S+)$", text, re.M))
     assert float(series['onnx_server_requests_total{model="my_model",status="400",version="1"}']) == 1
     counted = float(series['onnx_server_request_latency_seconds_count{model="my_model",version="1"}'])
     assert counted == float(series['onnx_server_requests_total{model="my_model",status="200",version="1"}']) >= 6
+    assert f'onnx_server_requests_total{{model="my_model",status="200",version="1"}} {counted + 600}' in many
+    assert f'onnx_server_request_latency_seconds_count{{model="my_model",version="1"}} {counted + 600}' in many
     assert float(series['onnx_server_request_latency_seconds_bucket{le="0.1",model="my_model",version="1"}']) > 0
     assert float(series['onnx_server_model_loaded{model="my_model",version="1"}']) == 1
+
+
+def test_values_observed_together_are_counted_as_one_by_one():
+    spec = importlib.util.spec_from_file_location("onnx_metrics", REPOSITORY_DIR / "onnx" / "metrics.py")
+    metrics = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(metrics)
+    bounds = metrics.LATENCY_BUCKETS_S
+    values = [*bounds, *(bound * 1.01 for bound in bounds), *(bound * 0.99 for bound in bounds), 0.0, 5.0]
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    histograms = [metrics.BulkHistogram("h", "h", ["of"], buckets=bounds, registry=registry) for registry in registries]
+    together, one_by_one = (histogram.labels("x") for histogram in histograms)
+    together.observe_all(values)
+    for value in values:
+        one_by_one.observe(value)
+    for sample, expected in zip(*(next(iter(registry.collect())).samples for registry in registries), strict=True):
+        if not sample.name.endswith("_created"):
+            assert (sample.name, sample.labels) == (expected.name, expected.labels)
+            assert sample.value == pytest.approx(expected.value)
 
 
 def test_the_openapi_description_tells_every_path_that_is_served(tuned_server):
@@ -443,9 +468,12 @@ def test_workers_share_the_port_and_one_that_is_killed_is_replaced():
         assert workers[1].pid in pids
         for _ in range(40):  # a connection each: the kernel spreads them
             ask(server.endpoint, [GOOD_ROW], "1")
-        text = get(server, "/metrics")[1].decode()
-        counts = re.findall(r'^onnx_server_requests_total{.*status="200".*} (\S+)$', text, re.M)
-        assert sum(map(float, counts)) >= 41
+
+        def counted() -> float:
+            text = get(server, "/metrics")[1].decode()
+            return sum(map(float, re.findall(r'^onnx_server_requests_total{.*status="200".*} (\S+)$', text, re.M)))
+
+        wait_for(lambda: counted() >= 40, "the workers have counted, a quarter of a second later")
         pids |= {server.pid}
     assert not any(map(psutil.pid_exists, pids))
 

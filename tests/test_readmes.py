@@ -216,6 +216,19 @@ class Shell:
         assert not names, f"Ctrl-C left {names} running"
 
 
+def test_the_tests_that_a_readme_names_are_there():
+    named = {
+        " ".join(command.split())
+        for readme in list_readmes()
+        for command in re.findall(r"`python -m (pytest\s[^`]+)`", (REPOSITORY_DIR / readme).read_text())
+    }
+    assert named
+    for command in named:
+        collect = [sys.executable, "-m", *command.split(), "--collect-only", "--quiet"]
+        done = subprocess.run(collect, cwd=REPOSITORY_DIR, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout[-500:]}"  # 5: it selects none
+
+
 @pytest.mark.parametrize(
     "readme",
     [pytest.param(name, marks=pytest.mark.slow if name == "benchmarks/README.md" else ()) for name in list_readmes()],

@@ -299,7 +299,7 @@ def test_three_times_too_much_for_20_s_leaves_the_server_well(name, warm_up_s, m
         before = memory_bytes(server)
         one_more = pool.submit(ask_now_and_then, server, stop)
         try:
-            with LoadGenerator(server.endpoint, exchanges, 256) as load:
+            with LoadGenerator(server.endpoint, exchanges, 1200) as load:
                 window = load.run_open(constant_arrivals(3 * capacity, 20.0))
         finally:
             stop.set()

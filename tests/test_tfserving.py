@@ -333,6 +333,7 @@ def test_grpc_errors_have_tensorflow_servings_code_and_text(grpc_calls):
     unknown_signature.model_spec.signature_name = "z"
     no_inputs.inputs.clear()
     twice.output_filter.extend(["probabilities", "probabilities"])
+    scalar = predict_request(modules, 1.0)
     forged = predict_request(modules, good)
     forged.inputs["features"].tensor_shape.dim[0].size = 2**40
     for request, code, text in (
@@ -345,6 +346,7 @@ def test_grpc_errors_have_tensorflow_servings_code_and_text(grpc_calls):
         (predict_request(modules, good, alias="x"), "INVALID_ARGUMENT", "input tensor alias not found in signature: x"),
         (predict_request(modules, good, dtype=2), "INVALID_ARGUMENT", "arg[0] to be float but double is provided"),
         (predict_request(modules, [GOOD_ROW[:4]]), "INVALID_ARGUMENT", "[1,4] is not compatible"),
+        (scalar, "INVALID_ARGUMENT", "[] is not compatible with expected shape"),
         (twice, "INVALID_ARGUMENT", "duplicate output tensor alias: probabilities"),
         (forged, "INVALID_ARGUMENT", "tensor parsing error: features"),
     ):
@@ -353,6 +355,51 @@ def test_grpc_errors_have_tensorflow_servings_code_and_text(grpc_calls):
     status.model_spec.name = "nope"
     check(models.GetModelStatus, status, "NOT_FOUND", "Could not find any versions of model nope")
     assert prediction.Predict(predict_request(modules, good)).outputs
+
+
+def field(number: int, payload: bytes) -> bytes:
+    """A protobuf field of wire type 2 with fewer than 128 bytes."""
+    return bytes([number << 3 | 2, len(payload)]) + payload
+
+
+def test_a_request_like_one_before_it_is_answered_by_its_own_numbers(grpc_calls, grpc_port):
+    """The local server does not parse a request whose like it has parsed before; these all try to mislead it."""
+    modules, *_ = grpc_calls
+    rows, _ = load_test_rows()
+    expected = {version: load_expected(version) for version in ("1", "2")}
+    floats = [np.array(row, "<f4").tobytes() for row in rows]
+    spec = {version: field(1, field(1, b"my_model") + field(2, b"\x08" + bytes([int(version)]))) for version in "12"}
+    shape = field(2, b"\x12\x02\x08\x01" + b"\x12\x02\x08\x05")
+
+    def entry(tensor: bytes) -> bytes:
+        return field(2, field(1, b"features") + field(2, b"\x08\x01" + shape + tensor))
+
+    number = {row: i for i, row in enumerate(floats)}
+    kinds = {  # each takes the last bytes of the message, and says which row the rest of it means
+        "numbers last": lambda row: (entry(field(4, row)), row),
+        "numbers one by one": lambda row: (entry(field(5, row)), row),
+        "an unknown field last": lambda row: (entry(field(4, floats[0])) + field(15, row), floats[0]),
+        "an unknown field of the tensor last": lambda row: (
+            entry(field(4, floats[0]) + b"\x82\x06\x14" + row),
+            floats[0],
+        ),
+        "twice": lambda row: (entry(field(4, floats[0])) + entry(field(4, row)), row),
+        "an output named after it": lambda row: (entry(field(4, row)) + field(3, b"probabilities"), row),
+    }
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
+        call = channel.unary_unary("/tensorflow.serving.PredictionService/Predict")
+        for kind, make in kinds.items():
+            for i in (0, 0, 1, 2, 3):
+                for version in ("1", "2"):
+                    inputs, meant = make(floats[i])
+                    message = spec[version] + inputs
+                    parsed = modules["predict"].PredictRequest.FromString(message).inputs["features"]
+                    assert meant in (parsed.tensor_content, np.array(parsed.float_val, "<f4").tobytes())
+                    reply = modules["predict"].PredictResponse.FromString(call(message, timeout=DEADLINE_S))
+                    assert reply.model_spec.version.value == int(version)
+                    answer = np.array(reply.outputs["probabilities"].float_val)
+                    wanted = expected[version][number[meant]]
+                    assert np.abs(answer - wanted).max() <= TOLERANCE, (kind, i, version)
 
 
 def test_grpc_tells_status_and_metadata(grpc_calls):

@@ -1,6 +1,7 @@
 """The local server as a stand-in for tensorflow_model_server: any SavedModel, versions, damage, flags, its end."""
 
 import base64
+import contextlib
 import importlib.metadata
 import json
 import shutil
@@ -61,10 +62,19 @@ class Toys(tf.Module):
             lambda i, square: i < n[0], lambda i, square: (i + 1, tf.matmul(square, square)), (0, tf.eye(300)))
         return {"trace": tf.linalg.trace(square)[tf.newaxis]}
 
+    # The same for any number of rows, which cost no more than one.
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def heavy(self, x):
+        tf.debugging.assert_less(x, 1e6)
+        _, square = tf.while_loop(
+            lambda i, square: i < 150, lambda i, square: (i + 1, tf.matmul(square, square)), (0, tf.eye(300)))
+        return {"y": 2 * x + tf.linalg.trace(square) - 300}
+
 toys = Toys()
 tf.saved_model.save(toys, str(target / "toys" / "007"), {
     "serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole})
 tf.saved_model.save(toys, str(target / "slow" / "1"), {"serving_default": toys.work})
+tf.saved_model.save(toys, str(target / "heavy" / "1"), {"serving_default": toys.heavy})
 
 # A file of words as an asset, and the table that is filled from it when the model is loaded.
 class Words(tf.Module):
@@ -742,19 +752,28 @@ def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, tmp_pa
 def batching_port(tmp_path_factory):
     """REST port of a local server that shares runs: 32 rows at most, 20 ms, 2 batches in the queue."""
     folder = tmp_path_factory.mktemp("batching")
-    (folder / "batching.config").write_text(
-        "max_batch_size { value: 32 } batch_timeout_micros { value: 20000 } # comment\n"
-        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 16 allowed_batch_sizes: 32"
-    )
     # Without the recorded warm-up requests: they are larger than a batch here.
     shutil.copytree(MODELS / "2", folder / "models" / "2", ignore=shutil.ignore_patterns("assets.extra"))
+    with batching_server(
+        folder,
+        "max_batch_size { value: 32 } batch_timeout_micros { value: 20000 } # comment\n"
+        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 16 allowed_batch_sizes: 32",
+        f"--model_base_path={folder / 'models'}",
+        "--model_name=my_model",
+    ) as port:
+        yield port
+
+
+@contextlib.contextmanager
+def batching_server(folder: Path, parameters: str, *options: str):
+    """REST port of a local server with these batching parameters."""
+    (folder / "batching.config").write_text(parameters)
     port = find_free_ports(["rest"])["rest"]
     log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, FOLDER / "local_server.py", "--port=0", f"--rest_api_port={port}"]
-            + [f"--model_base_path={folder / 'models'}", "--model_name=my_model", "--enable_batching=true"]
-            + [f"--batching_parameters_file={folder / 'batching.config'}"],
+            [sys.executable, FOLDER / "local_server.py", "--port=0", f"--rest_api_port={port}", *options]
+            + ["--enable_batching=true", f"--batching_parameters_file={folder / 'batching.config'}"],
             stdout=file,
             stderr=subprocess.STDOUT,
         )
@@ -802,6 +821,65 @@ def test_a_full_queue_refuses_at_once(batching_port):
     assert codes <= {200, 503} and 200 in codes
     assert all("queue" in reply["error"] for status, reply in replies if status == 503)
     assert post(batching_port, "my_model:predict", body)[0] == 200
+
+
+HEAVY_BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def heavy_port(toy_models, tmp_path_factory):
+    """REST port of a local server with a slow graph: one batch of 8 rows at a time, 2 in the queue."""
+    folder = tmp_path_factory.mktemp("heavy")
+    config = folder / "models.config"
+    models = [f'config {{ name: "{name}" base_path: "{toy_models}/{name}" }}' for name in ("heavy", "half_plus_two")]
+    config.write_text(f"model_config_list {{ {' '.join(models)} }}")
+    parameters = "num_batch_threads { value: 1 } max_enqueued_batches { value: 2 } "
+    parameters += f"max_batch_size {{ value: {HEAVY_BATCH} }}"
+    with batching_server(folder, parameters, f"--model_config_file={config}") as port:
+        for _ in range(3):  # answered on the spot: only now it is known as slow
+            assert post(port, "heavy:predict", {"instances": [1.0]}) == (200, {"predictions": [2.0]})
+        yield port
+
+
+def ask_heavy(port: int, values: list) -> tuple[list[tuple[int, dict]], float]:
+    """Send one request for each of `values` at the same time; return the replies, and how long all took."""
+    with ThreadPoolExecutor(len(values)) as pool:
+        started_s = time.monotonic()
+        replies = list(pool.map(lambda value: post(port, "heavy:predict", {"instances": [value]}), values))
+        return replies, time.monotonic() - started_s
+
+
+def test_requests_for_a_slow_graph_share_its_runs_and_hold_up_nobody(heavy_port):
+    values = [float(value) for value in range(2 * HEAVY_BATCH)]
+    ratios, quick_ratios = [], []
+    for _ in range(5):
+        one_s = min(ask_heavy(heavy_port, [1.0])[1] for _ in range(3))
+        with ThreadPoolExecutor(1) as pool:
+            heavy = pool.submit(ask_heavy, heavy_port, values)
+            time.sleep(one_s / 2)
+            started_s = time.monotonic()
+            assert post(heavy_port, "half_plus_two:predict", {"instances": [1.0]}) == (200, {"predictions": [2.5]})
+            quick_ratios.append((time.monotonic() - started_s) / one_s)
+            replies, took_s = heavy.result()
+        assert replies == [(200, {"predictions": [2 * value]}) for value in values]
+        ratios.append(took_s / one_s)
+    # The first alone, eight, then seven: three runs. One by one, on two cores, would be eight runs' time.
+    assert min(ratios) < 5, ratios
+    assert min(quick_ratios) < 0.5, "a quick graph's request waited for the slow one's run"
+
+
+def test_a_wrong_request_for_a_slow_graph_fails_alone(heavy_port):
+    replies, _ = ask_heavy(heavy_port, [1.0, 2.0, 2e6, 4.0, 5.0])
+    assert [status for status, _ in replies] == [200, 200, 400, 200, 200]
+    assert [reply["predictions"] for status, reply in replies if status == 200] == [[2.0], [4.0], [8.0], [10.0]]
+
+
+def test_a_full_queue_of_a_slow_graph_refuses_at_once(heavy_port):
+    replies, _ = ask_heavy(heavy_port, [1.0] * 60)
+    assert {status for status, _ in replies} == {200, 503}
+    assert all("queue" in reply["error"] for status, reply in replies if status == 503)
+    assert sum(status == 200 for status, _ in replies) >= 2 * HEAVY_BATCH
+    assert ask_heavy(heavy_port, [1.0])[0] == [(200, {"predictions": [2.0]})]
 
 
 # Start and end.

@@ -4,15 +4,23 @@ The parameters are those of TensorFlow Serving's batching_parameters_file (tenso
 """
 
 import asyncio
+import collections
+import functools
+import itertools
 import math
+import os
 import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 FORM = re.compile(r"(\w+)\s*(?:\{\s*value\s*:\s*(-?\d+)\s*\}|:\s*(\d+))")
 WRAPPED = ("max_batch_size", "batch_timeout_micros", "max_enqueued_batches", "num_batch_threads")
+WHOLE_WAIT_EVERY = 256  # batches
 
 
 class BatchingError(Exception):
@@ -24,9 +32,9 @@ class BatchingParameters:
     """TensorFlow Serving's parameters with its default values."""
 
     max_batch_size: int = 1000  # rows in one run; a larger request is refused
-    batch_timeout_micros: int = 0  # how long a batch that is not full waits for more; 0: only for what is there
+    batch_timeout_micros: int = 0  # how long a batch that is not full waits at most; 0: only for what is there
     max_enqueued_batches: int = 10  # full batches that may wait; a request beyond them is refused
-    num_batch_threads: int = 1  # batches run at once; the local server has one thread and ignores it
+    num_batch_threads: int = field(default_factory=lambda: os.cpu_count() or 1)  # batches of a slow graph run at once
     allowed_batch_sizes: tuple[int, ...] = field(default=())  # a batch is padded to the next of them
 
 
@@ -56,23 +64,50 @@ def read_parameters(path: Path) -> BatchingParameters:
         position = match.end()
     sizes = tuple(values.pop("allowed_batch_sizes", ()))
     parameters = BatchingParameters(**values, allowed_batch_sizes=sizes)
-    if parameters.max_batch_size < 1 or parameters.max_enqueued_batches < 1 or parameters.batch_timeout_micros < 0:
-        raise BatchingError(f"{path}: max_batch_size and max_enqueued_batches must be positive")
+    positive = {name: getattr(parameters, name) for name in WRAPPED if name != "batch_timeout_micros"}
+    if min(positive.values()) < 1 or parameters.batch_timeout_micros < 0:
+        raise BatchingError(f"{path}: {', '.join(positive)} must be positive, batch_timeout_micros not negative")
     if sizes and (list(sizes) != sorted(set(sizes)) or sizes[-1] != parameters.max_batch_size):
         raise BatchingError(f"{path}: allowed_batch_sizes must rise, and the last must equal max_batch_size")
     return parameters
 
 
-class Batcher:
-    """Collects requests to one signature. Lives on the event loop; `run` does the work, once for all of a batch."""
+class Waiting(NamedTuple):
+    """A request that waits for its batch."""
 
-    def __init__(self, run, parameters: BatchingParameters):
+    arrays: list[np.ndarray]
+    rows: int
+    future: asyncio.Future
+
+
+class Batcher:
+    """Collects requests to one signature. Lives on the event loop; `run` does the work, once for all of a batch.
+
+    Where a batch may wait, it waits until it has as many requests as the batch before it, and batch_timeout_micros at
+    most: clients that ask again when they are answered come back in the same number, and one that is alone is not
+    kept. Every 256th batch waits the whole time, to see whether there are more by now.
+
+    A quick graph is run on the event loop. A slow one would hold up everybody: its batches are run on
+    num_batch_threads threads, and while all of them are busy requests collect for the next batch.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., list[np.ndarray]],
+        parameters: BatchingParameters,
+        is_slow: Callable[[], bool] = lambda: False,
+    ):
         """`run` takes the input arrays, each with the rows in its first dimension, to the output arrays."""
         self.run = run
         self.parameters = parameters
-        self.waiting: list[tuple[list[np.ndarray], int, asyncio.Future]] = []
+        self.is_slow = is_slow
+        self.waiting: collections.deque[Waiting] = collections.deque()
         self.rows = 0
+        self.running = 0  # batches on threads
         self.flush_asked = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.batches = 0
+        self.last_requests = 0  # in the batch before this one
 
     def add(self, arrays: list[np.ndarray], rows: int) -> asyncio.Future | None:
         """Return a future of the output arrays for these `rows`, or None where the queue is full."""
@@ -81,32 +116,75 @@ class Batcher:
             return None
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        self.waiting.append((arrays, rows, future))
+        self.waiting.append(Waiting(arrays, rows, future))
         self.rows += rows
         if not self.flush_asked:
-            self.flush_asked = True
-            if parameters.batch_timeout_micros and self.rows < parameters.max_batch_size:
-                loop.call_later(parameters.batch_timeout_micros / 1e6, self.flush)
-            else:
+            if self._is_due():
+                self.flush_asked = True
+                self._stop_timer()
                 # One turn later: those whose requests the event loop has read by then have joined.
                 loop.call_soon(loop.call_soon, self.flush)
+            elif self.timer is None:
+                self.timer = loop.call_later(parameters.batch_timeout_micros / 1e6, self.flush)
         return future
+
+    def _is_due(self) -> bool:
+        if not self.parameters.batch_timeout_micros or self.rows >= self.parameters.max_batch_size:
+            return True
+        return len(self.waiting) >= self.last_requests and self.batches % WHOLE_WAIT_EVERY != 0
+
+    def _stop_timer(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer = None
 
     def flush(self) -> None:
         """Run what waits, in batches of at most max_batch_size rows (a request is never split)."""
-        waiting, self.waiting, self.rows, self.flush_asked = self.waiting, [], 0, False
-        batch, count = [], 0
-        for request in waiting:
-            if batch and count + request[1] > self.parameters.max_batch_size:
-                self._run(batch, count)
-                batch, count = [], 0
-            batch.append(request)
-            count += request[1]
-        self._run(batch, count)
+        self._stop_timer()
+        self.flush_asked = False
+        is_slow = self.is_slow()
+        if is_slow and self.running == self.parameters.num_batch_threads:
+            return  # more may join until one of them is free
+        self.batches += 1
+        self.last_requests = len(self.waiting)
+        while self.waiting:
+            if not is_slow:
+                deliver(self._compute(self._take()))
+            elif self.running < self.parameters.num_batch_threads:
+                self.running += 1
+                loop = asyncio.get_running_loop()
+                loop.run_in_executor(self._threads, self._compute, self._take()).add_done_callback(self._end)
+            else:
+                break
 
-    def _run(self, batch: list, count: int) -> None:
+    def _end(self, computed: asyncio.Future) -> None:
+        self.running -= 1
+        deliver(computed.result())
+        if self.waiting and not self.flush_asked and self.timer is None:
+            self.flush()
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.parameters.num_batch_threads, "batch")
+
+    def _take(self) -> list[Waiting]:
+        """Remove a batch from what waits, and those who wait no longer."""
+        batch, count = [], 0
+        while self.waiting and (not batch or count + self.waiting[0].rows <= self.parameters.max_batch_size):
+            request = self.waiting.popleft()
+            self.rows -= request.rows
+            if not request.future.done():  # done: cancelled, its client has gone
+                batch.append(request)
+                count += request.rows
+        return batch
+
+    def _compute(self, batch: list[Waiting]) -> list[tuple[asyncio.Future, list[np.ndarray] | Exception]]:
+        """Run a batch; return what each future is to be told."""
+        if not batch:
+            return []
+        count = sum(request.rows for request in batch)
         try:
-            columns = zip(*(arrays for arrays, _, _ in batch), strict=True)
+            columns = zip(*(request.arrays for request in batch), strict=True)
             joined = [column[0] if len(batch) == 1 else np.concatenate(column) for column in columns]
             size = next((size for size in self.parameters.allowed_batch_sizes if size >= count), count)
             if size > count:  # padded with copies of the first row, as TensorFlow Serving does
@@ -118,16 +196,25 @@ class Batcher:
                 )
         except Exception as error:  # noqa: BLE001 - it becomes the requests' own error
             if len(batch) > 1 and not isinstance(error, MemoryError):
-                for request in batch:  # each alone: one that is wrong must not fail the others
-                    self._run([request], request[1])
-            elif not batch[0][2].done():
-                batch[0][2].set_exception(error)
-            return
-        start = 0
-        for _, rows, future in batch:
-            if not future.done():  # done: cancelled, its client has gone
-                future.set_result([array[start : start + rows] for array in outputs])
-            start += rows
+                # Each alone: one that is wrong must not fail the others.
+                return [answer for request in batch for answer in self._compute([request])]
+            return [(request.future, error) for request in batch]
+        ends = itertools.accumulate(request.rows for request in batch)
+        return [
+            (request.future, [array[end - request.rows : end] for array in outputs])
+            for request, end in zip(batch, ends, strict=True)
+        ]
+
+
+def deliver(answers: list[tuple[asyncio.Future, list[np.ndarray] | Exception]]) -> None:
+    """Tell each future its answer; on the event loop."""
+    for future, answer in answers:
+        if future.done():  # cancelled while the batch ran
+            continue
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
 
 def rows_of(arrays: list[np.ndarray]) -> int | None:

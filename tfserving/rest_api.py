@@ -156,14 +156,17 @@ class RestApi:
                 servable = self.library.find(route.name, route.version, route.label)
             except ServingError:
                 servable = None  # what is wrong with the body comes first
+            is_batched = servable and self.library.batching and route.verb == "predict"
             if len(body) > MAX_INLINE_BYTES or (servable and servable.is_slow):
                 async with asyncio.timeout(self.timeout_s):
-                    loop = asyncio.get_running_loop()
-                    return await loop.run_in_executor(self.executor, method, route, body)
-            if servable and self.library.batching and route.verb == "predict":
-                inputs = self._read_quickly(servable, body)
-                if inputs:
-                    return json_replies.write_rows(await servable.predict_batched(inputs))
+                    in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, self.executor)
+                    if is_batched and servable.is_slow:  # a large body for a quick graph is a batch by itself
+                        inputs = await in_thread(self._read_quickly, servable, body)
+                        if inputs:
+                            return json_replies.write_rows(await servable.predict_batched(inputs))
+                    return await in_thread(method, route, body)
+            if is_batched and (inputs := self._read_quickly(servable, body)):
+                return json_replies.write_rows(await servable.predict_batched(inputs))
         return method(route, body)
 
     def predict(self, route: Route, body: bytes) -> bytes:

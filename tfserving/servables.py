@@ -4,6 +4,7 @@ A servable is one loaded version of one model, TensorFlow Serving's own word. No
 REST or gRPC: both ask a `Library` for a servable, call `predict`, and turn a `ServingError` into a reply.
 """
 
+import asyncio
 import errno
 import functools
 import math
@@ -80,6 +81,10 @@ class Signature:
         self._session = session
         self.run_s = 0.0  # how long a run takes, smoothed over about eight
 
+    @property
+    def is_slow(self) -> bool:
+        return self.run_s > SLOW_RUN_S
+
     @functools.cached_property
     def _run(self) -> Callable:
         """Made at the first call: one signature that cannot run must not keep the others from being served."""
@@ -107,9 +112,9 @@ class Signature:
         arrays = self.check(inputs)
         rows = rows_of(arrays) if self.batching else None
         if rows is None:
-            return self.run(inputs)
+            return await asyncio.to_thread(self.run, inputs) if self.is_slow else self.run(inputs)
         if self._batcher is None:
-            self._batcher = Batcher(self._run_timed, self.batching)
+            self._batcher = Batcher(self._run_timed, self.batching, lambda: self.is_slow)
         future = self._batcher.add(arrays, rows)
         if future is None:
             raise ServingError("UNAVAILABLE", "The batch scheduling queue to which this task was submitted is full")
@@ -208,7 +213,7 @@ class Servable:
     @property
     def is_slow(self) -> bool:
         """Whether requests should be answered on a thread, so that others need not wait for them."""
-        return any(signature.run_s > SLOW_RUN_S for signature in self.signatures.values())
+        return any(signature.is_slow for signature in self.signatures.values())
 
     def predict(
         self, inputs: dict[str, np.ndarray], signature_name: str = "", output_filter: list[str] = ()
@@ -275,9 +280,10 @@ def read_tensors(tensors) -> dict[str, np.ndarray]:
     arrays = {}
     for alias, tensor in tensors.items():
         sizes = [dim.size for dim in tensor.tensor_shape.dim]
-        if tensor.dtype == FLOAT and len(tensor.tensor_content) == 4 * math.prod(sizes) > 0 and min(sizes) > 0:
+        content = tensor.tensor_content
+        if tensor.dtype == FLOAT and len(content) == 4 * math.prod(sizes) > 0 and min(sizes, default=1) > 0:
             # The usual case in a fifth of the time; a copy, because TensorFlow wants memory of its own.
-            arrays[alias] = np.frombuffer(tensor.tensor_content, "<f4").reshape(sizes).copy()
+            arrays[alias] = np.frombuffer(content, "<f4").reshape(sizes).copy()
             continue
         try:
             item_size = tf.dtypes.as_dtype(tensor.dtype).size or 1
