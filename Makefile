@@ -14,12 +14,13 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 ENDPOINT ?= onnx
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
-        report compare calibrate shadow ab-test canary readme test test-slow test-containers \
+        report compare calibrate shadow ab-test canary readme test test-readmes test-slow test-containers \
         docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean
 
 help: ## list the targets
@@ -97,66 +98,15 @@ benchmark: train ## verify, then measure all four side by side
 latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
 
-load-test: train ## one server under Locust: make load-test ENDPOINT=onnx
-	python benchmarks/load_test.py --endpoint $(ENDPOINT)
+load-test: train ## run the tests, on real servers: under five minutes on two cores
+	python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder \
+		-m "not slow and not timing and not readmes and not containers"
 
-cross-check: train ## Locust's figures beside the load generator's: make cross-check ENDPOINT=onnx
-	python benchmarks/cross_check.py --endpoint $(ENDPOINT)
+test-readmes: train ## type each folder's README, command by command, as a reader does
+	python -m pytest -m readmes
 
-soak: train ## half an hour of load: does memory grow, does latency drift: make soak ENDPOINT=onnx
-	python benchmarks/soak.py --endpoint $(ENDPOINT) $(SOAK_OPTIONS)
-
-report: setup ## draw the newest result as results/<time>/report.html with its plots
-	python benchmarks/report.py
-
-compare: setup ## what changed between two results: make compare BEFORE=a.json AFTER=b.json
-	python benchmarks/compare.py $(BEFORE) $(AFTER)
-
-calibrate: setup ## check the measuring client against wrk
-	python benchmarks/calibrate.py
-
-readme: setup ## make the README's measured table anew from benchmarks/results/sample.json
-	python benchmarks/results.py --update-readme
-
-shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
-	python gateway/shadow.py --server $(ENDPOINT)
-
-ab-test: setup ## users meet both versions behind the running gateway, and the figures decide: make ab-test ENDPOINT=onnx
-	python benchmarks/ab_test.py --endpoint $(ENDPOINT) $(AB_TEST_OPTIONS)
-
-canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
-	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
-
-## containers
-
-docker-build: train ## build the images, each with its trained models
-	cd bentoml && bentoml build
-	cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest $(CONTAINERIZE_OPTIONS)
-	docker compose --profile gateway build
-
-docker-up: ## start the four servers in containers and wait until each predicts
-	docker compose up --detach --wait
-
-docker-verify: setup ## prove that the containers give the same answers
-	python benchmarks/verify.py --containers
-
-docker-benchmark: setup ## measure the containers side by side
-	python benchmarks/benchmark_all.py --containers $(BENCHMARK_OPTIONS)
-
-docker-measure: setup ## measure image sizes, cold starts and memory into this README
-	python benchmarks/container_costs.py
-	python benchmarks/container_costs.py --update-readme
-
-docker-down: ## stop and remove the containers
-	docker compose --profile gateway down
-
-## develop
-
-test: train ## run the tests, on real servers: about twenty minutes
-	python -m pytest -m "not slow and not containers"
-
-test-slow: train ## run the rest, all of the measuring tools: Locust, truths, report, calibration
-	python -m pytest -m slow
+test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
+	python -m pytest -m "slow or timing"
 
 test-containers: train ## run the tests that need a Docker engine, on one of their own
 	python -m pytest -m containers
@@ -165,7 +115,8 @@ lint: setup ## check style
 	ruff check .
 	ruff format --check .
 
-requirements: setup ## pin requirements.txt anew from requirements.in
+requirements: setup ## pin requirements.txt again from requirements.in, keeping the pins that still fit
+	cp requirements.txt $(VENV)/all-pins.txt
 	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --system-certs --universal --python-version 3.11 \
 		--annotation-style line --custom-compile-command "make requirements" requirements.in -o $(VENV)/all-pins.txt
 	@# PyTorch names its own CUDA packages, and the wheel without CUDA names none: they are not pinned here.

@@ -37,7 +37,7 @@ from report import write_report
 from results import RESULTS_DIR, SCHEMA_VERSION, encode_window, format_markdown, print_result, write_result, write_whole
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm
 from verify import max_abs_difference
 
 VERSION = "1"
@@ -421,7 +421,7 @@ def main() -> int:
             server = ContainerServer(endpoint_class(), server_cpus, made.get(endpoint_class.folder.name))
             made[server.service] = server
             return server
-        endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+        endpoint = endpoint_class.on_free_ports()
         endpoint.extra_options = arguments.server_options.get(name, [])
         return ServerProcess(endpoint, server_cpus)
 

@@ -38,13 +38,14 @@ import psutil
 from endpoint import Endpoint, Request
 from endpoint_null import NullEndpoint
 from environment import split_cpus
+from free_ports import find_free_ports
 from load_generator import Exchange, LoadGenerator, Window, make_exchanges, poisson_arrivals
 from machine_load import MachineLoad
 from reference import load_expected, load_test_rows
 from results import FOREIGN_LOAD_SHARE
 from rich.console import Console
 from rich.table import Table
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm
 
 VERSION = "1"
 FEW_CONNECTIONS, MANY_CONNECTIONS = 1, 16

@@ -24,7 +24,7 @@ from locust_process import run_locust
 from reference import load_expected, load_test_rows
 from rich.console import Console
 from rich.table import Table
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm
 
 VERSION = "1"
 BUSY_SHARE = 0.9  # of its core; above it the client sets the pace
@@ -129,7 +129,7 @@ def main() -> int:
         parser.error("--connections and --seconds: expected at least 1")
     console = Console(highlight=False)
     endpoint_class = classes[arguments.endpoint]
-    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+    endpoint = endpoint_class.on_free_ports()
     server_cpus, client_cpus = split_cpus()
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("client")

@@ -64,6 +64,11 @@ class Endpoint:
         self.only_version = only_version
         self.extra_options: list[str] = []  # added to the command by whoever measures a setting
 
+    @classmethod
+    def on_free_ports(cls, **options) -> "Endpoint":
+        """Make one whose ports nobody uses, with the options of the constructor."""
+        return cls(find_free_ports(list(cls.default_ports)), **options)
+
     @property
     def timed_port(self) -> str:
         """The role of the port that is timed."""

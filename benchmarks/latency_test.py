@@ -26,7 +26,7 @@ from reference import load_expected, load_test_rows
 from results import SAMPLES_BEYOND_PERCENTILE
 from rich.console import Console
 from scipy import stats
-from server_process import ServerError, ServerProcess, ask, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, ask, interrupt_on_sigterm
 
 PERCENTILES = (50, 90, 95, 99, 99.9)
 HISTOGRAM_BINS = 12
@@ -258,7 +258,7 @@ def main() -> int:
                     f"start it in another terminal: cd {endpoint.folder.name} && {shlex.join(endpoint.command())}"
                 ) from None
         else:
-            endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+            endpoint = endpoint_class.on_free_ports()
             with console.status(f"{endpoint.name}: starting"):
                 stack.enter_context(ServerProcess(endpoint, server_cpus))
             if client_cpus is not None:

@@ -36,7 +36,7 @@ from locust.runners import MasterRunner, WorkerRunner
 from locust_process import run_locust
 from reference import TOLERANCE, load_expected, load_test_rows
 from rich.console import Console
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm
 
 ENDPOINTS = {name: value for name, value in load_endpoints().items() if value.protocol == "REST"}  # what Locust speaks
 VERSION = "1"
@@ -304,7 +304,7 @@ def main() -> int:
     if arguments.users < 1 or arguments.seconds < 1:
         parser.error("--users and --seconds: expected at least 1")
     endpoint_class = ENDPOINTS[arguments.endpoint]
-    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+    endpoint = endpoint_class.on_free_ports()
     server_cpus, _ = split_cpus()
     with ServerProcess(endpoint, server_cpus):
         if server_cpus is not None:

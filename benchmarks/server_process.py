@@ -29,15 +29,6 @@ class ServerError(RuntimeError):
     """A server could not be started, or answered wrongly; the message is one line that says what to do."""
 
 
-def find_free_ports(roles: list[str]) -> dict[str, int]:
-    """Return a free loopback port for each role. All are held until the last is found, so none repeats."""
-    with contextlib.ExitStack() as stack:
-        sockets = {role: stack.enter_context(socket.socket()) for role in roles}
-        for held in sockets.values():
-            held.bind(("127.0.0.1", 0))
-        return {role: held.getsockname()[1] for role, held in sockets.items()}
-
-
 def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, bytes]:
     """Send one request on a connection of its own; return the status and the body. OSError where nobody answers."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)

@@ -28,7 +28,7 @@ from reference import load_expected, load_test_rows
 from results import RESULTS_DIR, encode_window, write_result
 from rich.console import Console
 from scipy import stats
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm
 
 VERSION = "1"
 LONGEST_SLICE_S = 5.0
@@ -171,7 +171,7 @@ def main() -> int:
     name = arguments.endpoint
     output = arguments.output or RESULTS_DIR / f"soak_{name}_{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
     console = Console(highlight=False)
-    endpoint = classes[name](find_free_ports(list(classes[name].default_ports)))
+    endpoint = classes[name].on_free_ports()
     server_cpus, client_cpus = split_cpus()
     environment = describe_environment(endpoint.packages)
     with ServerProcess(endpoint, server_cpus) as server:

@@ -16,7 +16,7 @@ from containers import ContainerServer, list_container_endpoints
 from endpoint import Endpoint, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
 from rich.console import Console
-from server_process import ServerError, ServerProcess, ask, find_free_ports, interrupt_on_sigterm
+from server_process import ServerError, ServerProcess, ask, interrupt_on_sigterm
 
 
 def max_abs_difference(endpoint: Endpoint, version: str) -> float:
@@ -55,7 +55,7 @@ def main() -> int:
         if arguments.containers:
             started = ContainerServer(classes[name](), recreate=False)
         else:
-            started = ServerProcess(classes[name](find_free_ports(list(classes[name].default_ports))))
+            started = ServerProcess(classes[name].on_free_ports())
         endpoint = started.endpoint
         try:
             with console.status(f"{name}: starting"), started as server:

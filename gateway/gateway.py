@@ -96,7 +96,8 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
     if not names:
         return []
     from endpoint import load_endpoints
-    from server_process import ServerProcess, find_free_ports
+    from free_ports import find_free_ports
+    from server_process import ServerProcess
 
     servers, classes = load_servers(), load_endpoints()
     pools, started = [], []

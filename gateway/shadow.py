@@ -37,8 +37,9 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 
 from endpoint import Endpoint, load_endpoints  # noqa: E402
+from free_ports import find_free_ports  # noqa: E402
 from reference import load_test_rows  # noqa: E402
-from server_process import ServerError, ServerProcess, find_free_ports, interrupt_on_sigterm  # noqa: E402
+from server_process import ServerError, ServerProcess, interrupt_on_sigterm  # noqa: E402
 
 from gateway import GatewayError, end_with_parent, find_haproxy  # noqa: E402
 
@@ -421,10 +422,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         ports = arguments.running
         if ports is None:
-            servers = [
-                ServerProcess(endpoint_class(find_free_ports(list(endpoint_class.default_ports)), only_version=version))
-                for version in ("1", "2")
-            ]
+            servers = [ServerProcess(endpoint_class.on_free_ports(only_version=version)) for version in ("1", "2")]
             with console.status(f"{arguments.server}: starting both versions"):
                 ports = [stack.enter_context(server).endpoint.port for server in servers]
         endpoint = endpoint_class({"rest": ports[0]})

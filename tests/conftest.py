@@ -1,4 +1,8 @@
-"""Shared fixtures: one real server per framework, started once on free ports by its Endpoint."""
+"""Shared fixtures: one real server per framework, started once on free ports by its Endpoint; and who runs what.
+
+`make test` runs with two workers (pytest-xdist). Tests that share a server share a worker, so each server is started
+once; the groups that take longest come first. Each worker has its own free ports.
+"""
 
 import os
 import signal
@@ -18,13 +22,34 @@ os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 
 from endpoint import load_endpoints  # noqa: E402
-from server_process import ServerProcess, find_free_ports  # noqa: E402
+from free_ports import read_free_ports  # noqa: E402
+from helpers import start  # noqa: E402
+
+FRAMEWORKS = ("torchserve", "tfserving", "bentoml", "onnx")
+LONGEST_FIRST = ("torchserve", "test_gateway", "tfserving", "bentoml", "test_benchmarks", "onnx")  # groups
+
+worker, workers = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]), int(os.getenv("PYTEST_XDIST_WORKER_COUNT", 1))
+share = len(read_free_ports()) // workers
+first_port = read_free_ports()[worker * share]
+os.environ["FREE_PORTS"] = f"{first_port}-{first_port + share - 1}"
 
 
-def start(name: str) -> ServerProcess:
-    """A ServerProcess, not yet entered, for the endpoint `name` on free ports."""
-    endpoint_class = load_endpoints()[name]
-    return ServerProcess(endpoint_class(find_free_ports(list(endpoint_class.default_ports))))
+def group_of(item: pytest.Item) -> str:
+    """Return the framework whose server the test asks, else the test's file."""
+    for name in FRAMEWORKS:
+        if item.path.stem.startswith(f"test_{name}"):
+            return name
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    asked = {name for name in FRAMEWORKS if f"{name}_server" in item.fixturenames or name in parameters}
+    return asked.pop() if len(asked) == 1 else item.path.stem
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(group_of(item), len(places)))
 
 
 def refuse_taken_ports() -> None:

@@ -161,7 +161,7 @@ def test_a_server_that_ignores_sigterm_and_its_child_are_ended_all_the_same(hous
     code = (
         "import server_process; server_process.STOP_TIMEOUT_S = 1\n"
         "from endpoint import load_endpoints\n"
-        "toy = load_endpoints()['toy'](server_process.find_free_ports(['rest']))\n"
+        "toy = load_endpoints()['toy'].on_free_ports()\n"
         "with server_process.ServerProcess(toy) as server: print(len(server.processes()))"
     )
     _, environment = command(house, "verify.py", manner="deaf")

@@ -19,7 +19,7 @@ import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerProcess, ask, find_free_ports, send
+from server_process import ServerProcess, ask, send
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 TAGS = {"1": "my_model:v1.0.0", "2": "my_model:v2.0.0"}
@@ -72,7 +72,7 @@ def run(*command: str, folder: Path, store: Path) -> subprocess.CompletedProcess
 
 def server_of(folder: Path, *command: str) -> ServerProcess:
     """A server, not yet entered, that runs `command` in `folder`, on a free port and with the store of `folder`."""
-    endpoint = load_endpoints()["bentoml"](find_free_ports(["rest"]))
+    endpoint = load_endpoints()["bentoml"].on_free_ports()
     endpoint.folder = folder
     endpoint.command = lambda: [*command, "--port", str(endpoint.ports["rest"])]
     return ServerProcess(endpoint)

@@ -22,7 +22,7 @@ import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, send
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 DEADLINE_S = 30.0
@@ -31,7 +31,7 @@ DEADLINE_S = 30.0
 @contextlib.contextmanager
 def started(name: str):
     endpoint_class = load_endpoints()[name]
-    with ServerProcess(endpoint_class(find_free_ports(list(endpoint_class.default_ports)))) as server:
+    with ServerProcess(endpoint_class.on_free_ports()) as server:
         yield server
 
 
@@ -176,7 +176,7 @@ def test_monitor_writes_features_and_predictions_of_every_row(default_server, tm
     shutil.copytree(FOLDER, tmp_path / "bentoml", ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
     rows, _ = load_test_rows()
     for name in ("bentoml", "bentoml-tuned"):
-        endpoint = load_endpoints()[name](find_free_ports(["rest"]))
+        endpoint = load_endpoints()[name].on_free_ports()
         endpoint.folder = tmp_path / "bentoml"
         environment = endpoint.environment()
         endpoint.environment = lambda environment=environment: {**environment, "MONITOR": "seen"}
@@ -242,7 +242,7 @@ def test_a_request_that_takes_too_long_still_gets_504(monkeypatch):
 def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tmp_path):
     copy = tmp_path / "bentoml"
     shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
-    endpoints = [load_endpoints()["bentoml-tuned"](find_free_ports(["rest"])) for _ in range(2)]
+    endpoints = [load_endpoints()["bentoml-tuned"].on_free_ports() for _ in range(2)]
     for endpoint in endpoints:
         environment = endpoint.environment() | {"BENTOML_HOME": str(copy / "store")}
         endpoint.environment = lambda environment=environment: environment

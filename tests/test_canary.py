@@ -18,9 +18,10 @@ from ab_decision import PROMOTE, ROLL_BACK, make_plan
 from ab_test import baseline_accuracy, decode_users
 from conftest import REPOSITORY_DIR
 from endpoint import load_endpoints
+from free_ports import find_free_ports
 from gateway_cli import call_gateway, lent_key, read_share, read_versions
 from reference import load_expected
-from server_process import ServerProcess, find_free_ports
+from server_process import ServerProcess
 from simulated_users import of_version, run_to_the_end, share_of, simulate, table
 from toy_split import ToySplit
 
@@ -177,7 +178,7 @@ def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, monkeypa
 def only_version(version: str):
     """The ONNX server with one version; gives its port."""
     endpoint_class = load_endpoints()["onnx"]
-    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)), only_version=version)
+    endpoint = endpoint_class.on_free_ports(only_version=version)
     with ServerProcess(endpoint):
         yield endpoint.port
 

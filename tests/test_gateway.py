@@ -23,8 +23,8 @@ import psutil
 import pytest
 from conftest import REPOSITORY_DIR, start
 from endpoint import load_endpoints
+from free_ports import find_free_ports
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import find_free_ports
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
 sys.path.insert(0, str(GATEWAY.parent))

@@ -19,6 +19,7 @@ import pytest
 from bad_requests import GOOD_ROW
 from conftest import REPOSITORY_DIR, start
 from endpoint import Endpoint, Request, load_endpoints
+from free_ports import find_free_ports
 from grpc_connection import (
     ACK,
     CANCEL,
@@ -46,7 +47,7 @@ from grpc_connection import (
 )
 from load_generator import LoadGenerator, constant_arrivals, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, find_free_ports
+from server_process import ServerError, ServerProcess, ask
 from verify import max_abs_difference
 
 TESTS_DIR = REPOSITORY_DIR / "tests"

@@ -19,8 +19,8 @@ import psutil
 import pytest
 import results
 from conftest import REPOSITORY_DIR
+from free_ports import find_free_ports
 from load_record import MOST_SLICES, SAMPLES_BEYOND_PERCENTILE, LoadRecord
-from server_process import find_free_ports
 
 TESTS_DIR = REPOSITORY_DIR / "tests"
 DELAYS_MS = (2.2, 2.7)  # of delayed_server.py

@@ -19,9 +19,10 @@ import psutil
 import pytest
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import Request
+from free_ports import find_free_ports
 from onnx.reference import ReferenceEvaluator
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask, find_free_ports, send
+from server_process import ask, send
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 ONNX_DIR = REPOSITORY_DIR / "onnx"

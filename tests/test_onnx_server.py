@@ -23,10 +23,11 @@ import pytest
 import tritonclient.http
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from free_ports import find_free_ports
 from load_generator import LoadGenerator, make_exchanges
 from prometheus_client import CollectorRegistry
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, send
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
 DEADLINE_S = 15.0
@@ -36,7 +37,7 @@ DEADLINE_S = 15.0
 def running(*options: str, config: str = "tuned.toml", name: str = "onnx"):
     """A started server.py with these options; inside the block it answers."""
     endpoint_class = load_endpoints()[name]
-    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+    endpoint = endpoint_class.on_free_ports()
     endpoint.extra_options = ["--config", config, *options]
     with ServerProcess(endpoint) as server:
         yield server

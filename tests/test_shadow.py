@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY_DIR
 from endpoint import Request, load_endpoints
+from free_ports import find_free_ports
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, find_free_ports, send
+from server_process import ServerError, ServerProcess, send
 
 GATEWAY_DIR = REPOSITORY_DIR / "gateway"
 sys.path.insert(0, str(GATEWAY_DIR))

@@ -19,8 +19,9 @@ import pytest
 import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from free_ports import find_free_ports
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask, find_free_ports, send
+from server_process import ask, send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
 DEADLINE_S = 180.0

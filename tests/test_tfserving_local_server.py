@@ -20,9 +20,10 @@ import psutil
 import pytest
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request
+from free_ports import find_free_ports
 from predict_messages import METHOD, import_messages
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import find_free_ports, send
+from server_process import send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
 MODELS = FOLDER / "models" / "my_model"

@@ -25,9 +25,10 @@ import pytest
 import torch
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from free_ports import find_free_ports
 from load_generator import LoadGenerator, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, find_free_ports, send
+from server_process import ServerError, ServerProcess, ask, send
 
 FOLDER = REPOSITORY_DIR / "torchserve"
 ENDPOINT = load_endpoints()["torchserve"]

@@ -7,7 +7,7 @@ import pytest
 from endpoint import load_endpoints
 from load_generator import LoadGenerator, make_exchanges
 from reference import load_expected, load_test_rows
-from server_process import ServerProcess, find_free_ports
+from server_process import ServerProcess
 
 NEEDED_CORES = 4  # a core for each worker, one for the client, one for what stands between them
 
@@ -15,7 +15,7 @@ NEEDED_CORES = 4  # a core for each worker, one for the client, one for what sta
 def with_workers(name: str, workers: int, folder):
     """The endpoint `name` with so many worker processes, its settings written to `folder`."""
     endpoint_class = load_endpoints()[name]
-    endpoint = endpoint_class(find_free_ports(list(endpoint_class.default_ports)))
+    endpoint = endpoint_class.on_free_ports()
     if name == "onnx":
         endpoint.extra_options = ["--config", "tuned.toml", "--workers", str(workers)]
     elif name == "bentoml-tuned":

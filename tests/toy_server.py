@@ -57,10 +57,14 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # the standard library's 5 lets the sixth of many connections at once wait for a second
+
+
 if __name__ == "__main__":
     if MANNER == "crashing":
         sys.exit("toy: the model is missing; make one")
     if MANNER == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-    ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+    Server(("127.0.0.1", PORT), Handler).serve_forever()

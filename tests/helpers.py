@@ -1,0 +1,137 @@
+"""What the tests share: wait for a condition, run a command, call a script's main, ask a server over HTTP."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from endpoint import Request, load_endpoints
+from server_process import ServerProcess, send
+
+REPOSITORY_DIR = Path(__file__).resolve().parent.parent
+TESTS_DIR = REPOSITORY_DIR / "tests"
+# At least ten times as long as anything that a test waits for takes on a quiet machine. Nothing here is a measurement:
+# a test that passes never waits so long.
+DEADLINE_S = 240.0
+POLL_S = 0.02
+
+
+def wait_until(
+    condition: Callable[[], Any],
+    what: str | Callable[[], str] = "",
+    while_alive: subprocess.Popen | None = None,
+    timeout_s: float = DEADLINE_S,
+) -> Any:
+    """Return the first true value of `condition()`.
+
+    Fails after `timeout_s`, or once the process `while_alive` has ended; `what` is the message, or makes it.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        ended = while_alive is not None and while_alive.poll() is not None  # before the condition: its last words count
+        if value := condition():
+            return value
+        words = what if isinstance(what, str) else ""
+        if ended:
+            raise AssertionError(f"ended with {while_alive.returncode} before: {words or what()}")
+        if time.monotonic() > deadline_s:
+            raise AssertionError(f"not within {timeout_s:g} s: {words or what()}")
+        time.sleep(POLL_S)
+
+
+def run(
+    *command: str | Path,
+    cwd: Path = REPOSITORY_DIR,
+    env: dict[str, str] | None = None,
+    check: bool = False,
+    timeout_s: float = DEADLINE_S,
+) -> subprocess.CompletedProcess:
+    """Run a command to its end, with its output as text. `env` is added to this process's environment.
+
+    `check` makes any exit code but 0 a failure that shows what was printed.
+    """
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+    assert not check or done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def run_python(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
+    """Run `python *arguments`, with the options of `run`."""
+    return run(sys.executable, *arguments, **options)
+
+
+@dataclass
+class Done:
+    """How a script's `main` ended; the fields are named as subprocess.CompletedProcess names them."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def call_main(script: ModuleType, *arguments: str | Path, columns: int = 200) -> Done:
+    """Call `main()` of a script in this process, with its command line and a terminal `columns` wide.
+
+    For tests of what a command line means and what is printed: a process of its own would import everything again.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    argv = [f"{script.__name__}.py", *map(str, arguments)]
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", argv),
+        mock.patch.dict(os.environ, {"COLUMNS": str(columns)}),
+    ):
+        try:
+            code = script.main()
+        except SystemExit as error:
+            code = error.code
+    if isinstance(code, str):  # sys.exit("why")
+        err.write(f"{code}\n")
+        code = 1
+    return Done(code or 0, out.getvalue(), err.getvalue())
+
+
+def find_port(server: ServerProcess | int) -> int:
+    """Return the REST port of a server, which may already be given as its port."""
+    return server if isinstance(server, int) else server.endpoint.ports["rest"]
+
+
+def get(server: ServerProcess | int, path: str) -> tuple[int, Any]:
+    """GET `path`; return the status and the reply, decoded where it is JSON, else as text."""
+    return _decode(*send(find_port(server), Request(path, b"", method="GET")))
+
+
+def post(server: ServerProcess | int, path: str, body: Any, **headers: str) -> tuple[int, Any]:
+    """POST `body`, which is bytes or what JSON can say; return the status and the reply as `get` does."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return _decode(*send(find_port(server), Request(path, content, headers=headers)))
+
+
+def _decode(status: int, reply: bytes) -> tuple[int, Any]:
+    try:
+        return status, json.loads(reply)
+    except ValueError:
+        return status, reply.decode(errors="replace")
+
+
+def start(name: str, **options) -> ServerProcess:
+    """Return a ServerProcess, not yet entered, for the endpoint `name` on free ports; `options` are the endpoint's."""
+    return ServerProcess(load_endpoints()[name].on_free_ports(**options))
