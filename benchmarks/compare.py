@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from intervals import Interval, mean_interval, ratio_interval
+from measured import format_count
 from results import Cell, ResultError, list_cells, read_result
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +51,7 @@ def list_changes(before: dict, after: dict) -> list[Change]:
             old = cells.get((new.connections, new.rows_per_request))
             if old is None or not len(old.latencies_s) or not len(new.latencies_s):
                 continue
-            load = f"{new.connections} connections, {new.rows_per_request} rows"
+            load = f"{format_count(new.connections, 'connection')}, {format_count(new.rows_per_request, 'row')}"
             rates = ratio_interval(new.rates, old.rates)
             medians = ratio_interval(_medians(new), _medians(old))
             changes.append(
@@ -93,6 +94,11 @@ def list_machine_differences(before: dict, after: dict) -> list[str]:
     return differences
 
 
+def format_figure(value: float) -> str:
+    """Three significant digits, and all of those before the decimal point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _medians(cell: Cell) -> list[float]:
     return [float(np.median(part)) for part in cell.rounds_s if len(part)]
 
@@ -118,7 +124,7 @@ def main() -> None:
         table.add_column(title, justify=justify)
     for change in changes:
         table.add_row(
-            change.endpoint, change.load, change.figure, f"{change.before:,.3g}", f"{change.after:,.3g}",
+            change.endpoint, change.load, change.figure, format_figure(change.before), format_figure(change.after),
             f"{change.ratio.estimate:.2f} ({change.ratio.low:.2f}–{change.ratio.high:.2f})", change.verdict,
         )  # fmt: skip
     console.print(table)

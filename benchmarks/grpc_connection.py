@@ -1,7 +1,7 @@
 """A gRPC client for one call at a time, cheap enough to measure with: HTTP/2 over a plain socket.
 
-`GrpcConnection` has the interface of load_generator's connection for HTTP/1.1. grpcio's Python client is the
-proven one, and the tests compare with it, but a call through it costs more than a small server does.
+`GrpcConnection` is a connection.Connection. grpcio's Python client is the proven one, and the tests compare with it,
+but a call through it costs more than a small server does.
 
 HTTP/2 is RFC 9113, header compression (HPACK) RFC 7541; how gRPC uses them is doc/PROTOCOL-HTTP2.md of gRPC.
 The table of remembered headers is off in both directions, so a block of headers means the same in every
@@ -10,17 +10,14 @@ request and reply: ours is encoded once, and each different one of the server's 
 
 import functools
 import select
-import socket
 import struct
 import time
 import urllib.parse
 from dataclasses import dataclass
 
 import hpack
+from connection import CONNECT_TIMEOUT_S, RECEIVE_BYTES, Connection
 from endpoint import Request
-
-CONNECT_TIMEOUT_S = 30.0
-RECEIVE_BYTES = 1 << 18
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEAD = struct.Struct(">IBI")  # length (24 bits) and kind (8 bits), flags, stream
@@ -83,21 +80,11 @@ def decode_headers(block: bytes) -> ReplyHeaders:
     return ReplyHeaders(headers.get(b":status"), headers.get(b"grpc-status"), message)
 
 
-class GrpcConnection:
-    """One connection with at most one call under way. A large message waits for the server's flow control."""
+class GrpcConnection(Connection):
+    """A Connection over gRPC. A large message waits for the server's flow control."""
 
-    def __init__(self, port: int):
-        self.port = port
-        self.socket: socket.socket | None = None
-        self.number = 0  # of the exchange under way
-        self.sent_ns = 0
-        self.complete = False
-        self.status = 0  # 200 for a reply with grpc-status 0
-        self.failure = ""  # why the status is not 200: "grpc-status 3"
-        self.failure_message = b""  # what the server said about it
-        self.body = b""  # the protobuf message
-        self.keep_alive = True
-        self.closing_reason = ""  # why not keep_alive; "" where it is no failure
+    failure = ""  # why the status is not 200: "grpc-status 3"
+    failure_message = b""  # what the server said about it
 
     @staticmethod
     def encode(port: int, request: Request) -> GrpcRequest:
@@ -117,12 +104,8 @@ class GrpcConnection:
             raise ValueError(f"{len(block)} bytes of headers do not fit into one frame")
         return GrpcRequest(block, MESSAGE_HEAD.pack(0, len(request.body)) + request.body)
 
-    def open(self) -> None:
-        """Connect anew; OSError where nobody listens."""
-        self.close()
-        self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=CONNECT_TIMEOUT_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
+    def greet(self) -> None:
+        """Say who we are and what we allow, and forget the last connection."""
         self.keep_alive, self.closing_reason = True, ""
         self._next_stream, self._stream = 1, 0
         self._unparsed = b""  # the beginning of a frame
@@ -140,11 +123,6 @@ class GrpcConnection:
             + self._allow_more(self._connection_allowance - DEFAULT_WINDOW_BYTES)
         )
 
-    def close(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
-
     def send(self, number: int, request: GrpcRequest) -> None:
         """Send exchange `number`'s request; a broken connection shows when the reply is read."""
         self.number = number
@@ -159,7 +137,7 @@ class GrpcConnection:
         head = FRAME_HEAD.pack(len(request.headers) << 8 | HEADERS, END_HEADERS, stream)
         frames = b"".join((self._outgoing, head, request.headers, *self._take_data()))
         self._outgoing = b""
-        self.sent_ns = time.perf_counter_ns()
+        self.sent_ns = self.clock()
         self._write(frames)
 
     def receive(self) -> str | None:

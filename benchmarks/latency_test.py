@@ -15,16 +15,19 @@ import select
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from connection import Connection, begin_connecting
 from endpoint import Endpoint, load_endpoints
 from environment import split_cpus
 from intervals import Interval, mean_interval, percentile_interval
-from load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, make_exchanges
+from load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, Window, make_exchanges
 from reference import load_expected, load_test_rows
 from results import SAMPLES_BEYOND_PERCENTILE
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy import stats
 from server_process import ServerError, ServerProcess, ask, interrupt_on_sigterm
 
@@ -39,6 +42,7 @@ SIGNIFICANCE = 0.01  # chance of calling a steady server unsteady, each for p50 
 LEAST_CHANGE = {50: 0.05, 99: 0.2}  # by percentile: thirds that differ by a smaller share are called alike
 PARTS_REQUESTS = 300
 PARTS_SECONDS = 5.0
+PROGRESS_SECONDS = 2.0  # how often the progress bar moves: between two stretches of the measurement, by no thread
 
 
 def find_interval(latencies_s: np.ndarray, percent: float) -> Interval | None:
@@ -152,47 +156,58 @@ class Parts:
         return np.array(self.send_s) + np.array(self.wait_s) + np.array(self.receive_s)
 
 
-def ask_in_parts(connection, number: int, request) -> tuple[float, float, float]:
+def ask_in_parts(connection: Connection, number: int, request, poller: Callable) -> tuple[float, float, float]:
     """Send exchange `number`'s request and read its reply; return the seconds of send, wait and receive.
 
-    `connection` is one of load_generator's. OSError where it breaks or the status is not 200.
+    `poller` makes an object with the methods of select.poll. OSError if the connection breaks or the status is not 200.
     """
-    poller = select.poll()
-    poller.register(connection.socket, select.POLLIN)
-    first_s = None
-    start_s = time.perf_counter()
+    polling = poller()
+    polling.register(connection.socket, select.POLLIN)
+    first_ns = None
+    start_ns = connection.clock()
     connection.send(number, request)
-    sent_s = time.perf_counter()
+    sent_ns = connection.clock()
     while not connection.complete:
-        if not poller.poll(REPLY_TIMEOUT_S * 1000):
+        if not polling.poll(REPLY_TIMEOUT_S * 1000):
             raise TimeoutError(f"no reply in {REPLY_TIMEOUT_S:.0f} s")
-        if first_s is None:
-            first_s = time.perf_counter()
+        if first_ns is None:
+            first_ns = connection.clock()
         reason = connection.receive()
         if reason is not None and not connection.complete:
             raise ConnectionError(reason)
-    end_s = time.perf_counter()
+    end_ns = connection.clock()
     if connection.status != 200:
         raise ConnectionError(connection.failure)
-    return sent_s - start_s, first_s - sent_s, end_s - first_s
+    return (sent_ns - start_ns) / 1e9, (first_ns - sent_ns) / 1e9, (end_ns - first_ns) / 1e9
 
 
-def measure_parts(endpoint: Endpoint, exchanges: list[Exchange], count: int = PARTS_REQUESTS) -> Parts:
-    """Ask `count` times on fresh connections, then `count` times on a kept one; each for PARTS_SECONDS at most."""
+def measure_parts(
+    endpoint: Endpoint,
+    exchanges: list[Exchange],
+    count: int = PARTS_REQUESTS,
+    *,
+    clock: Callable[[], int] = time.perf_counter_ns,
+    poller: Callable = select.poll,
+    connect: Callable = begin_connecting,
+) -> Parts:
+    """Ask `count` times on fresh connections, then `count` times on a kept one; each for PARTS_SECONDS at most.
+
+    `clock`, `poller` and `connect` are those of LoadGenerator.
+    """
     parts = Parts()
-    connection = CONNECTION_CLASSES[endpoint.protocol](endpoint.port)
+    connection = CONNECTION_CLASSES[endpoint.protocol](endpoint.port, clock, connect)
     for keep in (False, True):
-        end_s = time.perf_counter() + PARTS_SECONDS
+        end_ns = clock() + int(PARTS_SECONDS * 1e9)
         connection.close()
         for number in range(count):
-            if time.perf_counter() > end_s:
+            if clock() > end_ns:
                 break
             try:
-                start_s = time.perf_counter()
+                start_ns = clock()
                 if connection.socket is None:
-                    connection.open()
-                connected_s = time.perf_counter()
-                times_s = ask_in_parts(connection, number, exchanges[number % len(exchanges)].request)
+                    connection.open(poller)
+                connected_ns = clock()
+                times_s = ask_in_parts(connection, number, exchanges[number % len(exchanges)].request, poller)
             except OSError:
                 parts.failed += 1
                 connection.close()
@@ -201,7 +216,7 @@ def measure_parts(endpoint: Endpoint, exchanges: list[Exchange], count: int = PA
                 for values_s, value_s in zip((parts.send_s, parts.wait_s, parts.receive_s), times_s, strict=True):
                     values_s.append(value_s)
             else:
-                parts.connect_s.append(connected_s - start_s)
+                parts.connect_s.append((connected_ns - start_ns) / 1e9)
                 parts.fresh_s.append(sum(times_s))
             if not (keep and connection.keep_alive):
                 connection.close()
@@ -229,6 +244,25 @@ def format_parts(parts: Parts) -> list[str]:
     if parts.failed:
         lines.append(f"{parts.failed} requests of this pass failed and are not in it")
     return lines
+
+
+def measure(load: LoadGenerator, seconds: float, console: Console) -> Window:
+    """Run the closed loop for `seconds`, in stretches between which a terminal's progress bar moves."""
+    whole = Window(len(load.connections))
+    columns = TextColumn("measuring"), BarColumn(), TimeRemainingColumn()
+    # No thread of its own draws the bar: it would take turns with the measuring one.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task("", total=seconds)
+        while whole.elapsed_s < seconds:
+            window = load.run_closed(min(PROGRESS_SECONDS, seconds - whole.elapsed_s))
+            whole.elapsed_s += window.elapsed_s
+            whole.latencies_s = np.concatenate([whole.latencies_s, window.latencies_s])
+            whole.errors += window.errors
+            whole.wrong += window.wrong
+            progress.update(task, completed=whole.elapsed_s, refresh=True)
+            if not window.elapsed_s:  # nobody answers and nobody listens
+                break
+    return whole
 
 
 def main() -> int:
@@ -264,12 +298,11 @@ def main() -> int:
             if client_cpus is not None:
                 os.sched_setaffinity(0, client_cpus)
         exchanges = make_exchanges(endpoint, arguments.version, rows, load_expected(arguments.version))
-        # A line, no spinner: its thread would take turns with the measuring one.
         console.print(f"{endpoint.name}: measuring for {arguments.seconds:g} s", soft_wrap=True)
         with LoadGenerator(endpoint, exchanges, connections=1) as load:
             if arguments.warmup_seconds:
                 load.run_closed(arguments.warmup_seconds)
-            window = load.run_closed(arguments.seconds)
+            window = measure(load, arguments.seconds, console)
         if len(window.latencies_s) == 0:
             raise ServerError(
                 f"{endpoint.name}: not one right answer; errors {dict(window.errors)}, wrong {window.wrong}"

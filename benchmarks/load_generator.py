@@ -7,8 +7,8 @@ In an open loop requests are due at times drawn beforehand, whether or not earli
 and latency counts from the time a request was due: "what would users see". This is what wrk2 and
 MLPerf LoadGen's server scenario do (Schroeder, Wierman, Harchol-Balter, "Open versus closed", NSDI 2006).
 
-Plain sockets, `select.poll` and the HTTP parser of llhttp (httptools): a loop around `requests` costs
-eight times what a small server does, and would measure itself.
+A loop around `requests` costs eight times what a small server does, and would measure itself: here are plain sockets
+and `select.poll`. The clock and the poller are arguments, so that the tests can own the time.
 """
 
 import array
@@ -17,19 +17,19 @@ import contextlib
 import gc
 import itertools
 import select
-import socket
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import httptools
 import numpy as np
-from endpoint import Endpoint, Request
+from connection import Connection, begin_connecting
+from endpoint import Endpoint
 from grpc_connection import GrpcConnection, GrpcRequest
+from http_connection import HttpConnection
 from reference import TOLERANCE
 
 REPLY_TIMEOUT_S = 30.0
-RECEIVE_BYTES = 1 << 18
 
 
 @dataclass
@@ -54,6 +54,7 @@ class Window:
     lateness_s: np.ndarray = field(default_factory=lambda: np.empty(0))  # open loop: sent after it was due
     request_bytes: int = 0  # size of one request on the wire, headers included
     reply_bytes: int = 0  # size of the last reply's body
+    connect_s: float = 0.0  # longest that a connection took to open, in this window or before it
 
     @property
     def rate(self) -> float:
@@ -84,83 +85,10 @@ def poisson_arrivals(rate: float, duration_s: float, seed: int) -> np.ndarray:
     return np.cumsum(gaps_s)
 
 
-class _Connection:
-    """One keep-alive connection with at most one request under way; httptools calls the on_ methods."""
-
-    closing_reason = "server closes after each reply"  # what is counted where not keep_alive
-
-    def __init__(self, port: int):
-        self.port = port
-        self.socket: socket.socket | None = None
-        self.number = 0  # of the exchange under way
-        self.sent_ns = 0
-
-    @staticmethod
-    def encode(port: int, request: Request) -> bytes:
-        """Encode `request` once for many sends."""
-        headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
-        head = (
-            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}"
-            f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
-        )
-        return head.encode() + request.body
-
-    @property
-    def failure(self) -> str:
-        """Why the status is not 200, in a few words to count it under."""
-        return f"status {self.status}"
-
-    def open(self) -> None:
-        """Connect anew; OSError where nobody listens."""
-        self.close()
-        self.socket = socket.create_connection(("127.0.0.1", self.port), timeout=REPLY_TIMEOUT_S)
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
-
-    def close(self) -> None:
-        if self.socket is not None:
-            self.socket.close()
-            self.socket = None
-
-    def send(self, number: int, request: bytes) -> None:
-        """Send exchange `number`'s request; a broken connection shows when the reply is read."""
-        self.number = number
-        self.parser = httptools.HttpResponseParser(self)
-        self.body = b""
-        self.complete = False
-        self.sent_ns = time.perf_counter_ns()
-        try:
-            sent = self.socket.send(request)
-            if sent < len(request):
-                self.socket.setblocking(True)
-                self.socket.sendall(request[sent:])
-                self.socket.setblocking(False)
-        except OSError:
-            return
-
-    def receive(self) -> str | None:
-        """Take in what has arrived; return what went wrong, or None."""
-        try:
-            data = self.socket.recv(RECEIVE_BYTES)
-            if not data:
-                return "connection closed"
-            self.parser.feed_data(data)
-        except OSError as error:
-            return type(error).__name__
-        except httptools.HttpParserError:
-            return "not HTTP"
-        return None
-
-    def on_body(self, part: bytes) -> None:
-        self.body += part
-
-    def on_message_complete(self) -> None:
-        self.complete = True
-        self.status = self.parser.get_status_code()
-        self.keep_alive = self.parser.should_keep_alive()  # right only while the reply is being parsed
-
-
-CONNECTION_CLASSES = {"REST": _Connection, "gRPC": GrpcConnection}  # by endpoint.protocol
+CONNECTION_CLASSES: dict[str, type[Connection]] = {
+    "REST": HttpConnection,
+    "gRPC": GrpcConnection,
+}  # by endpoint.protocol
 
 
 class LoadGenerator:
@@ -168,39 +96,94 @@ class LoadGenerator:
 
     Every reply is checked: its bytes against a reply to the same rows that was found right before,
     and where they differ its numbers against the expected ones, after the clock has stopped. A
-    connection that fails is opened anew; where nobody listens any more it is given up.
+    connection that fails is opened again; if nobody listens any more it is given up. All are opened
+    at once and none is waited for while others ask: a server whose listen backlog is too short for
+    them takes seconds, which `Window.connect_s` tells.
+
+    `clock` gives nanoseconds, `poller` makes an object with the methods of `select.poll`, and
+    `connect` begins to connect to a port: a test that gives all three decides what time it is.
     """
 
-    def __init__(self, endpoint: Endpoint, exchanges: list[Exchange], connections: int):
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        exchanges: list[Exchange],
+        connections: int,
+        *,
+        reply_timeout_s: float = REPLY_TIMEOUT_S,
+        clock: Callable[[], int] = time.perf_counter_ns,
+        poller: Callable = select.poll,
+        connect: Callable = begin_connecting,
+    ):
         self.endpoint = endpoint
         self.exchanges = exchanges
+        self.reply_timeout_s = reply_timeout_s
+        self.clock = clock
+        self.make_poller = poller
         connection_class = CONNECTION_CLASSES[endpoint.protocol]
-        self.connections = [connection_class(endpoint.port) for _ in range(connections)]
+        self.connections = [connection_class(endpoint.port, clock, connect) for _ in range(connections)]
         self._numbers = itertools.cycle(range(len(exchanges)))
         self._right_bodies: dict[int, bytes] = {}  # exchange number -> a body that was decoded and found right
-        for connection in self.connections:
-            connection.open()
+        self._connect_ns = 0  # the longest so far
+        try:
+            self._open_all()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> "LoadGenerator":
         return self
 
     def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection."""
         for connection in self.connections:
             connection.close()
 
+    def _open_all(self) -> None:
+        """Open the connections that are closed, all at once; OSError where nobody listens or takes one in time."""
+        self._poller = self.make_poller()
+        self._waiting: dict[int, Connection] = {}  # by descriptor: those with a request under way
+        self._opening: dict[int, tuple[Connection, int]] = {}  # by descriptor: those that connect, and since when
+        for connection in self.connections:
+            if connection.socket is None:
+                self._begin_opening(connection)
+        while self._opening:
+            events = self._poller.poll(self.reply_timeout_s * 1000)
+            if not events:
+                raise TimeoutError(f"{len(self._opening)} connections not open within {self.reply_timeout_s:.0f} s")
+            for descriptor, _ in events:
+                self._end_opening(descriptor)
+
+    def _begin_opening(self, connection: Connection) -> None:
+        started_ns = self.clock()
+        connection.begin_opening()
+        self._opening[connection.socket.fileno()] = connection, started_ns
+        self._poller.register(connection.socket, select.POLLOUT)
+
+    def _end_opening(self, descriptor: int) -> Connection:
+        connection, started_ns = self._opening.pop(descriptor)
+        self._poller.unregister(connection.socket)
+        connection.end_opening()
+        self._now_ns = self.clock()
+        self._connect_ns = max(self._connect_ns, self._now_ns - started_ns)
+        return connection
+
     def run_closed(self, duration_s: float) -> Window:
-        """Keep every connection asking for `duration_s`, then wait for the replies under way."""
+        """Keep every connection asking for `duration_s`, then wait for the unfinished replies."""
         with self._observation() as window:
             stop_ns = self._start_ns + int(duration_s * 1e9)
             for connection in self.connections:
                 self._send(connection)
-            while self._waiting:
-                events = self._poller.poll(REPLY_TIMEOUT_S * 1000)
+            while self._waiting or (self._opening and self._now_ns < stop_ns):
+                events = self._poller.poll(self.reply_timeout_s * 1000)
                 if not events:
                     self._give_up_waiting()
                 for descriptor, _ in events:
-                    connection = self._receive(descriptor)
-                    if connection is not None and self._last_ns < stop_ns:
+                    connection = self._take(descriptor)
+                    if connection is not None and self._now_ns < stop_ns:
                         self._send(connection)
         return window
 
@@ -208,7 +191,7 @@ class LoadGenerator:
         """Send a request at each of the times `due_s` (n,), seconds from the start, ascending.
 
         A request that is due while every connection is busy waits for one, and its latency counts that
-        wait. Waiting ends REPLY_TIMEOUT_S after the last was due; what is then unsent counts as failed.
+        wait. Waiting ends `reply_timeout_s` after the last was due; what is then unsent counts as failed.
         The thread never sleeps between two sends: it would wake too late. Give it a core of its own.
         """
         lateness_ns = array.array("q")
@@ -216,22 +199,22 @@ class LoadGenerator:
             due_ns = (self._start_ns + np.round(np.asarray(due_s) * 1e9).astype(np.int64)).tolist()
             idle = collections.deque(self.connections)
             position, count = 0, len(due_ns)
-            end_ns = (due_ns[-1] if due_ns else self._start_ns) + int(REPLY_TIMEOUT_S * 1e9)
+            end_ns = (due_ns[-1] if due_ns else self._start_ns) + int(self.reply_timeout_s * 1e9)
             while position < count or self._waiting:
-                now_ns = time.perf_counter_ns()
+                now_ns = self.clock()
                 while position < count and due_ns[position] <= now_ns and idle:
                     connection = idle.popleft()
-                    if connection.socket is None:  # closed while idle, and nobody listens any more
+                    if not self._is_open(connection):  # closed while idle: it comes back if it opens again
                         continue
                     self._send(connection)
                     lateness_ns.append(connection.sent_ns - due_ns[position])
                     connection.sent_ns = due_ns[position]  # the latency counts from here
                     position += 1
                 for descriptor, _ in self._poller.poll(0):
-                    connection = self._receive(descriptor)
-                    if connection is not None:
+                    connection = self._take(descriptor)
+                    if connection is not None and connection not in idle:
                         idle.append(connection)
-                if now_ns > end_ns or not (idle or self._waiting):
+                if now_ns > end_ns or not (idle or self._waiting or self._opening):
                     self._give_up_waiting()
                     window.errors["not sent: no connection was free"] += count - position
                     break
@@ -245,44 +228,44 @@ class LoadGenerator:
         window = self._window = Window(len(self.connections), request_bytes=len(self.exchanges[0].request))
         self._latencies_ns = array.array("q")
         self._unchecked: list[tuple[int, int, bytes]] = []  # place in _latencies_ns, exchange number, body
-        self._poller = select.poll()
-        self._waiting: dict[int, _Connection | GrpcConnection] = {}  # by descriptor: those with a request under way
+        self._open_all()
         for connection in self.connections:
-            if connection.socket is None:
-                connection.open()
             self._poller.register(connection.socket, select.POLLIN)
         gc_was_enabled = gc.isenabled()
         gc.disable()
         cpu_before_s = time.process_time()
-        self._start_ns = self._last_ns = time.perf_counter_ns()
+        self._start_ns = self._last_ns = self._now_ns = self.clock()
         try:
             yield window
         finally:
             window.client_cpu_s = time.process_time() - cpu_before_s
             window.elapsed_s = (self._last_ns - self._start_ns) / 1e9
+            window.connect_s = self._connect_ns / 1e9
             if gc_was_enabled:
                 gc.enable()
+            for connection, _ in self._opening.values():  # nobody needs it any more, until the next run
+                connection.close()
         wrong_places = self._check(self._unchecked)
         window.wrong = len(wrong_places)
         window.latencies_s = np.delete(np.array(self._latencies_ns, dtype=np.int64), wrong_places) / 1e9
 
-    def _send(self, connection: _Connection) -> None:
+    def _is_open(self, connection: Connection) -> bool:
+        return connection.socket is not None and connection.socket.fileno() not in self._opening
+
+    def _send(self, connection: Connection) -> None:
         number = next(self._numbers)
         self._waiting[connection.socket.fileno()] = connection
         connection.send(number, self.exchanges[number].request)
 
-    def _receive(self, descriptor: int) -> _Connection | None:
-        """Take in what has arrived; return the connection when it is free to ask again, else None."""
+    def _take(self, descriptor: int) -> Connection | None:
+        """Take in what has happened on a descriptor; return its connection when it is free to ask, else None."""
         connection = self._waiting.get(descriptor)
-        if connection is None:  # nothing was asked on it: the server keeps it alive, or closes it, which is no failure
-            for idle in self.connections:
-                if idle.socket is not None and idle.socket.fileno() == descriptor and idle.receive() is not None:
-                    self._reopen(idle, "")
-            return None
+        if connection is None:
+            return self._take_unasked(descriptor)
         reason = connection.receive()
         if reason is None and not connection.complete:
             return None
-        self._last_ns = time.perf_counter_ns()
+        self._last_ns = self._now_ns = self.clock()
         del self._waiting[descriptor]
         if reason is None:
             if connection.status == 200:
@@ -296,26 +279,40 @@ class LoadGenerator:
             if connection.keep_alive:
                 return connection
             reason = connection.closing_reason
-        return connection if self._reopen(connection, reason) else None
+        self._reopen(connection, reason)
+        return None
 
-    def _reopen(self, connection: _Connection, reason: str) -> bool:
-        """Count a failure, if it is one, and connect anew; False where nobody listens any more."""
+    def _take_unasked(self, descriptor: int) -> Connection | None:
+        """Take in what happens where nothing was asked: a connection opens, or the server ends an idle one."""
+        if descriptor in self._opening:
+            try:
+                connection = self._end_opening(descriptor)
+            except OSError as error:
+                self._window.errors[f"reconnect: {type(error).__name__}"] += 1
+                return None
+            self._poller.register(connection.socket, select.POLLIN)
+            return connection
+        for idle in self.connections:
+            if idle.socket is not None and idle.socket.fileno() == descriptor and idle.receive() is not None:
+                self._reopen(idle, "")  # no failure
+        return None
+
+    def _reopen(self, connection: Connection, reason: str) -> None:
+        """Count a failure, if it is one, and begin to connect again."""
         if reason:
             self._window.errors[reason] += 1
         self._poller.unregister(connection.socket)
         try:
-            connection.open()
+            self._begin_opening(connection)
         except OSError as error:
             self._window.errors[f"reconnect: {type(error).__name__}"] += 1
-            return False
-        self._poller.register(connection.socket, select.POLLIN)
-        return True
 
     def _give_up_waiting(self) -> None:
-        """Count the requests under way as failed, and close their connections: a late reply would be misread."""
-        self._last_ns = time.perf_counter_ns()  # the time spent waiting in vain counts
+        """Count the unanswered requests as failed, and close their connections: a late reply would be misread."""
+        self._last_ns = self._now_ns = self.clock()  # the time spent waiting in vain counts
+        reason = f"no reply in {self.reply_timeout_s:g} s"
         for connection in self._waiting.values():
-            self._window.errors[f"no reply in {REPLY_TIMEOUT_S:.0f} s"] += 1
+            self._window.errors[reason] += 1
             connection.close()
         self._waiting.clear()
 

@@ -35,6 +35,7 @@ KEEPS_UP_SHARE = 0.95  # an offered rate is kept up with where at least this sha
 BUSY_CLIENT_SHARE = 0.9  # of its core; above it the client may be what is measured
 LATE_SENDING_S = 1e-3  # p99 of sending late; above it an open-loop row does not show the server
 FOREIGN_LOAD_SHARE = 0.1  # of the cores, used by programs that are neither client nor server
+SLOW_CONNECT_S = 1.0  # a kernel whose first attempt was dropped asks again after a second
 UNSTEADY_RATIO = 1.5  # between the fastest and the slowest round of a closed loop
 PLACES_NAMED = 4  # rows that a warning names before it only counts them
 
@@ -77,6 +78,7 @@ def encode_window(window: Window, **about) -> dict:
         "client_cpu_s": window.client_cpu_s,
         "request_bytes": window.request_bytes,
         "reply_bytes": window.reply_bytes,
+        "connect_s": window.connect_s,
     }
 
 
@@ -128,6 +130,7 @@ class Cell:
     foreign_share: float  # of the machine, used by other programs, the worst window
     request_bytes: int
     reply_bytes: int
+    connect_s: float  # longest that a connection took to open
 
     @cached_property
     def latencies_s(self) -> np.ndarray:
@@ -219,6 +222,7 @@ def select(
         foreign_share=max(window["foreign_share"] for window in windows),
         request_bytes=windows[0]["request_bytes"],
         reply_bytes=windows[-1]["reply_bytes"],
+        connect_s=max(window.get("connect_s", 0.0) for window in windows),  # not in files of before 2026-11-28
     )
 
 
@@ -322,6 +326,12 @@ def list_warnings(result: dict) -> list[str]:
                     late = f"{where} ({cell.late_p99_s * 1000:.1f} ms)"
                     warn(
                         "requests were sent late, for want of a free connection or of a core of the client's own", late
+                    )
+                if cell.connect_s > SLOW_CONNECT_S:
+                    warn(
+                        "connections took seconds to open, which no latency here counts: raise the server's listen "
+                        "backlog above their number",
+                        f"{where} ({cell.connect_s:.1f} s)",
                     )
                 if cell.foreign_share > FOREIGN_LOAD_SHARE:
                     warn(

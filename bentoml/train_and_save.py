@@ -7,6 +7,8 @@ my_model:v1.0.0 and my_model:v2.0.0 (which becomes my_model:latest) to the model
 that the environment variable BENTOML_HOME names, or ~/bentoml. A tag that is there is replaced.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import csv
@@ -16,15 +18,13 @@ import sys
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import bentoml
 import numpy as np
-from bentoml.exceptions import NotFound
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import accuracy_score, log_loss
-from sklearn.neural_network import MLPClassifier
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import StandardScaler
+from rich.console import Console
+
+if TYPE_CHECKING:  # the functions import it: that takes seconds, which a wrong command line should not cost
+    from sklearn.pipeline import Pipeline
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 SCIKIT_LEARN_SEED = 0  # draws only weights that are overwritten, and the order of rows in a batch that holds them all
@@ -43,6 +43,11 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
     scikit-learn has no argument for initial weights. One `partial_fit` makes the arrays, which are
     then overwritten; `warm_start` makes `fit` go on from there, with a new, empty momentum.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import Pipeline
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler()  # mean and population standard deviation, as the recipe has them
     network = MLPClassifier(
         hidden_layer_sizes=recipe["hidden_units"],
@@ -70,7 +75,9 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
 
 def save(tag: str, model: Pipeline, metadata: dict) -> None:
     """Save `model` as `tag` in the model store; an older one goes only now, when the new one is ready."""
-    with contextlib.suppress(NotFound):
+    import bentoml
+
+    with contextlib.suppress(bentoml.exceptions.NotFound):
         bentoml.models.delete(tag)
     bentoml.sklearn.save_model(
         tag,
@@ -85,8 +92,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="where the data is (default: ../data)")
     data_dir = parser.parse_args().data_dir
-    logging.getLogger("bentoml").setLevel(logging.WARNING)
-
     try:
         recipe = json.loads((data_dir / "recipe.json").read_text())
         layers = json.loads((data_dir / "initial_weights.json").read_text())
@@ -95,27 +100,37 @@ def main() -> None:
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} not found: run python make_data.py in the folder data")
 
-    tags = []
-    for version, settings in recipe["versions"].items():
-        model = train(train_rows, train_labels, recipe, layers, settings["epochs"])
-        probabilities = model.predict_proba(test_rows)  # (n, 2)
-        accuracy = accuracy_score(test_labels, probabilities.argmax(axis=1))
-        loss = log_loss(test_labels, probabilities)
-        print(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}")
-        tags.append(f"{recipe['model_name']}:v{version}.0.0")
-        save(
-            tags[-1],
-            model,
-            metadata={
-                "test_accuracy": round(float(accuracy), 4),
-                "test_log_loss": round(float(loss), 4),
-                "test_rows": len(test_labels),
-                "epochs": settings["epochs"],
-                "trained_on": datetime.now(UTC).date().isoformat(),
-            },
-        )
+    tags, lines = [], []
+    with Console(stderr=True).status("importing scikit-learn") as status:
+        from sklearn.metrics import accuracy_score, log_loss
+
+        logging.getLogger("bentoml").setLevel(logging.WARNING)
+        for version, settings in recipe["versions"].items():
+            status.update(f"training version {version}")
+            model = train(train_rows, train_labels, recipe, layers, settings["epochs"])
+            probabilities = model.predict_proba(test_rows)  # (n, 2)
+            accuracy = accuracy_score(test_labels, probabilities.argmax(axis=1))
+            loss = log_loss(test_labels, probabilities)
+            lines.append(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}")
+            tags.append(f"{recipe['model_name']}:v{version}.0.0")
+            status.update(f"saving {tags[-1]}")
+            save(
+                tags[-1],
+                model,
+                metadata={
+                    "test_accuracy": round(float(accuracy), 4),
+                    "test_log_loss": round(float(loss), 4),
+                    "test_rows": len(test_labels),
+                    "epochs": settings["epochs"],
+                    "trained_on": datetime.now(UTC).date().isoformat(),
+                },
+            )
+    print(*lines, sep="\n")
     print(f"saved {' and '.join(tags)} to the model store; the last is {recipe['model_name']}:latest")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("train_and_save: interrupted; run it again before you serve")

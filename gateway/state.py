@@ -9,17 +9,18 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import socket
-import subprocess
 import tempfile
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 SPLIT, KEYS, RATES, SERVERS = "split.map", "keys.map", "rates.map", "servers.map"
 CERTIFICATE = "tls.pem"
 ADMIN_SOCKET = "admin.sock"
 CERTIFICATE_DAYS = 365
+ANSWER_TIMEOUT_S = 30.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
@@ -95,11 +96,15 @@ class State:
         return f"correct it or remove it ({lost})"
 
     def write(self, name: str, pairs: dict) -> None:
-        """Replace a map file in one step: a reader, or a crash, meets the old or the new."""
+        """Replace a map file."""
+        self._replace(name, "".join(f"{key} {value}\n" for key, value in pairs.items()).encode())
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Replace a file in one step: a reader, or a crash, meets the old or the new. Only the owner can read it."""
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{name}-")  # mode 0600
         try:
-            with os.fdopen(descriptor, "w") as file:
-                file.writelines(f"{key} {value}\n" for key, value in pairs.items())
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             Path(temporary).replace(self.folder / name)
@@ -111,7 +116,7 @@ class State:
         """Send one command to HAProxy's admin socket, return its answer. OSError where no gateway runs."""
         path = self.folder / socket_name
         with socket.socket(socket.AF_UNIX) as admin:
-            admin.settimeout(5)
+            admin.settimeout(ANSWER_TIMEOUT_S)
             try:
                 admin.connect(str(path))
             except OSError as error:
@@ -190,23 +195,43 @@ class State:
         path = self.folder / CERTIFICATE
         if path.exists():
             return False
-        if not shutil.which("openssl"):
-            raise StateError(f"no openssl to make a certificate with; install it, or put your own into {path}")
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            key, certificate = Path(folder) / "key.pem", Path(folder) / "certificate.pem"
-            names = "subjectAltName=DNS:localhost,DNS:gateway,IP:127.0.0.1,IP:::1"
-            subprocess.run(
-                ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-                + ["-days", str(CERTIFICATE_DAYS), "-subj", "/CN=localhost", "-addext", names]
-                + ["-keyout", str(key), "-out", str(certificate)],
-                check=True,
-                capture_output=True,
-            )
-            both = Path(folder) / CERTIFICATE
-            both.touch(mode=0o600)
-            both.write_text(certificate.read_text() + key.read_text())
-            both.replace(path)
+        try:
+            certificate = sign_certificate()
+        except ImportError:
+            raise StateError(
+                f"no cryptography to make a certificate with: python -m pip install cryptography (Debian: sudo apt-get "
+                f"install python3-cryptography), or put your own into {path}"
+            ) from None
+        self._replace(CERTIFICATE, certificate)
         return True
+
+
+def sign_certificate() -> bytes:
+    """Return a self-signed certificate for localhost with its key, as PEM; ImportError without `cryptography`."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    hosts = [
+        *map(x509.DNSName, ("localhost", "gateway")),
+        *(x509.IPAddress(ip_address(a)) for a in ("127.0.0.1", "::1")),
+    ]
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + timedelta(days=CERTIFICATE_DAYS))
+        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
 
 
 def hash_key(key: str) -> str:

@@ -14,10 +14,18 @@ import argparse
 import csv
 import json
 import logging
+import os
 import sys
 import tempfile
 import warnings
 from pathlib import Path
+
+import progress
+
+if __name__ == "__main__":  # here, because the imports take seconds
+    progress.end_on_interrupt("convert_to_onnx")
+    progress.show("loading PyTorch, scikit-learn and ONNX Runtime")
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
 
 import numpy as np
 import onnx
@@ -204,7 +212,8 @@ def main() -> int:
     test_rows, test_labels = read_rows(DATA_DIR / "test.csv")
 
     name = recipe["model_name"]
-    print(f"max |Δp| over the {len(test_rows)} test rows, of the ONNX model against its source and expected.csv")
+    progress.show(f"training {len(recipe['versions'])} versions in PyTorch and in scikit-learn, and converting them")
+    print(f"max |Δp| over the {len(test_rows)} test rows: to the source model, and to expected.csv")
     print(f"{'source':<13} {'version':<8} {'accuracy':<9} {'log loss':<9} {'|Δp| source':<12} |Δp| expected")
     files: dict[Path, bytes] = {}
     for version, settings in recipe["versions"].items():
@@ -227,7 +236,8 @@ def main() -> int:
             from_source = np.abs(probabilities - source_probabilities).max()
             from_expected = np.abs(probabilities - expected).max()
             print(
-                f"{source:<13} {version:<8} {accuracy:<9.4f} {log_loss:<9.4f} {from_source:<12.1e} {from_expected:.1e}"
+                f"{source:<13} {version:<8} {accuracy:<9.4f} {log_loss:<9.4f} {from_source:<12.1e} {from_expected:.1e}",
+                flush=True,
             )
             if not (from_source <= SOURCE_TOLERANCE and from_expected <= EXPECTED_TOLERANCE):
                 print(
@@ -239,6 +249,7 @@ def main() -> int:
                 return 1
             files[output_dir / "models" / model_name / version / "model.onnx"] = model.SerializeToString()
 
+    progress.finish_uninterrupted()
     newest = max(recipe["versions"], key=int)
     files[output_dir / "model.onnx"] = files[output_dir / "models" / name / newest / "model.onnx"]
     for path, content in files.items():

@@ -20,6 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 from endpoint import load_endpoints  # noqa: E402
 from free_ports import read_free_ports  # noqa: E402
@@ -44,6 +45,17 @@ def group_of(item: pytest.Item) -> str:
     return asked.pop() if len(asked) == 1 else item.path.stem
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-skips", action="store_true", help="fail if a test was skipped (default: skips are named)")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # None in a worker
+    if reporter and session.config.option.no_skips and reporter.stats.get("skipped"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -52,10 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(group_of(item), len(places)))
 
 
-def refuse_taken_ports() -> None:
-    """Fail where a program holds one of the usual ports, which commands written in a README use."""
-    for name, endpoint_class in load_endpoints().items():
-        for role, port in endpoint_class.default_ports.items():
+def refuse_taken_ports(*names: str) -> None:
+    """Fail if a program holds a usual port of these endpoints (default: of all): the READMEs' commands use them."""
+    endpoints = load_endpoints()
+    for name in names or endpoints:
+        for role, port in endpoints[name].default_ports.items():
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:

@@ -1,4 +1,4 @@
-"""A Docker engine of the tests' own, and images in place of those that a registry would give.
+"""A Docker engine for the tests, and images in place of those that a registry would give.
 
 The engine has its own data, socket and settings, writes no firewall rule, makes no bridge but those of networks that
 are asked for, and takes all of it along when it ends.
@@ -15,13 +15,12 @@ import signal
 import subprocess
 import tempfile
 import threading
-import time
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
-from conftest import REPOSITORY_DIR
+from helpers import DEADLINE_S, REPOSITORY_DIR, wait_until
 from packaging.requirements import Requirement
 
 PYTHON_IMAGE = "python:3.11.15-slim-bookworm"
@@ -33,8 +32,6 @@ DEBIAN_DOCKER = "/usr/bin/docker"  # can build with BuildKit by itself, where ne
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
 PACKAGES = "python3,python3-pip,python3-venv,ca-certificates"
 CA_PATH = Path("/etc/ssl/certs/ca-certificates.crt")
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 60.0
 SETTINGS = {
     "default-ulimits": {"nofile": {"Name": "nofile", "Soft": 4096, "Hard": 4096}},
     "bridge": "none",
@@ -105,11 +102,12 @@ class Engine:
         return self
 
     def _wait(self) -> None:
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while self.run("docker", "version", check=False).returncode != 0:
-            if self.process.poll() is not None or time.monotonic() > deadline_s:
-                raise RuntimeError(f"dockerd does not serve:\n{self.log_path.read_text()[-3000:]}")
-            time.sleep(0.1)
+        try:
+            wait_until(
+                lambda: self.run("docker", "version", check=False).returncode == 0, "dockerd serves", self.process
+            )
+        except AssertionError as error:
+            raise RuntimeError(f"{error}:\n{self.log_path.read_text()[-3000:]}") from None
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:
@@ -119,7 +117,7 @@ class Engine:
             self.run("docker", "network", "prune", "--force", check=False)
             self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(STOP_TIMEOUT_S)
+                self.process.wait(DEADLINE_S)
         for process in psutil.process_iter(["cmdline"]):  # what an engine that was killed leaves
             if any(str(self.folder) in word for word in process.info["cmdline"] or []) and process.pid != os.getpid():
                 with contextlib.suppress(psutil.NoSuchProcess):

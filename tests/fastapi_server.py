@@ -1,12 +1,15 @@
-"""The server that most tutorials write, FastAPI and pydantic with one run a request: onnx/server.py is held against it.
+"""The server that most tutorials write, FastAPI and pydantic, to compare onnx/server.py with: one run a request.
 
 python fastapi_server.py PORT
 """
 
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 import uvicorn
 from fastapi import FastAPI

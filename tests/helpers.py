@@ -1,9 +1,12 @@
 """What the tests share: wait for a condition, run a command, call a script's main, ask a server over HTTP."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import psutil
+import pytest
 from endpoint import Request, load_endpoints
 from server_process import ServerProcess, send
 
@@ -48,21 +53,27 @@ def wait_until(
         time.sleep(POLL_S)
 
 
+def make_environment(changes: dict[str, str | None] | None = None) -> dict[str, str]:
+    """Return this process's environment with `changes`; None removes a variable."""
+    return {name: value for name, value in {**os.environ, **(changes or {})}.items() if value is not None}
+
+
 def run(
     *command: str | Path,
     cwd: Path = REPOSITORY_DIR,
-    env: dict[str, str] | None = None,
+    env: dict[str, str | None] | None = None,
     check: bool = False,
     timeout_s: float = DEADLINE_S,
 ) -> subprocess.CompletedProcess:
-    """Run a command to its end, with its output as text. `env` is added to this process's environment.
+    """Run a command to its end, with its output as text.
 
-    `check` makes any exit code but 0 a failure that shows what was printed.
+    `env` is added to this process's environment; None removes a variable. `check` makes any exit code but 0 a failure
+    that shows what was printed.
     """
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, **(env or {})},
+        env=make_environment(env),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -77,6 +88,31 @@ def run_python(*arguments: str | Path, **options) -> subprocess.CompletedProcess
     return run(sys.executable, *arguments, **options)
 
 
+def load_script(path: Path) -> ModuleType:
+    """Import the file at `path` under a name that tells its folder, for two folders have files of one name."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_together(folder: Path, *names: str) -> list[ModuleType]:
+    """Import files of a framework's folder by their own names, and the files of the folder that they import.
+
+    Afterwards the names are free again, for another folder has files of the same names.
+    """
+    stems = {path.stem for path in folder.glob("*.py")}
+    others = {name: sys.modules.pop(name) for name in stems & sys.modules.keys()}
+    sys.path.insert(0, str(folder))
+    try:
+        return [importlib.import_module(name) for name in names]
+    finally:
+        sys.path.remove(str(folder))
+        for name in stems:
+            sys.modules.pop(name, None)
+        sys.modules.update(others)
+
+
 @dataclass
 class Done:
     """How a script's `main` ended; the fields are named as subprocess.CompletedProcess names them."""
@@ -84,6 +120,21 @@ class Done:
     returncode: int
     stdout: str
     stderr: str
+
+
+@contextlib.contextmanager
+def own_process_kept():
+    """Restore what a script's `main` changes of its process: signal handlers and the cores that it may use."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if cpus is not None:
+            os.sched_setaffinity(0, cpus)
 
 
 def call_main(script: ModuleType, *arguments: str | Path, columns: int = 200) -> Done:
@@ -94,6 +145,7 @@ def call_main(script: ModuleType, *arguments: str | Path, columns: int = 200) ->
     out, err = io.StringIO(), io.StringIO()
     argv = [f"{script.__name__}.py", *map(str, arguments)]
     with (
+        own_process_kept(),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(sys, "argv", argv),
@@ -107,6 +159,11 @@ def call_main(script: ModuleType, *arguments: str | Path, columns: int = 200) ->
         err.write(f"{code}\n")
         code = 1
     return Done(code or 0, out.getvalue(), err.getvalue())
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    """Skip a test if a program of the system is missing; `make doctor` lists them, and CI allows no skip."""
+    return pytest.mark.skipif(shutil.which(program) is None, reason=f"no {program} on PATH: apt-get install {program}")
 
 
 def find_port(server: ServerProcess | int) -> int:
@@ -134,4 +191,28 @@ def _decode(status: int, reply: bytes) -> tuple[int, Any]:
 
 def start(name: str, **options) -> ServerProcess:
     """Return a ServerProcess, not yet entered, for the endpoint `name` on free ports; `options` are the endpoint's."""
-    return ServerProcess(load_endpoints()[name].on_free_ports(**options))
+    endpoint = load_endpoints()[name].on_free_ports(**options)
+    endpoint.start_timeout_s = DEADLINE_S
+    return ServerProcess(endpoint)
+
+
+def assert_ends_whole(server: ServerProcess, number: signal.Signals) -> None:
+    """Send a signal to the process that was started; it and all that it started must end, well."""
+    processes = server.processes()
+    assert len(processes) > 1
+    server.process.send_signal(number)
+    if number != signal.SIGKILL:
+        assert server.process.wait(DEADLINE_S) == 0
+    _, alive = psutil.wait_procs(processes, timeout=DEADLINE_S)
+    assert alive == []
+
+
+def skip_without_haproxy() -> None:
+    """Skip the test, in one line that says how to install HAProxy, unless the gateway finds one."""
+    sys.path.append(str(REPOSITORY_DIR / "gateway"))
+    from gateway import GatewayError, find_haproxy
+
+    try:
+        find_haproxy()
+    except GatewayError as error:
+        pytest.skip(str(error))

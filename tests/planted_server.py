@@ -3,7 +3,7 @@
     python planted_server.py PORT right|wrong|slow|crashing
 
 Answers any GET with 200, as a healthy server does. `wrong` swaps the two probabilities, `slow` waits 300 ms,
-`crashing` ends after three answers.
+`crashing` ends after three answers to users.
 """
 
 import json
@@ -23,6 +23,10 @@ SLOW_S = 0.3
 LAST_ANSWER = 3
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -38,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
             answers = [answer[::-1] for answer in answers]
         if MANNER == "slow":
             time.sleep(SLOW_S)
-        Handler.answered += 1
+        Handler.answered += self.headers["Host"] != "gateway"  # which is how the gateway's health checks begin
         if MANNER == "crashing" and Handler.answered > LAST_ANSWER:
             os._exit(1)
         self.answer({"predictions": answers})
@@ -55,4 +59,4 @@ class Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("127.0.0.1", PORT), Handler).serve_forever()
+    Server(("127.0.0.1", PORT), Handler).serve_forever()

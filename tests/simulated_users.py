@@ -35,6 +35,7 @@ def simulate(
 ) -> Iterator[Tally]:
     """Yield the tallies of `runs` experiments look by look; `drift` slows both versions from step to step."""
     random = np.random.default_rng(seed)
+    both = {metric: np.stack([one[metric] for one in tables]) for metric in ("accuracy", "brier")}  # (2, rows)
     shape = (runs, len(plan.shares), 2)
     counts = {name: np.zeros(shape) for name in ("users", "failed", "measured")}
     sums, squares = ({metric: np.zeros(shape) for metric in METRICS} for _ in range(2))
@@ -42,14 +43,14 @@ def simulate(
         step = plan.step(look)
         many = (runs, len(plan.users_of_look(look)))
         is_two = random.random(many) < (plan.shares[step] if share is None else share)
-        rows = random.integers(len(LABELS), size=(*many, plan.rows_per_user))
-        log_s = random.normal(0, 0.5, (*many, plan.rows_per_user)).mean(-1) + is_two * np.log(slower) + drift * step
-        means = {"latency": log_s}
-        for metric in ("accuracy", "brier"):
-            values = [one[metric][rows] for one in tables]
-            if metric == "accuracy":  # a table may hold chances
-                values = [random.random(rows.shape) < one for one in values]
-            means[metric] = np.where(is_two, values[1].mean(-1), values[0].mean(-1))
+        rows = random.integers(len(LABELS), size=(plan.rows_per_user, *many))
+        # The mean of rows_per_user logarithms that spread by 0.5.
+        log_s = random.normal(0, 0.5 / plan.rows_per_user**0.5, many) + is_two * np.log(slower) + drift * step
+        seen = {metric: both[metric][is_two.astype(int), rows] for metric in both}
+        chances = seen["accuracy"]
+        if np.any(chances % 1):
+            seen["accuracy"] = random.random(rows.shape) < chances
+        means = {"latency": log_s, **{metric: values.mean(0) for metric, values in seen.items()}}
         fails = random.random(many) < np.where(is_two, failing[1], failing[0])
         for version, is_here in enumerate((~is_two, is_two)):
             place = (slice(None), step, version)

@@ -1,11 +1,13 @@
 """The A/B test: boundaries against published tables, verdicts by simulation, and whole runs through a toy split."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import ab_test
 import numpy as np
@@ -13,13 +15,13 @@ import pytest
 from ab_decision import PROMOTE, ROLL_BACK, UNDECIDED, find_difference, judge, make_plan
 from ab_test import baseline_accuracy, decode_users, judge_look, plan_of
 from alpha_spending import find_boundaries, find_drift, find_power
-from conftest import REPOSITORY_DIR
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, run_python
 from scipy import stats
 from simulated_users import LABELS, of_version, run_to_the_end, share_of, simulate, table, with_accuracy
 from split_users import SplitError
 from toy_split import ToySplit
 
-RUNS = 2000  # the standard error of a share of 0.05 is 0.005
+RUNS = 1000  # the standard error of a share of 0.05 is 0.007, of 0.9 it is 0.009
 ACCURACY = baseline_accuracy()
 EVEN_FIFTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 
@@ -94,7 +96,7 @@ def test_ten_looks_with_the_boundary_of_one_would_have_inflated_it():
 def test_the_planned_power_is_had(share):
     plan = make_plan(ACCURACY, 0.02, 0.2, power=0.9, shares=(share,))
     worse = (with_accuracy(ACCURACY), with_accuracy(ACCURACY - 0.02))
-    verdicts, _ = run_to_the_end(plan, simulate(plan, worse, RUNS // 2, seed=2))
+    verdicts, _ = run_to_the_end(plan, simulate(plan, worse, RUNS, seed=2))
     assert share_of(verdicts, ROLL_BACK) == pytest.approx(0.9, abs=0.03)  # three standard errors
     assert share_of(verdicts, PROMOTE) < 0.002
 
@@ -102,7 +104,7 @@ def test_the_planned_power_is_had(share):
 def test_fewer_users_than_planned_have_the_power_that_the_plan_then_states():
     plan = make_plan(ACCURACY, 0.02, 0.2, users_per_step=1500)
     worse = (with_accuracy(ACCURACY), with_accuracy(ACCURACY - 0.02))
-    verdicts, _ = run_to_the_end(plan, simulate(plan, worse, RUNS // 2, seed=2))
+    verdicts, _ = run_to_the_end(plan, simulate(plan, worse, RUNS, seed=2))
     assert 0.3 < plan.power < 0.7
     assert share_of(verdicts, ROLL_BACK) == pytest.approx(plan.power, abs=0.05)  # three standard errors
 
@@ -148,16 +150,25 @@ def test_a_mismatch_of_the_split_comes_before_all_else():
 
 
 @pytest.fixture
-def run_ab_test(monkeypatch, capsys, tmp_path):
-    """Run the command in this process; return (the printed lines, the result file)."""
-    monkeypatch.setattr(ab_test, "interrupt_on_sigterm", lambda: None)
+def run_ab_test(monkeypatch, tmp_path):
+    """Run the command in this process; return (the printed lines, the result file).
+
+    No socket is opened, and no latency is this machine's, unless `sockets`.
+    """
     output = tmp_path / "ab.json"
 
-    def run(split: ToySplit, *options: str, code: int = 0) -> tuple[list[str], dict]:
-        where = ["--url", split.url, "--api-key", "k", "--share", "50", "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", ["ab_test.py", *where, *options])
-        assert ab_test.main() == code
-        return capsys.readouterr().out.splitlines(), json.loads(output.read_text())
+    def run(
+        split: ToySplit, *options: str, code: int = 0, sockets: bool = False, plot: bool = False
+    ) -> tuple[list[str], dict]:
+        with monkeypatch.context() as patch, split if sockets else contextlib.nullcontext():
+            if not sockets:
+                split.stand_in(patch)
+            if not plot:  # drawing takes longer than all the rest
+                patch.setattr(ab_test, "draw", lambda *_: None)
+            where = ["--url", split.url, "--api-key", "k", "--share", "50", "--output", output]
+            done = call_main(ab_test, *where, "--timeout", DEADLINE_S, *options)
+        assert done.returncode == code, done.stderr
+        return done.stdout.splitlines(), json.loads(output.read_text())
 
     return run
 
@@ -166,8 +177,8 @@ FEW = ("--margin", "6", "--latency-margin", "300", "--looks", "4")
 
 
 def test_our_version_2_is_promoted_and_the_file_tells_it_all_again(run_ab_test, tmp_path):
-    with ToySplit() as split:
-        lines, result = run_ab_test(split, *FEW)
+    split = ToySplit()
+    lines, result = run_ab_test(split, *FEW, plot=True)
     assert lines[0].startswith("plan: ")
     assert lines[-2].startswith("verdict: promote (version 2's probabilities are better (Brier score), and no harm; ")
     assert lines[-1] == f"wrote {tmp_path / 'ab.json'} and ab.png"
@@ -176,14 +187,13 @@ def test_our_version_2_is_promoted_and_the_file_tells_it_all_again(run_ab_test, 
     plot = tmp_path / "ab.png"
     assert plot.read_bytes().startswith(b"\x89PNG")
     plot.unlink()
-    again, _ = run_ab_test(split, "--read", str(tmp_path / "ab.json"))
+    again, _ = run_ab_test(split, "--read", tmp_path / "ab.json", plot=True)
     assert again[:-1] == lines[:-1]
     assert plot.exists()
 
 
-def test_printed_figures_follow_from_what_the_users_saw(run_ab_test):
-    with ToySplit() as split:
-        lines, result = run_ab_test(split, *FEW, "--users", "200")
+def test_printed_figures_follow_from_what_the_users_saw_over_real_sockets(run_ab_test):
+    lines, result = run_ab_test(ToySplit(), *FEW, "--users", "200", sockets=True)
     right = {"1": [], "2": []}
     for user in decode_users(result["looks"]):
         answers = zip(user.benign, user.rows, strict=True)
@@ -212,20 +222,25 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_version_or_split_gets_its_verdict(case, run_ab_test):
     manner, verdict = BAD[case]
-    with ToySplit(**manner) as split:
-        lines, _ = run_ab_test(split, *FEW)
+    lines, _ = run_ab_test(ToySplit(**manner), *FEW)
     assert lines[-2].startswith(f"verdict: {verdict}")
 
 
+@pytest.mark.timing
+def test_a_version_that_takes_fifty_milliseconds_longer_is_found_over_real_sockets(run_ab_test):
+    lines, _ = run_ab_test(ToySplit(slow_s=0.05), *FEW, sockets=True)
+    assert lines[-2].startswith("verdict: roll back (version 2 is slower than allowed")
+
+
 def test_a_reply_that_does_not_say_its_version_is_refused(run_ab_test, tmp_path):
-    with ToySplit(header="X-Else") as split, pytest.raises(SplitError, match="X-Model-Version is None, not 1 or 2"):
-        run_ab_test(split)
+    with pytest.raises(SplitError, match="X-Model-Version is None, not 1 or 2"):
+        run_ab_test(ToySplit(header="X-Else"))
     assert not (tmp_path / "ab.json").exists()
 
 
 def test_replies_429_are_waited_for_and_do_not_count(run_ab_test):
-    with ToySplit(throttles=6) as split:
-        lines, result = run_ab_test(split, *FEW, "--users", "40", "--looks", "1")
+    split = ToySplit(throttles=6)
+    lines, result = run_ab_test(split, *FEW, "--users", "40", "--looks", "1")
     assert lines[1].startswith("look 1 of 1: 40 users")
     assert len(split.asked) == 126
     assert all(not user.failures for user in decode_users(result["looks"]))
@@ -240,8 +255,7 @@ def test_a_gateway_that_is_lost_ends_it_and_keeps_what_came_in(run_ab_test, monk
         return send(crowd, numbers, *rest)
 
     monkeypatch.setattr(ab_test.Crowd, "send", send_once)
-    with ToySplit() as split:
-        lines, result = run_ab_test(split, *FEW, code=1)
+    lines, result = run_ab_test(ToySplit(), *FEW, code=1)
     assert lines[-2].startswith("verdict: not enough evidence (it is gone; ")
     assert len(result["looks"]) == 1
 
@@ -249,19 +263,26 @@ def test_a_gateway_that_is_lost_ends_it_and_keeps_what_came_in(run_ab_test, monk
 def test_a_gateway_that_is_down_is_one_line():
     with ToySplit() as split:
         pass
-    done = subprocess.run(
-        [sys.executable, "ab_test.py", "--url", split.url, "--share", "50", "--api-key", "k"],
-        cwd=REPOSITORY_DIR / "benchmarks", capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    done = run_python("benchmarks/ab_test.py", "--url", split.url, "--share", "50", "--api-key", "k")
     assert done.returncode == 1
     assert done.stderr == f"ab_test: {split.url} does not answer (Connection refused): run make gateway\n"
 
 
 def test_ctrl_c_keeps_what_came_in(tmp_path):
-    with ToySplit(slow_s=0.002) as split:
+    let_go = threading.Event()
+
+    class Held(ToySplit):
+        """Answers what three looks of 81 users ask, and then nothing until it is let go."""
+
+        def reply(self, *arguments):
+            if len(self.asked) > 3 * 81 * 3 + 20:
+                let_go.wait()
+            return super().reply(*arguments)
+
+    with Held() as split:
         process = subprocess.Popen(
-            [sys.executable, "ab_test.py", "--url", split.url, "--share", "50", "--api-key", "k", "--looks", "400",
-             "--latency-margin", "1000", "--output", tmp_path / "ab.json"],
+            [sys.executable, "ab_test.py", "--url", split.url, "--share", "50", "--api-key", "k", "--looks", "40",
+             "--timeout", str(DEADLINE_S), "--output", tmp_path / "ab.json"],
             cwd=REPOSITORY_DIR / "benchmarks", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
@@ -269,7 +290,8 @@ def test_ctrl_c_keeps_what_came_in(tmp_path):
             if line.startswith("look 3"):
                 break
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        let_go.set()
+        output, errors = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, errors
     result = json.loads((tmp_path / "ab.json").read_text())
     assert result["interrupted"] == "interrupted"

@@ -1,13 +1,13 @@
 """New users are heard while many are connected: bentoml/, onnx/ and tfserving/accepting.py, on a real event loop."""
 
 import asyncio
-import importlib.util
 import socket
 
 import pytest
 import uvicorn
 import uvloop
 from endpoint import REPOSITORY_DIR
+from helpers import DEADLINE_S, load_script
 
 COPIES = [REPOSITORY_DIR / folder / "accepting.py" for folder in ("bentoml", "onnx", "tfserving")]
 NEW = 60
@@ -16,15 +16,30 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def accepting():
-    spec = importlib.util.spec_from_file_location("onnx_accepting", COPIES[1])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(COPIES[1])
 
 
 async def application(_scope, _receive, send) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"ok"})
+
+
+def connect(address: tuple[str, int]) -> socket.socket:
+    return socket.create_connection(address, timeout=DEADLINE_S)
+
+
+def with_ticks(server_class: type[uvicorn.Server]) -> type[uvicorn.Server]:
+    """Return a subclass that sets `ticked` whenever uvicorn has looked around, which it does every 0.1 s."""
+
+    class Server(server_class):
+        ticked = asyncio.Event()
+
+        async def on_tick(self, counter: int) -> bool:
+            should_end = await super().on_tick(counter)
+            self.ticked.set()
+            return should_end
+
+    return Server
 
 
 def turns_until_accepted(server_class: type[uvicorn.Server], connected: int) -> int:
@@ -36,24 +51,27 @@ def turns_until_accepted(server_class: type[uvicorn.Server], connected: int) -> 
     async def run() -> int:
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
-        server = server_class(uvicorn.Config(application, http="httptools", lifespan="off", log_level="error"))
+        server = with_ticks(server_class)(
+            uvicorn.Config(application, http="httptools", lifespan="off", log_level="error")
+        )
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         clients = []
         for number in (connected, NEW):
-            clients += [socket.create_connection(address, timeout=5) for _ in range(number)]
+            clients += [connect(address) for _ in range(number)]
             turns = 0
             while len(server.server_state.connections) < len(clients):
                 await asyncio.sleep(0)
                 turns += 1
-            await asyncio.sleep(0.3)  # uvicorn looks around every 0.1 s
+            server.ticked.clear()
+            await server.ticked.wait()  # now it knows how many are connected
         for client in clients:
             client.sendall(REQUEST)
             reply = await asyncio.to_thread(client.recv, 1000)
             assert reply.startswith(b"HTTP/1.1 200"), reply
         server.should_exit = True
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, DEADLINE_S)
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(address, timeout=5)
+            connect(address)
         for client in clients:
             client.close()
         return turns
@@ -75,7 +93,7 @@ def test_a_server_that_is_not_busy_accepts_as_uvicorn_does(accepting, monkeypatc
 
 
 def test_connections_accepted_in_the_last_turn_do_not_hold_up_the_end(accepting):
-    class EndsAtOnce(accepting.Server):
+    class EndsAtOnce(with_ticks(accepting.Server)):
         late = False
 
         async def on_tick(self, counter: int) -> bool:
@@ -87,11 +105,11 @@ def test_connections_accepted_in_the_last_turn_do_not_hold_up_the_end(accepting)
         listener = socket.create_server(("127.0.0.1", 0))
         server = EndsAtOnce(uvicorn.Config(application, http="httptools", lifespan="off", log_level="error"))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        await asyncio.sleep(0.3)
+        await server.ticked.wait()
         # No turn of the loop between these, so that it is accept() that takes them.
-        clients = [socket.create_connection(listener.getsockname(), timeout=5) for _ in range(10)]
+        clients = [connect(listener.getsockname()) for _ in range(10)]
         server.late = True
-        await asyncio.wait_for(serving, 5)
+        await asyncio.wait_for(serving, DEADLINE_S)
         return [await asyncio.to_thread(client.recv, 1) for client in clients]
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -1,20 +1,32 @@
 """The benchmark tells the truth about servers whose truth is known, and leaves nothing behind."""
 
+import contextlib
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import compare
+import latency_test
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY_DIR
+import server_process
+import verify
+from benchmark_all import list_failures, start_and_verify
+from conftest import FRAMEWORKS
 from endpoint import load_endpoints
+from free_ports import find_free_ports
+from helpers import DEADLINE_S, REPOSITORY_DIR, TESTS_DIR, call_main, load_script, run, wait_until
 from load_generator import Window
 from results import (
     README_BEGIN,
@@ -30,205 +42,228 @@ from results import (
     update_readme,
     write_result,
 )
+from server_process import ServerError, ServerProcess
+from toy_endpoint import Toy
 
-TESTS_DIR = REPOSITORY_DIR / "tests"
-FRAMEWORK_FOLDERS = ("torchserve", "tfserving", "bentoml", "onnx")
+LATE_S = 0.05  # of the toy that is late
+BAD_MANNERS = ("wrong", "erring", "dropping", "unequal", "crashing")
+TIMED_MANNERS = ("wrong", "erring", "dropping")  # these pass the check
 QUICK = [
-    "--rounds", "1", "--seconds", "0.5", "--warmup-seconds", "0.1", "--settle-seconds", "0",
+    "--rounds", "1", "--seconds", "0.2", "--warmup-seconds", "0.05", "--settle-seconds", "0", "--no-report",
     "--connections", "1", "4", "--rows", "1", "--rates", "50",
 ]  # fmt: skip
-END_TIMEOUT_S = 30.0
 
 
-@pytest.fixture
-def house(tmp_path):
-    """A copy of benchmarks/ and data/ to which one file, endpoint_toy.py, is added."""
-    shutil.copytree(REPOSITORY_DIR / "data", tmp_path / "data")
-    shutil.copytree(REPOSITORY_DIR / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("2*"))
-    (tmp_path / "tests").mkdir()
-    shutil.copy2(TESTS_DIR / "toy_server.py", tmp_path / "tests")
-    shutil.copy2(TESTS_DIR / "toy_endpoint.py", tmp_path / "benchmarks" / "endpoint_toy.py")
-    return tmp_path
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A copy of benchmarks/ and data/ to which endpoint_toy.py is added, and as much for each bad manner of the toy."""
+    house = tmp_path_factory.mktemp("house")
+    shutil.copytree(REPOSITORY_DIR / "data", house / "data")
+    shutil.copytree(REPOSITORY_DIR / "benchmarks", house / "benchmarks", ignore=shutil.ignore_patterns("2*"))
+    (house / "tests").mkdir()
+    shutil.copy2(TESTS_DIR / "toy_server.py", house / "tests")
+    toy = (TESTS_DIR / "toy_endpoint.py").read_text()
+    (house / "benchmarks" / "endpoint_toy.py").write_text(toy)
+    for manner in BAD_MANNERS:
+        bad_toy = toy.replace('name = "toy"', f'name = "{manner}"').replace('"right"', f'"{manner}"')
+        (house / "benchmarks" / f"endpoint_{manner}.py").write_text(bad_toy)
+    return house
 
 
-def command(house, script: str, *arguments: str, manner: str = "right") -> tuple[list[str], dict]:
-    environment = {**os.environ, "TOY_MANNER": manner, "TOY_FOLDER": str(house / "tests"), "COLUMNS": "200"}
-    return [sys.executable, str(house / "benchmarks" / script), *arguments], environment
+def command(house: Path, *arguments: str | Path) -> list[str | Path]:
+    return [sys.executable, house / "benchmarks" / "benchmark_all.py", *arguments]
 
 
-def run(house, script: str, *arguments: str, manner: str = "right") -> subprocess.CompletedProcess:
-    argv, environment = command(house, script, *arguments, manner=manner)
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120, cwd=house)
-
-
-def benchmark(house, manner: str, *endpoints: str) -> tuple[subprocess.CompletedProcess, dict]:
-    output = house / "result.json"
-    done = run(
-        house,
-        "benchmark_all.py",
-        *QUICK,
-        "--no-report",
-        "--output",
-        str(output),
-        "--endpoints",
-        *endpoints,
-        manner=manner,
-    )
+def benchmark(house: Path, *endpoints: str, **environment: str) -> tuple[subprocess.CompletedProcess, dict]:
+    """Benchmark the endpoints quickly; return the process and the result."""
+    output = house / f"{endpoints[-1]}.json"
+    argv = command(house, *QUICK, "--output", output, "--endpoints", *endpoints)
+    done = run(*argv, cwd=house, env={"TOY_FOLDER": str(house / "tests"), "COLUMNS": "200", **environment})
+    assert not toy_processes(house)
     return done, read_result(output)
 
 
-def toy_processes(house) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if process.info["cwd"] == str(house / "tests") and process.status() != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+def toy_processes(house: Path) -> list[psutil.Process]:
+    """The toy servers of this house that run."""
+    return [
+        process
+        for process in psutil.process_iter(["cwd"])
+        if process.info["cwd"] == str(house / "tests") and process.status() != psutil.STATUS_ZOMBIE
+    ]
 
 
-def wait_until(condition, what: str) -> None:
-    deadline_s = time.monotonic() + END_TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def good_run(house):
+    """The benchmark of the floor and of a fifth server that answers rightly, and late once it is verified."""
+    return benchmark(house, "null", "toy", TOY_MANNER="late")
 
 
-def test_a_fifth_server_is_one_new_file(house):
-    done, result = benchmark(house, "right", "null", "toy")
+@pytest.fixture(scope="module")
+def bad_run(house):
+    """The benchmark of a server for each bad manner, and of a good one."""
+    return benchmark(house, *BAD_MANNERS, "toy")
+
+
+def part_of(result: dict, name: str) -> dict:
+    """Return the result as if `name` had been measured alone."""
+    windows = [window for window in result["windows"] if window["endpoint"] == name]
+    return {**result, "endpoints": {name: result["endpoints"][name]}, "windows": windows}
+
+
+def cells_of(result: dict, name: str) -> list:
+    return [select(result, name, connections=connections) for connections in (1, 4)]
+
+
+def test_a_fifth_server_is_one_new_file(house, good_run):
+    done, result = good_run
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(result["endpoints"]["toy"]["max_abs_difference"].values()) <= 1e-9
-    for connections in (1, 4):
-        cell = select(result, "toy", connections=connections)
-        assert len(cell.latencies_s) > 50
+    for cell in cells_of(result, "toy"):
+        assert len(cell.latencies_s) > 0
         assert (cell.failed, cell.wrong) == (0, 0)
-    assert "| toy | local |" in (house / "result.md").read_text()
-    assert not toy_processes(house)
+    assert "| toy | local |" in (house / "toy.md").read_text()
 
 
-def test_the_null_server_is_the_floor_of_the_table(house):
-    _, result = benchmark(house, "right", "toy", "null")
-    floor, toy = (select(result, name, connections=1).percentile_s(50).estimate for name in ("null", "toy"))
-    assert 0 < floor < toy
+def test_the_null_server_is_the_floor_of_the_table(good_run):
+    """A server that is known to take 50 ms is above it; nothing is asked of this machine's speed."""
+    _, result = good_run
+    for floor, toy in zip(cells_of(result, "null"), cells_of(result, "toy"), strict=True):
+        assert 0 < np.median(floor.latencies_s) < np.median(toy.latencies_s)
+        assert toy.latencies_s.min() >= LATE_S * 0.99  # times lose half a percent in the file
 
 
-def test_wrong_answers_during_the_timing_are_counted_and_fail_the_run(house):
-    done, result = benchmark(house, "wrong", "toy")
-    cells = [select(result, "toy", connections=connections) for connections in (1, 4)]
+def test_a_run_with_a_bad_server_fails_and_the_good_one_is_measured_all_the_same(bad_run):
+    done, result = bad_run
     assert done.returncode == 1
-    assert sum(cell.wrong for cell in cells) > 50
-    assert "wrong" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert [name for name in result["endpoints"] if not list_failures(part_of(result, name))] == ["toy"]
+    for failure in list_failures(result):
+        assert f"FAILED: {failure}" in done.stdout
+    for cell in cells_of(result, "toy"):
+        assert len(cell.latencies_s) > 0
+        assert (cell.failed, cell.wrong) == (0, 0)
 
 
-def test_errors_are_counted_at_their_known_rate_and_not_timed(house):
-    done, result = benchmark(house, "erring", "toy")
-    cell = select(result, "toy", connections=4)
-    assert done.returncode == 1
-    assert all(set(window["errors"]) == {"status 503"} for window in result["windows"])
-    share = cell.failed / (cell.failed + len(cell.latencies_s))
-    assert abs(share - 0.25) < 0.03
+def test_wrong_answers_during_the_timing_are_counted_and_not_timed(bad_run):
+    done, result = bad_run
+    for cell in cells_of(result, "wrong"):
+        assert cell.wrong > 0
+        assert (cell.failed, len(cell.latencies_s)) == (0, 0)
+    assert re.search(r"0 failed, [\d,]+ wrong", done.stdout)
 
 
-def test_dropped_connections_are_counted_and_opened_anew(house):
-    done, result = benchmark(house, "dropping", "toy")
-    cell = select(result, "toy", connections=4)
-    assert done.returncode == 1
-    assert abs(cell.failed / (cell.failed + len(cell.latencies_s)) - 0.25) < 0.03
+@pytest.mark.parametrize(("name", "reason"), [("erring", "status 503"), ("dropping", "connection closed")])
+def test_failures_are_counted_one_by_one_and_not_timed(bad_run, name, reason):
+    """The toy fails every fourth request, and a window's requests follow each other: a quarter of them, to the one."""
+    _, result = bad_run
+    for window in part_of(result, name)["windows"]:
+        answered = sum(count for _, count in window["latency_us_counts"])
+        failed = sum(window["errors"].values())
+        assert set(window["errors"]) <= {reason}
+        assert window["wrong"] == 0
+        assert abs(failed - (answered + failed) / 4) < 1
+    assert sum(cell.failed for cell in cells_of(result, name)) > 0
 
 
-def test_a_server_that_breaks_parity_is_not_timed_and_the_others_go_on(house):
-    done, result = benchmark(house, "silent", "null", "toy")
-    assert done.returncode == 1
-    assert "wrong answer, off by 1.0e-02" in done.stdout
-    assert select(result, "toy", connections=1) is None
-    assert len(select(result, "null", connections=1).latencies_s) > 50
+def test_a_server_that_breaks_parity_is_not_timed(bad_run):
+    done, result = bad_run
+    assert "unequal: breaks the parity contract, so it is not timed" in done.stdout
+    assert max(result["endpoints"]["unequal"]["max_abs_difference"].values()) == pytest.approx(0.01)
+    assert cells_of(result, "unequal") == [None, None]
 
 
-def test_a_server_that_answers_something_else_is_reported_and_the_others_go_on(house):
-    done, result = benchmark(house, "garbled", "null", "toy")
-    assert done.returncode == 1
-    assert "no probabilities in its answer" in result["endpoints"]["toy"]["failure"]
-    assert len(select(result, "null", connections=1).latencies_s) > 50
-    assert "Traceback" not in done.stderr
+def test_a_server_that_does_not_start_is_reported_with_its_own_last_words(bad_run):
+    _, result = bad_run
+    assert "toy: the model is missing; make one" in result["endpoints"]["crashing"]["failure"]
+    assert cells_of(result, "crashing") == [None, None]
 
 
-def test_a_server_that_does_not_start_is_reported_with_its_own_last_words(house):
-    done, result = benchmark(house, "crashing", "null", "toy")
-    assert done.returncode == 1
-    assert "toy: the model is missing; make one" in result["endpoints"]["toy"]["failure"]
-    assert select(result, "null", connections=1) is not None
+class Impatient(ServerProcess):
+    """Gives a server that listens five tries to answer rightly; how long it took to come so far does not count."""
+
+    def wait_until_correct(self):
+        wait_until(self._listens, self.log, while_alive=self.process)
+        self._started_s, self.endpoint.start_timeout_s = 0, 5
+        looks = itertools.count()  # a second passes between two looks at the clock
+        clock = SimpleNamespace(perf_counter=lambda: next(looks), sleep=lambda _: None)
+        with mock.patch.object(server_process, "time", clock):
+            super().wait_until_correct()
 
 
-def test_a_server_that_ignores_sigterm_and_its_child_are_ended_all_the_same(house):
-    code = (
-        "import server_process; server_process.STOP_TIMEOUT_S = 1\n"
-        "from endpoint import load_endpoints\n"
-        "toy = load_endpoints()['toy'].on_free_ports()\n"
-        "with server_process.ServerProcess(toy) as server: print(len(server.processes()))"
-    )
-    _, environment = command(house, "verify.py", manner="deaf")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=house / "benchmarks", env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["2"], done.stderr
-    assert not toy_processes(house)
+@pytest.mark.parametrize(
+    ("manner", "reason"),
+    [("silent", "wrong answer, off by 1.0e-02"), ("garbled", "no probabilities in its answer")],
+)
+def test_a_server_that_never_answers_rightly_is_reported_with_what_it_answers(monkeypatch, manner, reason):
+    monkeypatch.setenv("TOY_MANNER", manner)
+    with contextlib.ExitStack() as stack:
+        server, about = start_and_verify(lambda: Impatient(Toy.on_free_ports()), 1, stack)
+    assert server is None
+    assert about["failure"].startswith("toy: no correct prediction within 5 s")
+    assert reason in about["failure"]
+
+
+def test_a_server_that_ignores_sigterm_and_its_child_are_ended_all_the_same(monkeypatch):
+    monkeypatch.setenv("TOY_MANNER", "deaf")
+    monkeypatch.setattr(server_process, "STOP_TIMEOUT_S", 0.5)
+    with ServerProcess(Toy.on_free_ports()) as server:
+        processes = server.processes()
+    assert len(processes) == 2
+    wait_until(lambda: not any(process.is_running() for process in processes), "the toy or its child still runs")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("moment", ["starting", "measuring"])
 def test_a_killed_benchmark_leaves_no_server_and_no_result(house, number, moment):
-    argv, environment = command(house, "benchmark_all.py", "--endpoints", "toy", "null", "--seconds", "30")
+    argv = command(house, "--endpoints", "toy", "null", "--settle-seconds", "0", "--seconds", "600")
     results = house / "benchmarks" / "results"
     before = set(results.iterdir())
-    log = (house / "log").open("wb")
-    process = subprocess.Popen(argv, env=environment, cwd=house, stdout=log, stderr=log)
+    log_path = house / "log"
+    with log_path.open("wb") as log:
+        environment = {**os.environ, "TOY_FOLDER": str(house / "tests")}
+        process = subprocess.Popen(argv, env=environment, cwd=house, stdout=log, stderr=log)
     try:
-        wait_until(lambda: toy_processes(house), "the toy server was not started")
+        wait_until(lambda: toy_processes(house), log_path.read_text, while_alive=process)
         if moment == "measuring":
-            wait_until(lambda: "no model" in (house / "log").read_text(), "the null server was not ready")
+            wait_until(lambda: "no model" in log_path.read_text(), log_path.read_text, while_alive=process)
         process.send_signal(number)
-        assert process.wait(END_TIMEOUT_S) != 0
+        assert process.wait(DEADLINE_S) != 0
     finally:
         process.kill()
+        process.wait()
     wait_until(lambda: not toy_processes(house), "the toy server was left running")
     assert set(results.iterdir()) == before
-    assert "Traceback" not in (house / "log").read_text()
+    assert "Traceback" not in log_path.read_text()
 
 
 def test_a_taken_port_is_one_line_that_names_it():
-    endpoint_class = load_endpoints()["null"]
-    from server_process import ServerError, ServerProcess
-
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        with (
-            pytest.raises(ServerError, match=f"null: 127.0.0.1:{port} .* in use"),
-            ServerProcess(endpoint_class({"rest": port})),
-        ):
+        null = ServerProcess(load_endpoints()["null"]({"rest": port}))
+        with pytest.raises(ServerError, match=f"null: 127.0.0.1:{port} .* in use"), null:
             pass
 
 
-def test_verify_prints_the_difference_and_succeeds_only_on_equal_answers(house):
-    good = run(house, "verify.py", "--endpoints", "toy")
-    bad = run(house, "verify.py", "--endpoints", "toy", manner="silent")
+def test_verify_prints_the_difference_and_succeeds_only_on_equal_answers(monkeypatch):
+    monkeypatch.setattr(verify, "load_endpoints", lambda: {"toy": Toy})
+    good = call_main(verify, "--endpoints", "toy")
+    monkeypatch.setenv("TOY_MANNER", "unequal")
+    bad = call_main(verify, "--endpoints", "toy")
     assert good.returncode == 0
     assert "toy (local): equal, max |Δp| version 1 0.0e+00, version 2 0.0e+00" in good.stdout
     assert bad.returncode == 1
+    assert "toy (local): BROKEN, max |Δp| version 1 1.0e-02, version 2 1.0e-02" in bad.stdout
     assert "0 of 1 servers" in bad.stdout
 
 
-def test_latency_test_prints_percentiles_of_one_server(house):
-    done = run(house, "latency_test.py", "--endpoint", "toy", "--seconds", "1", "--warmup-seconds", "0.1")
-    assert done.returncode == 0, done.stderr
-    assert "p50" in done.stdout
-    assert "0 failed, 0 wrong" in done.stdout
-
-
-def test_latency_test_of_a_server_that_does_not_run_says_how_to_start_it(house):
-    done = run(house, "latency_test.py", "--endpoint", "toy", "--running")
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "start it in another terminal: cd tests && " in done.stderr
+def test_latency_test_of_a_server_that_does_not_run_says_how_to_start_it(monkeypatch):
+    monkeypatch.setattr(latency_test, "load_endpoints", lambda: {"toy": Toy})
+    monkeypatch.setattr(Toy, "default_ports", find_free_ports(["rest"]))
+    with pytest.raises(ServerError, match="start it in another terminal: cd tests && ") as caught:
+        call_main(latency_test, "--endpoint", "toy", "--running")
+    assert "\n" not in str(caught.value)
 
 
 def make_window(latencies_s: np.ndarray, round_number: int = 1, endpoint: str = "toy", **about) -> dict:
@@ -315,16 +350,15 @@ def test_compare_tells_a_change_from_noise(tmp_path):
 
     for name, scale in (("a", 1.0), ("same", 1.0), ("slower", 1.5)):
         measure(scale, tmp_path / f"{name}.json")
-    script = REPOSITORY_DIR / "benchmarks" / "compare.py"
-    environment = {**os.environ, "COLUMNS": "200"}
 
-    def compare(other: str) -> str:
-        argv = [sys.executable, script, tmp_path / "a.json", tmp_path / f"{other}.json"]
-        return subprocess.run(argv, capture_output=True, text=True, check=True, env=environment).stdout
+    def compare_with(other: str) -> str:
+        done = call_main(compare, tmp_path / "a.json", tmp_path / f"{other}.json")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    assert "0 better, 0 worse, 2 figures compared" in compare("same")
-    assert "0 better, 2 worse, 2 figures compared" in compare("slower")
-    assert "no significant difference" in compare("same")
+    assert "0 better, 0 worse, 2 figures compared" in compare_with("same")
+    assert "0 better, 2 worse, 2 figures compared" in compare_with("slower")
+    assert "no significant difference" in compare_with("same")
 
 
 def test_a_percentile_is_withheld_where_the_sample_is_too_small():
@@ -372,18 +406,17 @@ def test_only_the_marked_part_of_the_readme_is_replaced():
         update_readme("no marks", result)
 
 
-def test_the_doctor_knows_every_servers_ports():
-    done = subprocess.run(
-        [sys.executable, REPOSITORY_DIR / "doctor.py"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_doctor_knows_every_servers_ports(monkeypatch):
+    doctor = load_script(REPOSITORY_DIR / "doctor.py")
+    monkeypatch.setattr(doctor, "is_taken", lambda port: False)
+    printed = call_main(doctor).stdout
     for name, endpoint_class in load_endpoints().items():
-        if endpoint_class.folder.name not in FRAMEWORK_FOLDERS or endpoint_class.protocol != "REST":
+        if endpoint_class.folder.name not in FRAMEWORKS or endpoint_class.protocol != "REST":
             continue
         if endpoint_class.variant == "tuned":  # on the same ports as the default
             continue
-        line = next(line for line in done.splitlines() if f"ports of {name} " in line)
-        if line.startswith("ok"):
-            assert {str(port) for port in endpoint_class.default_ports.values()} <= set(line.replace(",", " ").split())
+        line = next(line for line in printed.splitlines() if f"ports of {name} " in line)
+        assert {str(port) for port in endpoint_class.default_ports.values()} <= set(line.replace(",", " ").split())
 
 
 def test_results_are_json_that_anything_reads():

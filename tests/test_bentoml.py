@@ -1,5 +1,6 @@
 """BentoML: the model store, the service's answers and refusals, the Bento, and how it starts and ends."""
 
+import contextlib
 import http.client
 import json
 import os
@@ -11,20 +12,20 @@ import sys
 import time
 from pathlib import Path
 
-import bentoml
 import numpy as np
 import psutil
 import pytest
 import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from helpers import DEADLINE_S, assert_ends_whole, call_main, load_script, post, run, start, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerProcess, ask, send
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 TAGS = {"1": "my_model:v1.0.0", "2": "my_model:v2.0.0"}
-STOP_TIMEOUT_S = 10.0
-RELOAD_TIMEOUT_S = 20.0
+TOUCH_AGAIN_S = 30.0  # BentoML prints that it watches a moment before it does; a change while it reloads would break it
+BENTOML = Path(sys.executable).with_name("bentoml")
 
 REFUSALS = {
     "four features": "row 0 has 4 values; 5 are needed",
@@ -55,47 +56,41 @@ REFUSALS = {
 }
 
 
-def post(server: ServerProcess, body: dict) -> tuple[int, dict]:
-    """POST `body` to /predict; return the status and the reply."""
-    status, reply = send(server.endpoint.ports["rest"], Request("/predict", json.dumps(body).encode()))
-    return status, json.loads(reply)
+def run_bentoml(*options: str, folder: Path, store: Path, timeout_s: float = DEADLINE_S) -> subprocess.CompletedProcess:
+    """Run `bentoml` in `folder` with the model store `store`."""
+    return run(BENTOML, *options, cwd=folder, env={"BENTOML_HOME": str(store)}, timeout_s=timeout_s)
 
 
-def run(*command: str, folder: Path, store: Path) -> subprocess.CompletedProcess:
-    """Run a command of the README in `folder` with the model store `store`; its stderr is merged into stdout."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "BENTOML_HOME": str(store), "BENTOML_DO_NOT_TRACK": "True"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60
-    )
+def assert_one_line(ended, *words: str) -> None:
+    """It failed with one line that has all of `words`."""
+    assert ended.returncode != 0
+    printed = ended.stdout + ended.stderr
+    assert printed.count("\n") == 1, printed
+    assert all(word in printed for word in words), printed
 
 
-def server_of(folder: Path, *command: str) -> ServerProcess:
-    """A server, not yet entered, that runs `command` in `folder`, on a free port and with the store of `folder`."""
-    endpoint = load_endpoints()["bentoml"].on_free_ports()
+def server_of(folder: Path, *options: str, **environment: str) -> ServerProcess:
+    """Return a server, not yet entered, that runs `bentoml serve` in `folder`, on a free port and with its store."""
+    server = start("bentoml")
+    endpoint = server.endpoint
+    variables = {**endpoint.environment(), "BENTOML_HOME": str(folder / "store"), **environment}
     endpoint.folder = folder
-    endpoint.command = lambda: [*command, "--port", str(endpoint.ports["rest"])]
-    return ServerProcess(endpoint)
+    endpoint.command = lambda: ["bentoml", "serve", *options, "--port", str(endpoint.port)]
+    endpoint.environment = lambda: variables
+    return server
 
 
-def assert_ends_whole(server: ServerProcess, number: signal.Signals) -> None:
-    """Send a signal to the process that was started; it and all that it started must end, well."""
-    processes = server.processes()
-    assert len(processes) > 1  # the supervisor and its worker
-    server.process.send_signal(number)
-    if number != signal.SIGKILL:
-        assert server.process.wait(STOP_TIMEOUT_S) == 0
-    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
-    assert alive == []
-
-
-@pytest.fixture
-def folder_copy(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def folder_copy(tmp_path_factory) -> Path:
     """The folder beside data/, as a student copies it, with the trained models in its store."""
-    ignored = shutil.ignore_patterns("bentos", "prometheus_multiproc_dir", "__pycache__")
-    shutil.copytree(FOLDER, tmp_path / "bentoml", ignore=ignored)
-    shutil.copytree(REPOSITORY_DIR / "data", tmp_path / "data")
-    return tmp_path / "bentoml"
+    return copy_folder(tmp_path_factory.mktemp("copy"))
+
+
+def copy_folder(target: Path) -> Path:
+    ignored = shutil.ignore_patterns("bentos", "prometheus_multiproc_dir", "monitoring", "__pycache__")
+    shutil.copytree(FOLDER, target / "bentoml", ignore=ignored)
+    shutil.copytree(REPOSITORY_DIR / "data", target / "data")
+    return target / "bentoml"
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
@@ -106,25 +101,25 @@ def test_answers_every_test_row_as_the_reference_does(bentoml_server, version):
 
 def test_answers_with_the_newest_version_when_none_is_named(bentoml_server):
     rows, _ = load_test_rows()
-    status, reply = post(bentoml_server, {"features": rows})
+    status, reply = post(bentoml_server, "/predict", {"features": rows})
     assert (status, reply["version"]) == (200, "v2.0.0")
     assert np.abs(np.array(reply["probability"]) - load_expected("2")).max() <= TOLERANCE
     assert reply["prediction"] == load_expected("2").argmax(axis=1).tolist()
 
 
 def test_answers_one_unnested_row_unnested(bentoml_server):
-    status, reply = post(bentoml_server, {"features": GOOD_ROW, "version": "v1.0.0"})
+    status, reply = post(bentoml_server, "/predict", {"features": GOOD_ROW, "version": "v1.0.0"})
     assert status == 200
     assert set(reply) == {"version", "prediction", "probability"}
     assert isinstance(reply["prediction"], int)
-    _, nested = post(bentoml_server, {"features": [GOOD_ROW], "version": "v1.0.0"})
+    _, nested = post(bentoml_server, "/predict", {"features": [GOOD_ROW], "version": "v1.0.0"})
     assert nested["prediction"] == [reply["prediction"]]
     assert nested["probability"] == [reply["probability"]]
 
 
 def test_takes_integers_for_numbers(bentoml_server):
-    _, integers = post(bentoml_server, {"features": [14, 24, 0, 1, 0]})
-    _, floats = post(bentoml_server, {"features": [14.0, 24.0, 0.0, 1.0, 0.0]})
+    _, integers = post(bentoml_server, "/predict", {"features": [14, 24, 0, 1, 0]})
+    _, floats = post(bentoml_server, "/predict", {"features": [14.0, 24.0, 0.0, 1.0, 0.0]})
     assert integers["probability"] == floats["probability"]
 
 
@@ -140,11 +135,11 @@ def test_refuses_and_says_why(bentoml_server, name):
     assert "error" in error
     assert REFUSALS[name] in json.dumps(error)
     assert len(reply) < 1000
-    assert post(bentoml_server, {"features": GOOD_ROW})[0] == 200
+    assert post(bentoml_server, "/predict", {"features": GOOD_ROW})[0] == 200
 
 
 def test_refuses_a_misspelt_key_instead_of_ignoring_it(bentoml_server):
-    status, reply = post(bentoml_server, {"features": GOOD_ROW, "verson": "v1.0.0"})
+    status, reply = post(bentoml_server, "/predict", {"features": GOOD_ROW, "verson": "v1.0.0"})
     assert status == 400
     assert reply["detail"][0]["loc"] == ["verson"]
 
@@ -161,7 +156,7 @@ def test_refuses_bodies_that_do_not_call_themselves_json(bentoml_server, content
 
 
 def test_keeps_the_connection_open_between_requests(bentoml_server):
-    connection = http.client.HTTPConnection("127.0.0.1", bentoml_server.endpoint.ports["rest"], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", bentoml_server.endpoint.port, timeout=DEADLINE_S)
     for _ in range(3):
         connection.request("POST", "/predict", json.dumps({"features": GOOD_ROW}), {"Content-Type": "application/json"})
         reply = connection.getresponse()
@@ -184,6 +179,8 @@ def test_listens_on_loopback_only(bentoml_server):
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_the_store_holds_what_was_trained(version):
     rows, labels = load_test_rows()
+    import bentoml
+
     stored = bentoml.sklearn.get(TAGS[version])
     assert stored.info.labels == {"framework": "sklearn", "task": "classification"}
     assert stored.info.signatures["predict_proba"].batchable
@@ -194,15 +191,20 @@ def test_the_store_holds_what_was_trained(version):
 
 
 def test_the_newest_model_is_called_latest():
+    import bentoml
+
     assert str(bentoml.sklearn.get("my_model:latest").tag) == TAGS["2"]
 
 
-def test_training_again_replaces_both_models_by_equal_ones(folder_copy):
-    store = folder_copy / "store"
+@pytest.mark.slow
+def test_training_again_replaces_both_models_by_equal_ones(tmp_path):
+    import bentoml
+
+    folder = copy_folder(tmp_path)
+    store = folder / "store"
     model_yaml = store / "models" / "my_model" / "v1.0.0" / "model.yaml"
     created = yaml.safe_load(model_yaml.read_text())["creation_time"]
-    done = run("python", "train_and_save.py", folder=folder_copy, store=store)
-    assert done.returncode == 0
+    done = run(sys.executable, "train_and_save.py", cwd=folder, env={"BENTOML_HOME": str(store)}, check=True)
     assert done.stdout.count("test accuracy 0.9386") == 2
     assert yaml.safe_load(model_yaml.read_text())["creation_time"] > created
     rows = np.array(load_test_rows()[0])
@@ -212,6 +214,21 @@ def test_training_again_replaces_both_models_by_equal_ones(folder_copy):
             for home in (FOLDER / "store", store)
         ]
         assert np.array_equal(saved[0].predict_proba(rows), saved[1].predict_proba(rows))
+
+
+def test_missing_data_is_one_line(tmp_path):
+    missing = call_main(load_script(FOLDER / "train_and_save.py"), "--data-dir", tmp_path)
+    assert_one_line(missing, "recipe.json not found: run python make_data.py")
+
+
+def test_ctrl_c_during_the_training_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "recipe.json")
+    command = [sys.executable, "train_and_save.py", "--data-dir", tmp_path]
+    training = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "recipe.json").open("w"):  # opens as soon as the script reads, and leaves it waiting
+        training.send_signal(signal.SIGINT)
+        _, printed = training.communicate(timeout=DEADLINE_S)
+    assert (training.returncode, printed) == (1, "train_and_save: interrupted; run it again before you serve\n")
 
 
 def test_the_constants_of_the_service_are_those_of_the_data():
@@ -228,43 +245,21 @@ def test_the_pins_of_the_bento_are_those_of_the_repository():
 
 
 def test_a_missing_model_is_one_line(tmp_path):
-    done = run("bentoml", "serve", "service:svc", "--port", "0", folder=FOLDER, store=tmp_path)
-    assert done.returncode != 0
-    assert done.stdout.count("\n") == 1
-    assert "my_model:v1.0.0 not found: run python train_and_save.py" in done.stdout
-
-
-def test_a_damaged_model_is_one_line(folder_copy):
-    pickled = folder_copy / "store" / "models" / "my_model" / "v2.0.0" / "saved_model.pkl"
-    pickled.write_bytes(pickled.read_bytes()[:3000])
-    done = run("bentoml", "serve", "service:svc", "--port", "0", folder=folder_copy, store=folder_copy / "store")
-    assert done.returncode != 0
-    assert done.stdout.count("\n") == 1
-    assert "my_model:v2.0.0 cannot be loaded" in done.stdout
-    assert "run python train_and_save.py" in done.stdout
-
-
-def test_missing_data_is_one_line(folder_copy):
-    (folder_copy.parent / "data" / "train.csv").unlink()
-    done = run("python", "train_and_save.py", folder=folder_copy, store=folder_copy / "store")
-    assert done.returncode != 0
-    assert done.stdout.count("\n") == 1
-    assert "train.csv not found: run python make_data.py" in done.stdout
+    refused = run_bentoml("serve", "service:svc", "--port", "0", folder=FOLDER, store=tmp_path)
+    assert_one_line(refused, "my_model:v1.0.0 not found: run python train_and_save.py")
 
 
 def test_a_taken_port_is_one_line_and_the_first_server_goes_on(bentoml_server, folder_copy):
-    port = str(bentoml_server.endpoint.ports["rest"])
-    done = run("bentoml", "serve", "service:svc", "--port", port, folder=folder_copy, store=folder_copy / "store")
-    assert done.returncode != 0
-    assert done.stdout.count("\n") == 1
-    assert f"127.0.0.1:{port} is in use; stop that program first" in done.stdout
-    assert post(bentoml_server, {"features": GOOD_ROW})[0] == 200
+    port = str(bentoml_server.endpoint.port)
+    refused = run_bentoml("serve", "service:svc", "--port", port, folder=folder_copy, store=folder_copy / "store")
+    assert_one_line(refused, f"127.0.0.1:{port} is in use; stop that program first")
+    assert post(bentoml_server, "/predict", {"features": GOOD_ROW})[0] == 200
 
 
-def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder_copy):
+def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder_copy, tmp_path):
     store = folder_copy / "store"
-    done = run("bentoml", "build", folder=folder_copy, store=store)
-    assert done.returncode == 0, done.stdout
+    built = run_bentoml("build", folder=folder_copy, store=store)
+    assert built.returncode == 0, built.stdout + built.stderr
     bento = next((store / "bentos" / "my_model_service").glob("*/"))
     ours = {"service.py", "accepting.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
     assert {path.name for path in (bento / "src").iterdir()} == {*ours, "bentofile.yaml"}
@@ -276,33 +271,40 @@ def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder
     assert "USER 1034" in dockerfile and "build-essential" not in dockerfile
 
     rows, _ = load_test_rows()
-    (folder_copy / "service.py").unlink()  # the Bento must not need it
-    with server_of(folder_copy, "bentoml", "serve", "my_model_service:latest") as server:
+    with server_of(tmp_path, "my_model_service:latest", BENTOML_HOME=str(store)) as server:  # no service.py there
         for version in TAGS:
             assert np.abs(ask(server.endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
         assert_ends_whole(server, signal.SIGINT)
 
 
 def test_serve_with_reload_takes_up_a_change_and_ends_with_its_terminal(folder_copy):
-    with server_of(folder_copy, "bentoml", "serve", "service:svc", "--reload") as server:
-        status, reply = post(server, {"features": [1.0, 2.0, 3.0, 4.0, 5.0]})  # the document's request
-        assert status == 200
-        assert len(reply["probability"]) == 2
+    service = folder_copy / "service.py"
+    changed = folder_copy.parent / "changed.py"
+    before = service.read_text()
+    changed.write_text(before.replace("features is empty", "nothing here"))
 
-        service = folder_copy / "service.py"
-        service.write_text(service.read_text().replace("features is empty", "nothing here"))
-        deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
-        message = ""
-        while "nothing here" not in message:
-            assert time.monotonic() < deadline_s
-            try:
-                message = json.dumps(post(server, {"features": []})[1])
-            except (OSError, http.client.HTTPException):
-                time.sleep(0.1)  # between two workers
-        assert_ends_whole(server, signal.SIGHUP)
+    def has_noticed() -> bool:
+        nonlocal touched_s
+        if time.monotonic() > touched_s + TOUCH_AGAIN_S:
+            touched_s = time.monotonic()
+            os.utime(service)
+        return "Detected changes" in server.log()
 
+    def error_for_no_rows() -> str:
+        with contextlib.suppress(OSError, http.client.HTTPException):  # between two workers
+            return json.dumps(post(server, "/predict", {"features": []})[1])
+        return ""
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_the_worker_ends_with_its_supervisor(folder_copy, number):
-    with server_of(folder_copy, "bentoml", "serve", "service:svc") as server:
-        assert_ends_whole(server, number)
+    try:
+        with server_of(folder_copy, "service:svc", "--reload") as server:
+            status, reply = post(server, "/predict", {"features": [1.0, 2.0, 3.0, 4.0, 5.0]})  # the document's request
+            assert status == 200
+            assert len(reply["probability"]) == 2
+            wait_until(lambda: "Watching directories" in server.log(), server.log, server.process)
+            changed.replace(service)  # at once: half a file would be loaded, too
+            touched_s = time.monotonic()
+            wait_until(has_noticed, server.log, server.process)
+            wait_until(lambda: "nothing here" in error_for_no_rows(), server.log, server.process)
+            assert_ends_whole(server, signal.SIGHUP)
+    finally:
+        service.write_text(before)

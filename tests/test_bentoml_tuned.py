@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import signal
-import time
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,36 +20,30 @@ import psutil
 import pytest
 import yaml
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from endpoint import REPOSITORY_DIR, Request
+from helpers import DEADLINE_S, assert_ends_whole, post, run, start, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ServerProcess, ask, send
 
 FOLDER = REPOSITORY_DIR / "bentoml"
-DEADLINE_S = 30.0
+MONITOR = "seen"
 
 
-@contextlib.contextmanager
-def started(name: str):
-    endpoint_class = load_endpoints()[name]
-    with ServerProcess(endpoint_class.on_free_ports()) as server:
-        yield server
+def copied(name: str, folder: Path) -> ServerProcess:
+    """Return a server, not yet entered, of a copy of the folder and its store in `folder`; it logs predictions."""
+    ignored = shutil.ignore_patterns("bentos", "prometheus_multiproc_dir", "monitoring", "__pycache__")
+    shutil.copytree(FOLDER, folder, ignore=ignored)
+    server = start(name)
+    server.endpoint.folder = folder
+    environment = {**server.endpoint.environment(), "MONITOR": MONITOR}
+    server.endpoint.environment = lambda: environment
+    return server
 
 
 @pytest.fixture(scope="module")
-def default_server():
-    with started("bentoml") as server:
+def tuned_server(tmp_path_factory):
+    with copied("bentoml-tuned", tmp_path_factory.mktemp("tuned") / "bentoml") as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def tuned_server():
-    with started("bentoml-tuned") as server:
-        yield server
-
-
-def post(server: ServerProcess, path: str, body) -> tuple[int, dict | list]:
-    status, reply = send(server.endpoint.port, Request(path, json.dumps(body).encode()))
-    return status, json.loads(reply)
 
 
 def test_the_two_configuration_files_set_the_same_keys():
@@ -86,8 +80,8 @@ def test_default_yaml_holds_bentomls_own_values():
         {"features": [1, 2, 3, 4, 5]},
     ],
 )
-def test_both_services_answer_alike(default_server, tuned_server, body):
-    (status, default), (tuned_status, tuned) = (post(each, "/predict", body) for each in (default_server, tuned_server))
+def test_both_services_answer_alike(bentoml_server, tuned_server, body):
+    (status, default), (tuned_status, tuned) = (post(each, "/predict", body) for each in (bentoml_server, tuned_server))
     assert status == tuned_status == 200
     assert default.keys() == tuned.keys()
     assert default["version"] == tuned["version"]
@@ -96,10 +90,10 @@ def test_both_services_answer_alike(default_server, tuned_server, body):
     assert np.shape(default["probability"]) == np.shape(tuned["probability"])
 
 
-def test_both_services_refuse_alike(default_server, tuned_server):
-    for case in bad_requests(default_server.endpoint):
+def test_both_services_refuse_alike(bentoml_server, tuned_server):
+    for case in bad_requests(bentoml_server.endpoint):
         replies = []
-        for server in (default_server, tuned_server):
+        for server in (bentoml_server, tuned_server):
             request = bad_requests(server.endpoint)[case]
             replies.append(send(server.endpoint.port, request))
         assert replies[0] == replies[1], case
@@ -119,10 +113,10 @@ def test_requests_that_share_a_call_get_their_own_answers(tuned_server):
         assert max(pool.map(ask_for, range(600))) <= TOLERANCE
 
 
-def test_a_body_above_the_limit_is_refused(tuned_server, default_server):
+def test_a_body_above_the_limit_is_refused(tuned_server, bentoml_server):
     body = json.dumps({"features": [GOOD_ROW] * 40_000}).encode()
     assert len(body) > 1_000_000
-    for server in (tuned_server, default_server):
+    for server in (tuned_server, bentoml_server):
         status, reply = send(server.endpoint.port, Request("/predict", body))
         assert status == 413
         assert b"send fewer rows" in reply
@@ -172,25 +166,38 @@ def test_the_batched_api_refuses_bad_rows_one_by_one(tuned_server, rows):
         assert list(pool.map(ask_for, range(8))) == [200, 400] * 4
 
 
-def test_monitor_writes_features_and_predictions_of_every_row(default_server, tmp_path):
-    shutil.copytree(FOLDER, tmp_path / "bentoml", ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
+def read_monitored(server: ServerProcess) -> list[dict]:
+    """Return what bentoml.monitor has written so far, a record a row."""
+    path = server.endpoint.folder / "monitoring" / MONITOR / "data" / "data.1.log"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_monitors(server: ServerProcess) -> None:
+    """Ask, and expect a record of features and prediction for every row."""
     rows, _ = load_test_rows()
-    for name in ("bentoml", "bentoml-tuned"):
-        endpoint = load_endpoints()[name].on_free_ports()
-        endpoint.folder = tmp_path / "bentoml"
-        environment = endpoint.environment()
-        endpoint.environment = lambda environment=environment: {**environment, "MONITOR": "seen"}
-        with ServerProcess(endpoint):
-            ask(endpoint, rows[:20], "2")
-        path = endpoint.folder / "monitoring" / "seen" / "data" / "data.1.log"
-        records = [json.loads(line) for line in path.read_text().splitlines()]
-        records = [record for record in records if record["version"] == "v2.0.0"]
-        path.unlink()
-        assert [record["mean radius"] for record in records] == [row[0] for row in rows[:20]]
-        answers = np.array([record["P(benign)"] for record in records])
-        assert np.abs(answers - load_expected("2")[:20, 1]).max() <= TOLERANCE
-    assert post(default_server, "/predict", {"features": GOOD_ROW})[0] == 200
-    assert not (FOLDER / "monitoring").exists(), "written though nobody asked for it"
+    before = len(read_monitored(server))  # the start has asked already
+    ask(server.endpoint, rows[:20], "2")
+    wait_until(lambda: len(read_monitored(server)) >= before + 20, "20 records")
+    records = read_monitored(server)[before:]
+    assert {record["version"] for record in records} == {"v2.0.0"}
+    assert [record["mean radius"] for record in records] == [row[0] for row in rows[:20]]
+    answers = np.array([record["P(benign)"] for record in records])
+    assert np.abs(answers - load_expected("2")[:20, 1]).max() <= TOLERANCE
+
+
+def test_monitor_writes_features_and_predictions_of_every_row(tuned_server):
+    assert_monitors(tuned_server)
+
+
+def test_the_default_service_monitors_too_and_its_worker_ends_with_it(tmp_path):
+    with copied("bentoml", tmp_path / "bentoml") as server:
+        assert_monitors(server)
+        assert_ends_whole(server, signal.SIGTERM)
+
+
+def test_nothing_is_monitored_unless_asked_for(bentoml_server):
+    assert post(bentoml_server, "/predict", {"features": GOOD_ROW})[0] == 200
+    assert not (FOLDER / "monitoring").exists()
 
 
 def waiting_timers() -> int:
@@ -239,20 +246,22 @@ def test_a_request_that_takes_too_long_still_gets_504(monkeypatch):
     assert sent[0]["status"] == 504
 
 
-def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tmp_path):
-    copy = tmp_path / "bentoml"
-    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("prometheus_multiproc_dir", "bentos"))
-    endpoints = [load_endpoints()["bentoml-tuned"].on_free_ports() for _ in range(2)]
-    for endpoint in endpoints:
-        environment = endpoint.environment() | {"BENTOML_HOME": str(copy / "store")}
-        endpoint.environment = lambda environment=environment: environment
+def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tuned_server):
     rows, _ = load_test_rows()
-    with ServerProcess(endpoints[0]):
-        model = copy / "store" / "models" / "my_model" / "v2.0.0" / "saved_model.pkl"
-        model.write_bytes(model.read_bytes()[:3000])
-        with pytest.raises(ServerError, match="v2.0.0 cannot be loaded"), ServerProcess(endpoints[1]):
-            pass
-        assert np.abs(ask(endpoints[0], rows, "2") - load_expected("2")).max() <= TOLERANCE
+    folder = tuned_server.endpoint.folder
+    pickled = folder / "store" / "models" / "my_model" / "v2.0.0" / "saved_model.pkl"
+    whole = pickled.read_bytes()
+    pickled.write_bytes(whole[:3000])
+    command = [Path(sys.executable).with_name("bentoml"), "serve", "tuned_service:svc", "--port", "0"]
+    try:
+        refused = run(*command, cwd=folder, env={"BENTOML_HOME": str(folder / "store")})
+    finally:
+        pickled.write_bytes(whole)
+    assert refused.returncode != 0
+    [line] = (refused.stdout + refused.stderr).splitlines()
+    assert "my_model:v2.0.0 cannot be loaded" in line
+    assert "run python train_and_save.py" in line
+    assert np.abs(ask(tuned_server.endpoint, rows, "2") - load_expected("2")).max() <= TOLERANCE
 
 
 def count_answers(port: int, requests: int, act, at: int) -> collections.Counter:
@@ -266,7 +275,7 @@ def count_answers(port: int, requests: int, act, at: int) -> collections.Counter
         place, version = number % len(rows), f"v{number % 2 + 1}.0.0"
         body = json.dumps({"features": [rows[place]] * 3, "version": version}).encode()
         try:
-            status, reply = send(port, Request("/predict", body), timeout_s=60)
+            status, reply = send(port, Request("/predict", body), DEADLINE_S)
         except (OSError, http.client.HTTPException):
             return "lost"
         if status != 200:
@@ -287,7 +296,7 @@ def find_worker(server: ServerProcess) -> psutil.Process:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_that_ends_under_load_loses_at_most_what_was_under_way(capsys, number):
     """SIGTERM is how a new service.py or model is taken up without closing the port; eight clients ask."""
-    with started("bentoml-tuned") as server:
+    with start("bentoml-tuned") as server:
         worker = find_worker(server)
         outcomes = count_answers(server.endpoint.port, 1000, lambda: worker.send_signal(number), 300)
         assert not worker.is_running()
@@ -297,14 +306,18 @@ def test_a_worker_that_ends_under_load_loses_at_most_what_was_under_way(capsys, 
     assert outcomes["lost"] <= 8, outcomes
 
 
-def test_a_killed_worker_is_replaced(tuned_server):
+def test_a_killed_worker_is_replaced_and_the_next_ends_with_its_supervisor(tuned_server):
+    """Ends the tuned server, so it is the last test that asks it."""
     worker = find_worker(tuned_server)
     os.kill(worker.pid, signal.SIGKILL)
-    deadline_s = time.monotonic() + DEADLINE_S
-    while True:
-        assert time.monotonic() < deadline_s, "no answer after a worker was killed"
-        with contextlib.suppress(OSError, RuntimeError):
-            ask(tuned_server.endpoint, [GOOD_ROW], "1")
-            break
-        time.sleep(0.1)
+    wait_until(lambda: answers(tuned_server), "an answer after a worker was killed", tuned_server.process)
     assert not worker.is_running()
+    assert find_worker(tuned_server) != worker
+    assert_ends_whole(tuned_server, signal.SIGKILL)
+
+
+def answers(server: ServerProcess) -> bool:
+    with contextlib.suppress(OSError, ServerError):
+        ask(server.endpoint, [GOOD_ROW], "1")
+        return True
+    return False

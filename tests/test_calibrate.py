@@ -1,8 +1,6 @@
 """The calibration runs, reads wrk rightly, and says so where a bound is broken or wrk is missing."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -10,8 +8,8 @@ import calibrate
 import numpy as np
 import pytest
 from calibrate import CalibrationError, Measured, format_script, judge, measure_undisturbed, parse_wrk
-from conftest import REPOSITORY_DIR
 from endpoint import Request
+from helpers import Done, call_main, needs, run_python
 
 HOLDS, UNCLEAR = 0, 2  # exit codes; unclear is what a machine that others use allows to be said
 WRK_OUTPUT = """Running 2s test @ http://127.0.0.1:33333/predict/1
@@ -31,11 +29,8 @@ Transfer/sec:      8.52MB
 
 
 def run_calibrate(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "COLUMNS": "80", **({} if path is None else {"PATH": path})}
-    return subprocess.run(
-        [sys.executable, REPOSITORY_DIR / "benchmarks" / "calibrate.py", *arguments],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    environment = {"COLUMNS": "80", **({} if path is None else {"PATH": path})}
+    return run_python("benchmarks/calibrate.py", *arguments, env=environment)
 
 
 def verdicts_of(output: str) -> dict[str, str]:
@@ -45,7 +40,7 @@ def verdicts_of(output: str) -> dict[str, str]:
     return {match[1]: match[2] for match in found if match}
 
 
-def check_end(done: subprocess.CompletedProcess) -> None:
+def check_end(done: Done | subprocess.CompletedProcess) -> None:
     """All bounds hold; where other programs used the machine those that do not are called unclear, by name."""
     assert done.returncode in (HOLDS, UNCLEAR), done.stdout + done.stderr
     assert ("unclear" in verdicts_of(done.stdout).values()) == (done.returncode == UNCLEAR)
@@ -53,8 +48,8 @@ def check_end(done: subprocess.CompletedProcess) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80 or "skipped" in done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("wrk") is None, reason="wrk is not installed; the path without it is tested below")
+@pytest.mark.timing
+@needs("wrk")
 def test_the_client_costs_little_beside_wrk():
     done = run_calibrate("--rounds", "3", "--seconds", "1")
     check_end(done)
@@ -62,7 +57,7 @@ def test_the_client_costs_little_beside_wrk():
     assert done.stdout.splitlines()[-1].startswith("calibrate: ")
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_without_wrk_the_lateness_alone_is_measured_and_the_rest_said_to_be_skipped(tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     done = run_calibrate("--rounds", "2", "--seconds", "1", path=str(tmp_path))
@@ -141,16 +136,30 @@ def test_a_disturbed_measurement_is_repeated_and_the_least_disturbed_kept():
     assert next(attempts) == ("f", 0.0)
 
 
-@pytest.mark.parametrize(("most_disturbed", "code", "word"), [(1.0, 1, "BROKEN"), (-1.0, 2, "unclear")])
-def test_a_bound_that_does_not_hold_is_the_exit_code(monkeypatch, capsys, most_disturbed, code, word):
-    monkeypatch.setattr(sys, "argv", ["calibrate.py", "--rounds", "1", "--seconds", "1"])
+@pytest.fixture
+def measured_quickly(monkeypatch):
+    """A calibration whose three figures are given; it starts the null server all the same, and asks it nothing."""
+    monkeypatch.setattr(calibrate, "run_own", lambda *_: (100e-6, 36_000.0))
+    monkeypatch.setattr(calibrate, "run_wrk", lambda *_: (80e-6, 40_000.0))
+    monkeypatch.setattr(calibrate, "watch", lambda run, *_: (run(), 0.0))
+    monkeypatch.setattr(calibrate, "measure_lateness", lambda *_, seed: (20e-6, 0.0))
+
+
+@pytest.mark.parametrize("wrk", ["wrk", None])
+def test_the_table_fits_80_columns_and_says_what_was_skipped(monkeypatch, measured_quickly, wrk):
+    monkeypatch.setattr(calibrate.shutil, "which", lambda name: wrk)
+    done = call_main(calibrate, "--rounds", "2", "--seconds", "1", columns=80)
+    check_end(done)
+    lines = done.stdout.splitlines()
+    expected = {"p50 at 1 connection", "requests/s at 16", "late p99 at 2,000/s"}
+    assert set(verdicts_of(done.stdout)) == (expected if wrk else {"late p99 at 2,000/s"})
+    assert ("apt install wrk" in lines[0]) == ("2 skipped" in lines[-1]) == (wrk is None)
+
+
+@pytest.mark.parametrize(("disturbed", "code", "word"), [(0.0, 1, "BROKEN"), (0.5, 2, "unclear")])
+def test_a_bound_that_does_not_hold_is_the_exit_code(monkeypatch, measured_quickly, disturbed, code, word):
+    monkeypatch.setattr(calibrate, "measure_lateness", lambda *_, seed: (2e-3, disturbed))
     monkeypatch.setattr(calibrate.shutil, "which", lambda name: None)
-    monkeypatch.setattr(calibrate, "LATENESS_BOUND_S", 1e-9)
-    monkeypatch.setitem(calibrate.MOST_DISTURBED, "late", most_disturbed)
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    try:
-        assert calibrate.main() == code
-    finally:
-        if cpus is not None:
-            os.sched_setaffinity(0, cpus)
-    assert f" {word}" in capsys.readouterr().out
+    done = call_main(calibrate, "--rounds", "1", "--seconds", "1")
+    assert done.returncode == code
+    assert f" {word}" in done.stdout

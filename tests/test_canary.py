@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from pathlib import Path
 
 import canary
 import gateway_cli
@@ -16,16 +16,23 @@ import numpy as np
 import pytest
 from ab_decision import PROMOTE, ROLL_BACK, make_plan
 from ab_test import baseline_accuracy, decode_users
-from conftest import REPOSITORY_DIR
 from endpoint import load_endpoints
 from free_ports import find_free_ports
-from gateway_cli import call_gateway, lent_key, read_share, read_versions
+from gateway_cli import call_gateway, lent_key, read_share
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, skip_without_haproxy, start, wait_until
 from reference import load_expected
-from server_process import ServerProcess
 from simulated_users import of_version, run_to_the_end, share_of, simulate, table
+from split_users import Crowd, Split
 from toy_split import ToySplit
 
-RUNS = 2000
+sys.path.insert(0, str(REPOSITORY_DIR / "gateway"))
+
+from state import State  # noqa: E402
+
+from gateway import read_status  # noqa: E402
+
+RUNS = 1000  # the standard error of a share of 0.05 is 0.007
+NEVER_S = "1e9"
 ACCURACY = baseline_accuracy()
 
 
@@ -68,9 +75,14 @@ def test_a_bad_version_never_gets_half_of_the_users(plant, plan):
 
 
 @pytest.fixture
-def run_canary(monkeypatch, capsys, tmp_path):
+def no_plot(monkeypatch):
+    """Drawing takes longer than all the rest."""
+    monkeypatch.setattr(canary, "draw", lambda *_: None)
+
+
+@pytest.fixture
+def run_canary(monkeypatch, tmp_path):
     """Run the command in this process; return (exit code, printed lines, result, commands to the gateway)."""
-    monkeypatch.setattr(canary, "interrupt_on_sigterm", lambda: None)
     output = tmp_path / "canary.json"
 
     def run(split: ToySplit, *options: str, stuck: bool = False, replicas=()) -> tuple[int, list[str], dict, list[str]]:
@@ -86,17 +98,16 @@ def run_canary(monkeypatch, capsys, tmp_path):
 
         monkeypatch.setattr(canary, "call_gateway", call_gateway)
         monkeypatch.setattr(canary, "count_replicas", lambda server: next(replicas))
-        where = ["--url", split.url, "--api-key", "k", "--output", str(output), "--margin", "8"]
-        monkeypatch.setattr(sys, "argv", ["canary.py", *where, "--latency-margin", "300", *options])
-        code = canary.main()
-        return code, capsys.readouterr().out.splitlines(), json.loads(output.read_text()), commands
+        split.stand_in(monkeypatch)
+        where = ["--url", split.url, "--api-key", "k", "--output", output, "--step-seconds", NEVER_S]
+        done = call_main(canary, *where, "--margin", "8", "--latency-margin", "300", *options)
+        return done.returncode, done.stdout.splitlines(), json.loads(output.read_text()), commands
 
     return run
 
 
 def test_a_good_version_reaches_every_user(run_canary, tmp_path):
-    with ToySplit(share=0) as split:
-        code, lines, result, commands = run_canary(split)
+    code, lines, result, commands = run_canary(ToySplit(share=0))
     assert code == 0
     assert commands == [
         *(f"set my_model v2={share} --server onnx" for share in (5, 25, 50, 100)),
@@ -117,10 +128,9 @@ TOY_PLANTS = {
 
 
 @pytest.mark.parametrize("plant", TOY_PLANTS)
-def test_a_bad_version_is_taken_back(plant, run_canary):
+def test_a_bad_version_is_taken_back(plant, run_canary, no_plot):
     manner, reason = TOY_PLANTS[plant]
-    with ToySplit(share=0, **manner) as split:
-        code, lines, result, commands = run_canary(split)
+    code, lines, result, commands = run_canary(ToySplit(share=0, **manner))
     assert code == 1
     assert lines[-1].startswith(f"verdict: roll back ({reason}; ")
     assert lines[-1].endswith("; all users get version 1")
@@ -129,32 +139,45 @@ def test_a_bad_version_is_taken_back(plant, run_canary):
     assert not {"promote my_model --server onnx", "set my_model v2=50 --server onnx"} & set(commands)
 
 
-def test_a_split_that_does_not_do_what_it_is_set_to_is_taken_back(run_canary):
-    with ToySplit(share=0) as split:
-        code, lines, _, commands = run_canary(split, stuck=True)
+def test_a_split_that_does_not_do_what_it_is_set_to_is_taken_back(run_canary, no_plot):
+    code, lines, _, commands = run_canary(ToySplit(share=0), stuck=True)
     assert code == 1
     assert lines[-1].startswith("verdict: roll back (sample ratio mismatch")
     assert commands[-1] == "rollback my_model --server onnx"
 
 
-def test_a_version_that_loses_a_replica_is_taken_back_though_no_user_noticed(run_canary):
-    with ToySplit(share=0) as split:
-        code, lines, result, commands = run_canary(split, replicas=[2, 2, 1])
+def test_a_version_that_loses_a_replica_is_taken_back_though_no_user_noticed(run_canary, no_plot):
+    code, lines, result, commands = run_canary(ToySplit(share=0), replicas=[2, 2, 1])
     assert code == 1
     assert lines[-1].startswith("verdict: roll back (version 2 lost a replica; ")
     assert len(result["looks"]) == 2
     assert commands[-1] == "rollback my_model --server onnx"
 
 
-def test_a_step_that_takes_too_long_is_taken_back(run_canary):
-    with ToySplit(share=0) as split:
-        code, lines, result, commands = run_canary(split, "--step-seconds", "0.2")
+def test_a_step_that_takes_too_long_is_taken_back(run_canary, no_plot, monkeypatch):
+    send = canary.Crowd.send
+    monkeypatch.setattr(canary.Crowd, "send", lambda *arguments: send(*arguments)[:-1])  # no time for the last user
+    code, lines, result, commands = run_canary(ToySplit(share=0), "--step-seconds", "40")
     assert code == 1
-    assert lines[-1].startswith("verdict: roll back (the step took more than 0.2 s; ")
+    assert lines[-1].startswith("verdict: roll back (the step took more than 40 s; ")
+    assert len(result["looks"]) == 1
     assert commands == ["set my_model v2=5 --server onnx", "rollback my_model --server onnx"]
 
 
-def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, monkeypatch):
+def test_users_who_come_after_the_deadline_are_not_sent(monkeypatch):
+    split = ToySplit()
+    split.stand_in(monkeypatch)
+    with Crowd(
+        load_endpoints()["onnx"](), Split(split.url), rows_per_user=3, seed=1, connections=1, timeout_s=1
+    ) as crowd:
+        users = crowd.send(range(10), 0, deadline_s=0.02)  # each takes 3 to 6 ms of the toy's clock
+        assert 3 < len(users) < 8
+        assert [user.number for user in users] == list(range(len(users)))
+        assert len(split.asked) == 3 * len(users)
+        assert crowd.send(range(10), 0, deadline_s=0.01) == []
+
+
+def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, no_plot, monkeypatch):
     send = canary.Crowd.send
 
     def send_twice(crowd, numbers, *rest):
@@ -163,8 +186,7 @@ def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, monkeypa
         return send(crowd, numbers, *rest)
 
     monkeypatch.setattr(canary.Crowd, "send", send_twice)
-    with ToySplit(share=0) as split:
-        code, lines, result, commands = run_canary(split)
+    code, lines, result, commands = run_canary(ToySplit(share=0))
     assert code == 130
     assert commands[-1] == "rollback my_model --server onnx"
     assert result["interrupted"] and result["looks"]
@@ -172,15 +194,6 @@ def test_ctrl_c_takes_version_2_back_and_keeps_what_came_in(run_canary, monkeypa
 
 
 # The same behind the real gateway: the good version 1 and one planted version 2.
-
-
-@contextlib.contextmanager
-def only_version(version: str):
-    """The ONNX server with one version; gives its port."""
-    endpoint_class = load_endpoints()["onnx"]
-    endpoint = endpoint_class.on_free_ports(only_version=version)
-    with ServerProcess(endpoint):
-        yield endpoint.port
 
 
 @contextlib.contextmanager
@@ -196,8 +209,9 @@ def planted(manner: str):
 
 
 @contextlib.contextmanager
-def gateway(port_1: int, port_2: int, folder, monkeypatch):
-    """The gateway in front of two ONNX servers; its address and state are in the environment meanwhile."""
+def gateway(port_1: int, port_2: int, folder: Path, monkeypatch):
+    """The gateway in front of two ONNX servers; inside the block its address and state are in the environment."""
+    skip_without_haproxy()
     ports = find_free_ports(["gateway", "metrics"])
     for name, value in {
         "GATEWAY_STATE": folder / "state",
@@ -207,54 +221,54 @@ def gateway(port_1: int, port_2: int, folder, monkeypatch):
         "GATEWAY_ONNX_V2": f"127.0.0.1:{port_2}",
     }.items():
         monkeypatch.setenv(name, str(value))
-    with (folder / "gateway.log").open("wb") as log:
+    log_path = folder / "gateway.log"
+    with log_path.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "gateway.py", "serve"], cwd=REPOSITORY_DIR / "gateway", stdout=log,
             stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     try:
-        deadline_s = time.monotonic() + 60
-        while b"serving on" not in (folder / "gateway.log").read_bytes() or not both_are_up():
-            assert process.poll() is None and time.monotonic() < deadline_s, (folder / "gateway.log").read_text()
-            time.sleep(0.1)
+        wait_until(lambda: b"serving on" in log_path.read_bytes(), log_path.read_text, while_alive=process)
+        wait_until(lambda: both_are_up(State(folder / "state")), "both versions up", while_alive=process)
         yield
     finally:
         process.send_signal(signal.SIGINT)
-        process.wait(30)
+        process.wait(DEADLINE_S)
 
 
-def both_are_up() -> bool:
+def both_are_up(state: State) -> bool:
     return all(
         replica["state"] == "UP" and replica["check"] == "L7OK"
-        for version in read_versions("onnx").values()
+        for version in read_status(state)["servers"]["onnx"].values()
         for replica in version["replicas"].values()
     )
 
 
 @pytest.fixture
-def ship(monkeypatch, capsys, tmp_path):
+def ship(no_plot, tmp_path):
     """Run the canary on the running gateway; return (exit code, printed lines, result)."""
-    monkeypatch.setattr(canary, "interrupt_on_sigterm", lambda: None)
     output = tmp_path / "canary.json"
 
-    def run(latency_margin: int = 1000) -> tuple[int, list[str], dict]:
-        options = ["--output", str(output), "--margin", "8", "--latency-margin", str(latency_margin), "--timeout", "10"]
-        monkeypatch.setattr(sys, "argv", ["canary.py", *options])
-        code = canary.main()
-        return code, capsys.readouterr().out.splitlines(), json.loads(output.read_text())
+    def run(*options: str) -> tuple[int, list[str], dict]:
+        patience = ["--timeout", DEADLINE_S, "--step-seconds", NEVER_S]
+        done = call_main(canary, "--output", output, "--margin", "20", *patience, *options)
+        return done.returncode, done.stdout.splitlines(), json.loads(output.read_text())
 
     return run
 
 
 @pytest.fixture(scope="module")
 def version_1():
-    with only_version("1") as port:
-        yield port
+    with start("onnx", only_version="1") as server:
+        yield server.endpoint.port
 
 
 def test_behind_the_gateway_a_good_version_reaches_every_user(ship, version_1, tmp_path, monkeypatch):
-    with only_version("2") as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
-        code, lines, result = ship()
+    with (
+        start("onnx", only_version="2") as version_2,
+        gateway(version_1, version_2.endpoint.port, tmp_path, monkeypatch),
+    ):
+        code, lines, result = ship("--latency-margin", NEVER_S)
         assert (code, result["verdict"]) == (0, "promote"), "\n".join(lines)
         assert read_share("onnx") == 1.0
         users = decode_users(result["looks"])
@@ -265,15 +279,15 @@ def test_behind_the_gateway_a_good_version_reaches_every_user(ship, version_1, t
 
 REASONS = {
     "wrong": {"version 2 is less accurate", "version 2's probabilities are worse (Brier score)"},
-    "slow": {"version 2 is slower than allowed"},
     "crashing": {"version 2 lost a replica"},
+    "slow": {"version 2 is slower than allowed"},
 }
 
 
-@pytest.mark.parametrize("manner", REASONS)
+@pytest.mark.parametrize("manner", ["wrong", "crashing", pytest.param("slow", marks=pytest.mark.timing)])
 def test_behind_the_gateway_a_planted_version_is_taken_back(manner, ship, version_1, tmp_path, monkeypatch):
     with planted(manner) as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
-        code, lines, result = ship(latency_margin=100 if manner == "slow" else 1000)
+        code, lines, result = ship("--margin", "8", "--latency-margin", "100" if manner == "slow" else NEVER_S)
         assert (code, result["verdict"]) == (1, "roll back"), "\n".join(lines)
         assert result["reason"] in REASONS[manner]
         assert read_share("onnx") == 0.0
@@ -281,17 +295,41 @@ def test_behind_the_gateway_a_planted_version_is_taken_back(manner, ship, versio
         assert not [reason for user in decode_users(result["looks"]) for reason in user.failures]
 
 
-@pytest.mark.parametrize("after_s", [0.001, 0.005, 0.02, 0.1])
-def test_ctrl_c_waits_for_the_end_of_a_gateway_command(after_s, tmp_path, monkeypatch):
-    """At any time of the command's start too, when nobody knows yet which process is to be stopped."""
-    (tmp_path / "gateway.py").write_text("import time; time.sleep(0.6); open('done', 'w')")
+@pytest.mark.parametrize("moment", ["before its process is there", "when its process is there", "while it works"])
+def test_ctrl_c_waits_for_the_end_of_a_gateway_command(moment, tmp_path, monkeypatch):
+    """At any moment of the command's start too, when nothing knows yet which process is to be stopped."""
+    (tmp_path / "gateway.py").write_text(
+        "import pathlib, time\n"
+        "pathlib.Path('working').touch()\n"
+        "while not pathlib.Path('interrupted').exists(): time.sleep(0.01)\n"
+        "pathlib.Path('done').touch()"
+    )
     monkeypatch.setattr(gateway_cli, "GATEWAY_DIR", tmp_path)
     monkeypatch.chdir(tmp_path)
     main_thread = threading.main_thread().ident
-    threading.Timer(after_s, signal.pthread_kill, [main_thread, signal.SIGINT]).start()
+
+    def interrupt(now: str) -> None:
+        if now == moment:
+            signal.pthread_kill(main_thread, signal.SIGINT)
+            Path("interrupted").touch()
+
+    class Process(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            interrupt("before its process is there")
+            super().__init__(*arguments, **options)
+            interrupt("when its process is there")
+
+    def wait_for_work() -> None:
+        wait_until(Path("working").exists)
+        interrupt("while it works")
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    watcher = threading.Thread(target=wait_for_work)
+    watcher.start()
     with pytest.raises(KeyboardInterrupt):
         call_gateway("set")
-    assert (tmp_path / "done").exists()
+    watcher.join()
+    assert Path("done").exists()
 
 
 def test_a_lent_key_is_taken_back_where_ctrl_c_comes_while_it_is_made(monkeypatch):
@@ -316,7 +354,8 @@ def test_a_lent_key_is_taken_back_where_ctrl_c_comes_while_it_is_made(monkeypatc
 def test_behind_the_gateway_ctrl_c_leaves_every_user_with_version_1(version_1, tmp_path, monkeypatch):
     with planted("right") as version_2, gateway(version_1, version_2, tmp_path, monkeypatch):
         process = subprocess.Popen(
-            [sys.executable, "canary.py", "--output", tmp_path / "canary.json", "--latency-margin", "1000"],
+            [sys.executable, "canary.py", "--output", tmp_path / "canary.json", "--latency-margin", NEVER_S,
+             "--step-seconds", NEVER_S, "--timeout", str(DEADLINE_S)],
             cwd=REPOSITORY_DIR / "benchmarks", stdout=subprocess.PIPE, text=True, start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
@@ -326,7 +365,7 @@ def test_behind_the_gateway_ctrl_c_leaves_every_user_with_version_1(version_1, t
             if line.startswith("step 2"):
                 break
         os.killpg(process.pid, signal.SIGINT)
-        output += process.communicate(timeout=60)[0].splitlines()
+        output += process.communicate(timeout=DEADLINE_S)[0].splitlines()
         assert process.returncode == 130, output
         assert output[-1].startswith("verdict: roll back (interrupted; ")
         assert read_share("onnx") == 0.0

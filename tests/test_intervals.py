@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from intervals import compare_rates, mean_interval, percentile_interval, ratio_interval
+from intervals import binomial_quantile, compare_rates, mean_interval, percentile_interval, ratio_interval
 from results import Cell, decode_times, encode_times
 from scipy import stats
 
@@ -40,7 +40,7 @@ def make_cell(rounds_s: list[np.ndarray]) -> Cell:
         rounds=list(range(1, len(rounds_s) + 1)),
         rounds_s=rounds_s, rates=[float(len(part)) for part in rounds_s], offered_rate=0.0, connections=1,
         rows_per_request=1, failed=0, wrong=0, client_share=0.5, server_cpu_s=[0.0], rss_bytes=0,
-        late_p99_s=float("nan"), foreign_share=0.0, request_bytes=0, reply_bytes=0,
+        late_p99_s=float("nan"), foreign_share=0.0, request_bytes=0, reply_bytes=0, connect_s=0.0,
     )  # fmt: skip
 
 
@@ -88,6 +88,13 @@ def test_the_mean_interval_is_scipys():
     np.testing.assert_allclose(
         (own.estimate, own.low, own.high), (stats.gmean(values), np.exp(logs.low), np.exp(logs.high))
     )
+
+
+@pytest.mark.parametrize("percent", [1, 50, 90, 99, 99.9])
+def test_a_binomial_quantile_is_scipys(percent):
+    for count in (1, 2, 3, 10, 99, 1000, 12_345, 270_336):
+        for share in (0.025, 0.3, 0.975):
+            assert binomial_quantile(share, count, percent / 100) == stats.binom.ppf(share, count, percent / 100)
 
 
 def test_one_round_says_nothing_about_the_spread():

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -17,15 +16,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import results
-from conftest import REPOSITORY_DIR
 from free_ports import find_free_ports
-from load_record import MOST_SLICES, SAMPLES_BEYOND_PERCENTILE, LoadRecord
+from helpers import DEADLINE_S, REPOSITORY_DIR, TESTS_DIR, run_python, wait_until
+from load_record import LoadRecord
 
-TESTS_DIR = REPOSITORY_DIR / "tests"
 DELAYS_MS = (2.2, 2.7)  # of delayed_server.py
-END_TIMEOUT_S = 30.0
-
+GOOD_ANSWERS = 231  # of the toy, before it turns bad; the first shows that it is ready
 
 pytestmark = pytest.mark.slow
 
@@ -47,21 +43,18 @@ def house(tmp_path):
 
 
 def environment(house, manner: str = "right") -> dict:
-    return {**os.environ, "TOY_MANNER": manner, "TOY_FOLDER": str(house / "tests"), "COLUMNS": "200"}
+    return {"TOY_MANNER": manner, "TOY_FOLDER": str(house / "tests"), "COLUMNS": "200"}
 
 
 def run(house, script: str, *arguments: str, manner: str = "right") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, house / "benchmarks" / script, *arguments],
-        env=environment(house, manner), capture_output=True, text=True, timeout=120, cwd=house,
-    )  # fmt: skip
+    return run_python(house / "benchmarks" / script, *arguments, cwd=house, env=environment(house, manner))
 
 
 def start_locust(house, *arguments: str) -> subprocess.Popen:
     with (house / "log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "locust", "-f", house / "benchmarks" / "load_test.py", *arguments],
-            env=environment(house), stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=house,
+            env={**os.environ, **environment(house)}, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=house,
         )  # fmt: skip
 
 
@@ -73,13 +66,6 @@ def processes_of(house) -> list[psutil.Process]:
         if any(word.startswith(str(house)) for word in words) and process.status() != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
-
-
-def wait_until(condition, what) -> None:
-    deadline_s = time.monotonic() + END_TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline_s, what() if callable(what) else what
-        time.sleep(0.05)
 
 
 def accepts(port: int) -> bool:
@@ -111,7 +97,7 @@ def delayed_port(house):
     port = find_free_ports(["rest"])["rest"]
     process = subprocess.Popen([sys.executable, "delayed_server.py", str(port)], cwd=house / "tests")
     try:
-        wait_until(lambda: accepts(port), "the delayed server does not listen")
+        wait_until(lambda: accepts(port), "the delayed server does not listen", while_alive=process)
         yield port
     finally:
         process.kill()
@@ -119,10 +105,8 @@ def delayed_port(house):
 
 
 def test_without_arguments_worth_a_word_it_starts_the_server_runs_bounded_and_prints(house):
-    began_s = time.monotonic()
     done = run(house, "load_test.py", "--endpoint", "delayed", "--users", "2", "--seconds", "2")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began_s < 2 + END_TIMEOUT_S
     assert done.stdout.splitlines()[-1].startswith("delayed: ")
     assert "0 failed, 0 wrong" in done.stdout.splitlines()[-1]
     assert "POST     delayed /toy/1" in done.stderr
@@ -176,7 +160,7 @@ def test_a_master_and_two_workers_add_up_to_what_the_server_counted(house, delay
     )  # fmt: skip
     workers = [start_locust(house, "--worker", "--master-port", port) for _ in range(2)]
     try:
-        codes = [process.wait(60) for process in (master, *workers)]
+        codes = [process.wait(DEADLINE_S) for process in (master, *workers)]
     finally:
         for process in (master, *workers):
             process.kill()
@@ -196,8 +180,8 @@ def test_wrong_answers_fail_the_run_and_are_not_timed(house, workers):
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
     record = read_record(house)
-    assert record.count == 299  # the toy's first 300 are right, and one showed that it was ready
-    assert record.wrong > 50
+    assert record.count == GOOD_ANSWERS - 1
+    assert record.wrong > 0
     assert not record.errors
     assert f"0 failed, {record.wrong:,} wrong" in done.stdout
 
@@ -209,8 +193,8 @@ def test_failed_requests_are_counted_by_reason_and_not_timed(house):
     assert done.returncode == 1
     record = read_record(house)
     assert set(record.errors) == {"status 503"}
-    answered = record.count + record.errors.total() - 299
-    assert abs(record.errors.total() / answered - 0.25) < 0.03
+    turned = record.count + record.errors.total() - (GOOD_ANSWERS - 1)
+    assert abs(record.errors.total() - turned / 4) < 1  # every fourth
     assert "× status 503" in done.stdout
 
 
@@ -220,7 +204,7 @@ def test_a_run_without_one_answer_fails(house):
         house, "--headless", "--users", "1", "--run-time", "2s", "--endpoint", "toy",
         "--host", f"http://127.0.0.1:{port}",
     )  # fmt: skip
-    assert process.wait(END_TIMEOUT_S) == 1
+    assert process.wait(DEADLINE_S) == 1
     assert "ConnectionRefusedError" in (house / "log").read_text()
 
 
@@ -237,9 +221,7 @@ for name, shape_class in load_test.SHAPES.items():
 
 
 def test_shapes_stay_within_the_users_and_end_by_themselves(house):
-    done = subprocess.run(
-        [sys.executable, "-c", TICKS], cwd=house / "benchmarks", env=environment(house), capture_output=True, text=True
-    )
+    done = run_python("-c", TICKS, cwd=house / "benchmarks", env=environment(house))
     shapes = dict(json.loads(line) for line in done.stdout.splitlines())
     assert set(shapes) == {"ramp", "spike", "soak"}, done.stderr
     for counts in shapes.values():
@@ -257,13 +239,11 @@ def test_shapes_stay_within_the_users_and_end_by_themselves(house):
 
 
 def test_a_ramp_really_ramps_and_no_stopped_user_loses_a_request(house):
-    began_s = time.monotonic()
     done = run(
         house, "load_test.py", "--endpoint", "delayed", "--users", "6", "--seconds", "8", "--shape", "ramp",
         "--csv", "out",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert time.monotonic() - began_s < 8 + END_TIMEOUT_S
     users = [int(row["User Count"]) for row in read_rows(house / "out_stats_history.csv")]
     rising = [count for count in users if count]
     assert rising == sorted(rising)
@@ -308,14 +288,14 @@ def test_a_stopped_run_leaves_nothing_behind_and_prints_what_it_measured(house, 
         process = subprocess.Popen(
             [sys.executable, house / "benchmarks" / "load_test.py", "--endpoint", "toy", "--seconds", "60",
              *options.split()],
-            env=environment(house), cwd=house, stdout=log, stderr=log,
+            env={**os.environ, **environment(house)}, cwd=house, stdout=log, stderr=log,
         )  # fmt: skip
     log_text = (house / "log").read_text
     try:
-        wait_until(lambda: "All users spawned" in log_text(), log_text)
+        wait_until(lambda: "All users spawned" in log_text(), log_text, while_alive=process)
         before = len(processes_of(house))
         process.send_signal(number)
-        assert process.wait(END_TIMEOUT_S) != 0
+        assert process.wait(DEADLINE_S) != 0
     finally:
         process.kill()
         process.wait()
@@ -334,19 +314,19 @@ def test_the_web_page_starts_users_and_shows_times_below_a_millisecond(house, de
     page = f"http://127.0.0.1:{port}"
 
     def stats() -> dict:
-        return json.load(urllib.request.urlopen(f"{page}/stats/requests", timeout=10))
+        return json.load(urllib.request.urlopen(f"{page}/stats/requests", timeout=DEADLINE_S))
 
     try:
-        wait_until(lambda: accepts(port), lambda: (house / "log").read_text())
-        assert b"<html" in urllib.request.urlopen(page, timeout=10).read()
+        wait_until(lambda: accepts(port), (house / "log").read_text, while_alive=process)
+        assert b"<html" in urllib.request.urlopen(page, timeout=DEADLINE_S).read()
         form = urllib.parse.urlencode({"user_count": 2, "spawn_rate": 2}).encode()
-        assert json.load(urllib.request.urlopen(f"{page}/swarm", form, timeout=10))["success"]
+        assert json.load(urllib.request.urlopen(f"{page}/swarm", form, timeout=DEADLINE_S))["success"]
         wait_until(lambda: stats()["stats"][-1]["num_requests"] > 200, "no requests")
         median_ms = stats()["stats"][-1]["median_response_time"]
         assert DELAYS_MS[0] <= median_ms < 10
         assert median_ms % 1
         process.send_signal(signal.SIGINT)
-        assert process.wait(END_TIMEOUT_S) == 0
+        assert process.wait(DEADLINE_S) == 0
     finally:
         process.kill()
         process.wait()
@@ -375,46 +355,3 @@ def test_both_clients_agree_on_a_server_that_sets_the_pace(house):
 def test_the_cross_check_fails_for_wrong_answers(house):
     done = run(house, "cross_check.py", "--endpoint", "toy", "--connections", "1", "--seconds", "2", manner="wrong")
     assert done.returncode == 1
-
-
-def fill(record: LoadRecord, sent_s: np.ndarray, latencies_s: np.ndarray) -> LoadRecord:
-    for sent, latency in zip(sent_s, latencies_s, strict=True):
-        record.note_answer(float(sent), float(latency))
-    return record
-
-
-def test_a_records_percentiles_are_numpys_to_the_microsecond():
-    random = np.random.default_rng(0)
-    latencies_s = random.lognormal(-8, 0.7, 20_000)
-    record = fill(LoadRecord(), 1e9 + np.sort(random.uniform(0, 10, 20_000)), latencies_s)
-    whole = record.list_rows()[-1]
-    for percent in (50, 90, 99, 99.9):
-        assert abs(whole[f"p{percent:g}_ms"] - np.percentile(latencies_s, percent) * 1000) <= 1.1e-3
-    assert sum(row["right_answers"] for row in record.list_rows()[:-1]) == whole["right_answers"] == 20_000
-    assert abs(record.rate - 2000) < 20
-
-
-def test_a_percentile_is_withheld_where_too_few_requests_lie_beyond_it():
-    row = fill(LoadRecord(), np.linspace(0, 1, 999), np.full(999, 0.001)).list_rows()[-1]
-    assert row["p90_ms"] == 1.0
-    assert row["p99_ms"] is None
-    assert SAMPLES_BEYOND_PERCENTILE == results.SAMPLES_BEYOND_PERCENTILE
-
-
-def test_workers_records_together_are_the_record_of_all():
-    random = np.random.default_rng(1)
-    sent_s, latencies_s = 1e9 + np.sort(random.uniform(0, 100, 3000)), random.exponential(0.02, 3000)
-    together = fill(LoadRecord(), sent_s, latencies_s)
-    merged = LoadRecord()
-    for part in range(3):
-        worker = fill(LoadRecord(), sent_s[part::3], latencies_s[part::3])
-        merged.merge(json.loads(json.dumps(worker.to_dict())))
-    assert merged == together
-
-
-def test_a_record_of_a_long_run_stays_small():
-    seconds = 6 * 3600
-    record = fill(LoadRecord(), np.arange(seconds), np.linspace(1e-4, 2, seconds))
-    assert len(record.slices) <= MOST_SLICES
-    assert record.count == seconds
-    assert abs(np.percentile(record.latencies_s, 99) / np.percentile(np.linspace(1e-4, 2, seconds), 99) - 1) < 1e-3

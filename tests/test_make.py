@@ -1,37 +1,37 @@
 """The make targets: documented, repeatable, and ended by one Ctrl-C."""
 
+import contextlib
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
-from conftest import REPOSITORY_DIR, refuse_taken_ports
+from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
 from endpoint import load_endpoints
+from helpers import run, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ask
+from terminal import CTRL_C, Terminal
 
 MAKEFILE = (REPOSITORY_DIR / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
-FRAMEWORKS = ("torchserve", "tfserving", "bentoml", "onnx")
-READY_TIMEOUT_S = 90.0
-STOP_TIMEOUT_S = 20.0
 
 
-def make(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=REPOSITORY_DIR, capture_output=True, text=True, **options)
+def make(*arguments: str | Path, cwd: Path = REPOSITORY_DIR, check: bool = True) -> subprocess.CompletedProcess:
+    return run("make", *arguments, cwd=cwd, check=check)
 
 
 def test_help_is_the_default_and_lists_every_target():
     phony = set(re.search(r"^\.PHONY: (.*?)\n\n", MAKEFILE, re.MULTILINE | re.DOTALL)[1].replace("\\\n", "").split())
     assert set(TARGETS) == phony
-    assert make().stdout == make("help").stdout
+    listed = make("help").stdout
+    assert make().stdout == listed
     for target in TARGETS:
-        assert f"  make {target} " in make("help").stdout
+        assert f"  make {target} " in listed
 
 
 def test_every_target_that_a_student_needs_stands_in_a_readme():
@@ -44,7 +44,7 @@ def test_every_target_that_a_student_needs_stands_in_a_readme():
 
 
 def test_setup_and_training_do_nothing_the_second_time():
-    done = make("--dry-run", "train", check=True)
+    done = make("--dry-run", "train")
     commands = [line for line in done.stdout.splitlines() if not line.startswith("make")]
     assert not commands, "make train has run just before the tests, and wants to do again: " + "\n".join(commands)
 
@@ -54,10 +54,10 @@ def test_setup_is_done_again_when_the_requirements_change(tmp_path):
         shutil.copy2(REPOSITORY_DIR / name, tmp_path / name)
     (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "requirements.txt").touch()
-    unchanged = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    unchanged = make("--dry-run", "setup", cwd=tmp_path)
     later = time.time() + 10
     os.utime(tmp_path / "requirements.txt", (later, later))
-    changed = subprocess.run(["make", "-n", "setup"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    changed = make("--dry-run", "setup", cwd=tmp_path)
     assert "uv pip install" not in unchanged.stdout
     assert "uv pip install" in changed.stdout
 
@@ -70,52 +70,49 @@ def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
         "#!/bin/sh\nexec python3 -c \"import sys; sys.version_info = (3, 10, 1); sys.argv = ['-c']; exec('''$2''')\"\n"
     )
     old.chmod(0o755)
-    done = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = make("setup", f"PYTHON={old}", cwd=tmp_path, check=False)
     assert done.returncode != 0
     assert "Python 3.10: 3.11 to 3.13 is needed" in done.stderr
     assert not (tmp_path / ".venv").exists()
 
 
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", [*FRAMEWORKS, "gateway"])
+def test_make_serves_with_the_command_that_the_folders_readme_shows(name):
+    recipe = make("--dry-run", "--old-file", "train", name).stdout.splitlines()[-1]
+    folder, command = re.fullmatch(r"cd (\S+) && exec (.*)", recipe).groups()
+    assert folder == name
+    servers = re.findall(r"^```bash server\n(.*?)^```", (REPOSITORY_DIR / name / "README.md").read_text(), re.M | re.S)
+    assert any(command in server for server in servers), f"{command} stands in no server block of {name}/README.md"
+
+
+@pytest.mark.readmes
+@pytest.mark.parametrize("name", ["onnx"])  # the READMEs start and stop the others with the recipes' own commands
 def test_make_serves_in_the_foreground_and_one_ctrl_c_ends_all_of_it(name, tmp_path):
-    refuse_taken_ports()
+    refuse_taken_ports(name)
     endpoint = load_endpoints()[name]()
     rows, _ = load_test_rows()
-    log_path = tmp_path / "log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            ["make", name], cwd=REPOSITORY_DIR, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-        )
-    family = []
+    terminal = Terminal(str(tmp_path), REPOSITORY_DIR, {"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
     try:
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        while True:
-            assert process.poll() is None, log_path.read_text()
-            assert time.monotonic() < deadline_s, log_path.read_text()
-            try:
-                answers = {version: ask(endpoint, rows, version) for version in endpoint.versions}
-                break
-            except (OSError, ServerError):
-                time.sleep(0.1)
+        start = len(terminal.screen)
+        terminal.press(f"make {name}\n".encode())
+
+        def answer_all() -> dict | None:
+            assert not terminal.has_prompted_since(start), terminal.shown_since(start)
+            with contextlib.suppress(OSError, ServerError):
+                return {version: ask(endpoint, rows, version) for version in endpoint.versions}
+
+        answers = wait_until(answer_all, lambda: terminal.shown_since(start))
         for version, answer in answers.items():
             np.testing.assert_allclose(answer, load_expected(version), rtol=0, atol=TOLERANCE)
-        family = psutil.Process(process.pid).children(recursive=True)
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(STOP_TIMEOUT_S)
-        _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-        assert not left, f"Ctrl-C left {left}\n{log_path.read_text()}"
-        assert "Traceback" not in log_path.read_text()
+        terminal.press(CTRL_C)
+        terminal.wait_until_empty("Ctrl-C")
+        assert "Traceback" not in terminal.shown_since(start)
     finally:
-        for one in [*family, psutil.Process(process.pid)] if process.poll() is None else family:
-            if one.is_running():
-                one.kill()
+        terminal.close()
 
 
 def test_clean_removes_what_was_made_and_keeps_what_was_measured(tmp_path):
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY_DIR, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    listing = run("git", "ls-files", "--cached", "--others", "--exclude-standard", check=True)
     kept = [name for name in listing.stdout.splitlines() if (REPOSITORY_DIR / name).is_file()]
     for name in kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -130,6 +127,6 @@ def test_clean_removes_what_was_made_and_keeps_what_was_measured(tmp_path):
     for name in [*made, measured]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    make("clean", cwd=tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {*kept, measured}

@@ -6,15 +6,15 @@ import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 from bad_requests import GOOD_ROW
 from endpoint import Request, load_endpoints
+from helpers import DEADLINE_S, REPOSITORY_DIR, run_python
 from reference import load_test_rows
 from server_process import ask, send
 
-REPOSITORY_DIR = Path(__file__).resolve().parent.parent
+BENCHMARKS_DIR = REPOSITORY_DIR / "benchmarks"
 
 
 def test_it_answers_the_same_probabilities_to_everything(null_server):
@@ -51,8 +51,7 @@ def test_it_reads_a_large_body_to_its_end(null_server):
 
 
 def test_a_taken_port_is_one_line(null_server):
-    command = [sys.executable, "null_server.py", "--port", str(null_server.endpoint.ports["rest"])]
-    result = subprocess.run(command, cwd=REPOSITORY_DIR / "benchmarks", capture_output=True, text=True, timeout=30)
+    result = run_python("null_server.py", "--port", str(null_server.endpoint.port), cwd=BENCHMARKS_DIR)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "is in use" in result.stderr
 
@@ -61,7 +60,7 @@ def test_being_asked_to_stop_is_no_failure():
     for number in (signal.SIGTERM, signal.SIGINT):
         process = subprocess.Popen(
             [sys.executable, "null_server.py", "--port", "0"],
-            cwd=REPOSITORY_DIR / "benchmarks",
+            cwd=BENCHMARKS_DIR,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,7 +68,7 @@ def test_being_asked_to_stop_is_no_failure():
         try:
             assert "serving on" in process.stdout.readline()
             process.send_signal(number)
-            errors = process.communicate(timeout=10)[1]
+            errors = process.communicate(timeout=DEADLINE_S)[1]
         finally:
             process.kill()
             process.communicate()

@@ -1,7 +1,8 @@
 """onnx/: conversion, inference in process, optimisation, and the HTTP server."""
 
+import asyncio
+import contextlib
 import http.client
-import importlib
 import json
 import os
 import re
@@ -10,22 +11,31 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
-import onnx
 import psutil
 import pytest
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import Request
 from free_ports import find_free_ports
-from onnx.reference import ReferenceEvaluator
+from helpers import (
+    DEADLINE_S,
+    REPOSITORY_DIR,
+    Done,
+    call_main,
+    get,
+    load_together,
+    make_environment,
+    post,
+    run_python,
+    wait_until,
+)
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ask, send
 
-REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 ONNX_DIR = REPOSITORY_DIR / "onnx"
+COLUMNS = 80
 WORDS = {  # what the answer to each bad request must say
     "four features": "length 5",
     "six features": "length 5",
@@ -55,64 +65,69 @@ WORDS = {  # what the answer to each bad request must say
 }
 
 
-def run_script(*arguments: str, cwd: Path = ONNX_DIR) -> subprocess.CompletedProcess:
-    """Run `python *arguments` in `cwd` and return it with its output as text."""
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-def post(server, path: str, body) -> tuple[int, dict]:
-    """Send `body`, bytes or what JSON makes of it, and return the status and the decoded reply."""
-    content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    status, reply = send(server.endpoint.ports["rest"], Request(path, content))
-    return status, json.loads(reply)
-
-
-def get(server, path: str) -> tuple[int, dict]:
-    status, reply = send(server.endpoint.ports["rest"], Request(path, b"", method="GET"))
-    return status, json.loads(reply)
-
-
 def tensor(rows: list, **changes) -> dict:
     """An inference request of the Open Inference Protocol, with changes to its one input."""
     return {"inputs": [{"name": "input", "shape": [len(rows), 5], "datatype": "FP32", "data": rows, **changes}]}
 
 
 @pytest.fixture(scope="module")
-def reconverted(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """convert_to_onnx.py run once more, from the repository's root, into a folder of its own."""
-    folder = tmp_path_factory.mktemp("converted")
-    return run_script("onnx/convert_to_onnx.py", "--output-dir", str(folder), cwd=REPOSITORY_DIR), folder
+def new_account(tmp_path_factory) -> dict[str, str | None]:
+    """The variables of a new account, whose home folder is empty, and for which nobody has switched telemetry off."""
+    return {"HOME": str(tmp_path_factory.mktemp("home")), "XDG_CACHE_HOME": None, "ORT_DISABLE_TELEMETRY": None}
 
 
 @pytest.fixture(scope="module")
-def optimized(tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
+def reconverted(tmp_path_factory, new_account) -> tuple[subprocess.CompletedProcess, Path]:
+    """convert_to_onnx.py run once more, from the repository's root, into another folder."""
+    folder = tmp_path_factory.mktemp("converted")
+    return run_python("onnx/convert_to_onnx.py", "--output-dir", folder, env=new_account), folder
+
+
+@pytest.fixture(scope="module")
+def optimize() -> ModuleType:
+    """The module optimize."""
+    return load_together(ONNX_DIR, "optimize")[0]
+
+
+@pytest.fixture(scope="module")
+def optimized(tmp_path_factory, optimize) -> tuple[Done, Path]:
+    """optimize.py, with timings too short to mean anything."""
     folder = tmp_path_factory.mktemp("optimized")
-    return run_script("optimize.py", "--output-dir", str(folder)), folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimize, "REPEATS", 1)
+        patch.setattr(optimize, "TIMING_S", 0.001)
+        return call_main(optimize, "--output-dir", folder, columns=COLUMNS), folder
 
 
-@pytest.fixture
-def inference(monkeypatch):
+@pytest.fixture(scope="module")
+def scripts() -> SimpleNamespace:
+    """The modules of the server and of inference in process."""
+    names = ("server", "accepting", "models", "settings", "onnx_inference")
+    return SimpleNamespace(**dict(zip(names, load_together(ONNX_DIR, *names), strict=True)))
+
+
+@pytest.fixture(scope="module")
+def inference(scripts) -> ModuleType:
     """The module onnx_inference."""
-    monkeypatch.syspath_prepend(str(ONNX_DIR))
-    return importlib.import_module("onnx_inference")
+    return scripts.onnx_inference
 
 
 @pytest.fixture
-def folder_copy(tmp_path) -> Path:
-    """A copy of onnx/ beside a link to data/, to be spoilt."""
-    (tmp_path / "data").symlink_to(REPOSITORY_DIR / "data")
-    return Path(shutil.copytree(ONNX_DIR, tmp_path / "onnx", ignore=shutil.ignore_patterns("__pycache__")))
+def models_copy(tmp_path) -> Path:
+    """A copy of onnx/models, for a test to change."""
+    return Path(shutil.copytree(ONNX_DIR / "models", tmp_path / "models"))
 
 
 @pytest.fixture
-def start_server():
-    """A function that starts server.py with these arguments; what still runs at the end is killed."""
+def start_script(new_account):
+    """A function that starts a script of onnx/ with these arguments; a process that still runs at the end is killed."""
     started = []
 
-    def start(*arguments: str, cwd: Path = ONNX_DIR) -> subprocess.Popen:
+    def start(*arguments: str | Path) -> subprocess.Popen:
         process = subprocess.Popen(
-            [sys.executable, "server.py", *arguments],
-            cwd=cwd,
+            [sys.executable, *map(str, arguments)],
+            cwd=ONNX_DIR,
+            env=make_environment(new_account),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,6 +140,12 @@ def start_server():
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def start_server(start_script):
+    """A function that starts server.py with these arguments."""
+    return lambda *arguments: start_script("server.py", *arguments)
 
 
 def wait_until_serving(process: subprocess.Popen) -> int:
@@ -201,9 +222,8 @@ def test_health_and_metadata_name_what_is_served(onnx_server):
 
 def test_infer_takes_indented_json(onnx_server):
     body = json.dumps(tensor([GOOD_ROW]), indent=2).encode()
-    request = Request("/v2/models/my_model/versions/1/infer", body)
-    status, reply = send(onnx_server.endpoint.ports["rest"], request)
-    assert (status, len(json.loads(reply)["outputs"][0]["data"])) == (200, 2), reply
+    status, reply = post(onnx_server, "/v2/models/my_model/versions/1/infer", body)
+    assert (status, len(reply["outputs"][0]["data"])) == (200, 2), reply
 
 
 def test_infer_takes_flat_and_nested_data_and_returns_the_id(onnx_server):
@@ -282,7 +302,7 @@ def test_an_unknown_path_model_or_version_is_404(onnx_server, path, word):
 
 
 def test_the_wrong_method_is_405_and_names_the_right_one(onnx_server):
-    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=DEADLINE_S)
     for method, path, allowed in (("GET", "/predict", "POST"), ("POST", "/v2/health/live", "GET")):
         connection.request(method, path)
         reply = connection.getresponse()
@@ -302,7 +322,7 @@ def test_the_wrong_method_is_405_and_names_the_right_one(onnx_server):
     ],
 )
 def test_json_is_the_only_content_type(onnx_server, content_type, status):
-    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=DEADLINE_S)
     headers = {} if content_type is None else {"Content-Type": content_type}
     connection.request("POST", "/predict", json.dumps({"data": [GOOD_ROW]}), headers)
     assert connection.getresponse().status == status
@@ -310,7 +330,7 @@ def test_json_is_the_only_content_type(onnx_server, content_type, status):
 
 
 def test_a_kept_connection_stays_in_step_after_refused_bodies(onnx_server):
-    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=DEADLINE_S)
     good = json.dumps({"data": [GOOD_ROW]})
     local_ports = set()
     for path, body, status in (
@@ -334,82 +354,93 @@ def test_a_kept_connection_stays_in_step_after_refused_bodies(onnx_server):
 
 def test_an_oversized_body_is_not_kept_in_memory(onnx_server):
     before_bytes = psutil.Process(onnx_server.pid).memory_info().rss
-    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=DEADLINE_S)
     connection.request("POST", "/predict", iter([b"x" * 1_000_000] * 60))
     assert connection.getresponse().status == 413
     connection.close()
     assert psutil.Process(onnx_server.pid).memory_info().rss - before_bytes < 20_000_000
 
 
-def test_small_replies_do_not_wait_for_nagle(onnx_server):
-    connection = http.client.HTTPConnection("127.0.0.1", onnx_server.endpoint.ports["rest"], timeout=10)
-    body, latencies_s = json.dumps({"data": [GOOD_ROW]}), []
-    for _ in range(50):
-        start = time.perf_counter()
-        connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
-        connection.getresponse().read()
-        latencies_s.append(time.perf_counter() - start)
-    connection.close()
-    assert np.median(latencies_s) < 0.02  # a delayed acknowledgement costs 0.04 s
+def test_small_replies_do_not_wait_for_nagle(scripts):
+    """Every connection has TCP_NODELAY, whether uvloop accepted it or, for a busy server, accepting.py."""
+    import uvicorn
+
+    config = uvicorn.Config(None, **scripts.server.UVICORN_SETTINGS)
+    count = scripts.accepting.BUSY_CONNECTIONS + 2 * scripts.accepting.ACCEPTS_A_TURN
+
+    async def read_options() -> list[int]:
+        server = scripts.accepting.Server(config)
+        listener = socket.create_server(("127.0.0.1", 0))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        with contextlib.ExitStack() as clients:
+            for _ in range(count):
+                clients.enter_context(socket.create_connection(listener.getsockname(), timeout=DEADLINE_S))
+                await asyncio.sleep(0)
+            await asyncio.to_thread(wait_until, lambda: len(server.server_state.connections) == count, "all are in")
+            sockets = [each.transport.get_extra_info("socket") for each in server.server_state.connections]
+            options = [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets]
+        server.should_exit = True
+        await serving
+        return options
+
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        options = runner.run(asyncio.wait_for(read_options(), DEADLINE_S))
+    assert len(options) == count and all(options)
 
 
 # The server: start and stop
 
 
-def test_without_a_model_the_server_says_how_to_make_one(folder_copy, start_server):
-    shutil.rmtree(folder_copy / "models")
-    process = start_server("--port", "0", cwd=folder_copy)
-    output, errors = process.communicate(timeout=30)
-    assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
-    assert "run python convert_to_onnx.py" in errors
+def test_without_a_model_the_server_says_how_to_make_one(scripts, tmp_path):
+    ended = call_main(scripts.server, "--port", "0", "--model-repository", tmp_path / "models")
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (1, "", 1)
+    assert "run python convert_to_onnx.py" in ended.stderr
 
 
-def test_a_corrupt_version_is_told_and_the_others_are_served(folder_copy, start_server):
-    path = folder_copy / "models" / "my_model" / "2" / "model.onnx"
+def test_a_corrupt_version_is_reported_and_the_others_are_served(models_copy, start_server):
+    path = models_copy / "my_model" / "2" / "model.onnx"
     path.write_bytes(path.read_bytes()[:5000])
-    process = start_server("--port", "0", cwd=folder_copy)
+    process = start_server("--port", "0", "--model-repository", models_copy)
     port = wait_until_serving(process)
     rows, _ = load_test_rows()
-    status, reply = send(port, Request("/predict", json.dumps({"data": rows}).encode()))
+    status, reply = post(port, "/predict", {"data": rows})
     assert status == 200
-    assert np.abs(np.array(json.loads(reply)["predictions"]) - load_expected("1")).max() <= TOLERANCE
+    assert np.abs(np.array(reply["predictions"]) - load_expected("1")).max() <= TOLERANCE
     process.terminate()
-    errors = process.communicate(timeout=10)[1]
+    errors = process.communicate(timeout=DEADLINE_S)[1]
     assert (process.returncode, errors.count("\n")) == (0, 1)
     assert "my_model version 2 is left out" in errors
 
 
-def test_the_newest_version_is_the_highest_number(folder_copy, start_server):
-    shutil.copytree(folder_copy / "models/my_model/1", folder_copy / "models/my_model/10")
-    (folder_copy / "models/my_model/draft").mkdir()
-    process = start_server("--port", "0", cwd=folder_copy)
-    port = wait_until_serving(process)
-    metadata = json.loads(send(port, Request("/v2/models/my_model", b"", method="GET"))[1])
-    assert metadata["versions"] == ["1", "2", "10"]
-    body = json.dumps({"data": [GOOD_ROW]}).encode()
-    assert send(port, Request("/predict", body)) == send(port, Request("/predict/1", body))
+def test_the_newest_version_is_the_highest_number(models_copy, scripts):
+    shutil.copytree(models_copy / "my_model" / "1", models_copy / "my_model" / "10")
+    (models_copy / "my_model" / "draft").mkdir()
+    repository = scripts.models.Repository(models_copy, scripts.settings.read_settings(ONNX_DIR / "tuned.toml"))
+    repository.scan()
+    assert list(repository.models["my_model"]) == ["1", "2", "10"]
+    routes = scripts.server.make_routes(repository, "my_model", None)
+    assert routes["/predict"] is routes["/predict/10"]
+    assert routes["/v2/models/my_model/infer"] is routes["/v2/models/my_model/versions/10/infer"]
 
 
 def test_the_server_can_put_another_model_behind_predict(start_server):
     port = wait_until_serving(start_server("--port", "0", "--model", "my_model_sklearn"))
     rows, _ = load_test_rows()
-    reply = json.loads(send(port, Request("/predict/2", json.dumps({"data": rows}).encode()))[1])
+    _, reply = post(port, "/predict/2", {"data": rows})
     assert np.abs(np.array(reply["predictions"]) - load_expected("2")).max() <= TOLERANCE
 
 
-def test_with_every_version_corrupt_the_server_does_not_start(folder_copy, start_server):
-    for path in folder_copy.glob("models/*/*/model.onnx"):
+def test_with_every_version_corrupt_the_server_does_not_start(models_copy, scripts):
+    for path in models_copy.glob("*/*/model.onnx"):
         path.write_bytes(b"junk")
-    process = start_server("--port", "0", cwd=folder_copy)
-    errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 1
-    assert errors.splitlines()[-1].startswith("server: no version of my_model to serve")
-    assert "Traceback" not in errors
+    ended = call_main(scripts.server, "--port", "0", "--model-repository", models_copy)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith("server: no version of my_model to serve")
 
 
 def test_a_taken_port_is_one_line_and_the_first_server_serves_on(onnx_server, start_server):
     process = start_server("--port", str(onnx_server.endpoint.ports["rest"]))
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=DEADLINE_S)
     assert (process.returncode, output, errors.count("\n")) == (1, "", 1)
     assert "is in use" in errors
     assert ask(onnx_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
@@ -420,28 +451,29 @@ def test_a_signal_ends_the_server_at_once_and_wholly(start_server, number, statu
     process = start_server("--port", "0")
     port = wait_until_serving(process)
     idle = socket.create_connection(("127.0.0.1", port))  # a kept connection does not hold it up
-    send(port, Request("/predict", json.dumps({"data": [GOOD_ROW]}).encode()))
+    assert post(port, "/predict", {"data": [GOOD_ROW]})[0] == 200
     assert psutil.Process(process.pid).children(recursive=True) == []
     process.send_signal(number)
-    errors = process.communicate(timeout=5)[1]
+    errors = process.communicate(timeout=60)[1]  # before the 75 s after which the server closes an idle connection
     idle.close()
     assert (process.returncode, errors) == (status, "")
 
 
 @pytest.mark.parametrize("arguments", [["--port", "70000"], ["--intra-op-threads", "-1"], ["--device", "tpu"]])
-def test_a_bad_flag_is_told(start_server, arguments):
-    process = start_server(*arguments)
-    errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 2
-    assert arguments[0].strip("-").replace("-", "_") in errors.splitlines()[-1].replace("-", "_")
+def test_a_bad_flag_is_reported(scripts, arguments):
+    ended = call_main(scripts.server, *arguments)
+    assert ended.returncode == 2
+    assert arguments[0].strip("-").replace("-", "_") in ended.stderr.splitlines()[-1].replace("-", "_")
 
 
 # Conversion
 
 
-def test_converting_again_gives_the_same_models(reconverted):
+@pytest.mark.slow
+def test_converting_again_gives_the_same_models_and_writes_nothing_to_the_home_folder(reconverted, new_account):
     result, folder = reconverted
     assert (result.returncode, result.stderr) == (0, "")
+    assert list(Path(new_account["HOME"]).iterdir()) == []
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert len(names) == 5
     rows = np.array(load_test_rows()[0], dtype=np.float32)
@@ -451,9 +483,12 @@ def test_converting_again_gives_the_same_models(reconverted):
 
 def predict_with(path: Path, rows: np.ndarray) -> np.ndarray:
     """Evaluate a model with the reference evaluator of the package onnx: NumPy, and not ONNX Runtime."""
+    from onnx.reference import ReferenceEvaluator
+
     return ReferenceEvaluator(str(path)).run(["output"], {"input": rows})[0]
 
 
+@pytest.mark.slow
 def test_conversion_prints_the_accuracy_of_all_four_models(reconverted):
     rows = re.findall(r"^(PyTorch|scikit-learn) +([12]) +(\S+) +(\S+) +(\S+) +(\S+)$", reconverted[0].stdout, re.M)
     assert {row[:2] for row in rows} == {
@@ -464,9 +499,23 @@ def test_conversion_prints_the_accuracy_of_all_four_models(reconverted):
 
 
 @pytest.mark.parametrize(
+    ("script", "first"),
+    [pytest.param("reconverted", "loading PyTorch", marks=pytest.mark.slow), ("optimized", "optimising")],
+)
+def test_a_long_script_shows_its_steps_and_fits_a_terminal(request, script, first):
+    ended, _ = request.getfixturevalue(script)
+    *lines, last = ended.stdout.splitlines()
+    assert lines[0].startswith(first)
+    assert last.startswith("wrote 5 models to ")  # the one line whose length depends on the folder
+    assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.mark.parametrize(
     "path", sorted(ONNX_DIR.glob("models/*/*/model.onnx")), ids=lambda path: "-".join(path.parts[-3:-1])
 )
 def test_a_converted_model_is_valid_and_says_what_it_is(path):
+    import onnx
+
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [value.name for value in model.graph.input] == ["input"]
@@ -484,8 +533,8 @@ def test_the_newest_version_lies_where_the_document_looks_for_it():
 # Inference in process
 
 
-def test_the_script_predicts_and_says_where():
-    result = run_script("onnx_inference.py")
+def test_the_script_predicts_and_says_where(inference):
+    result = call_main(inference)
     assert (result.returncode, result.stderr) == (0, "")
     assert "test accuracy: 0.9386" in result.stdout
     assert "Prediction: [[1. 0.]]" in result.stdout
@@ -501,7 +550,7 @@ def test_the_predictor_of_the_document_works_as_written(inference, monkeypatch):
 
 
 def test_demanding_cuda_never_falls_back_in_silence(inference):
-    result = run_script("onnx_inference.py", "--device", "cuda")
+    result = call_main(inference, "--device", "cuda")
     if result.returncode == 0:
         assert "with CUDAExecutionProvider" in result.stdout
     else:
@@ -532,20 +581,22 @@ def test_the_predictor_refuses_bad_rows(inference, rows, word):
         inference.ONNXPredictor(ONNX_DIR / "model.onnx", "cpu").predict(rows)
 
 
-@pytest.mark.parametrize("script", ["onnx_inference.py", "optimize.py"])
+@pytest.mark.parametrize("script", ["inference", "optimize"])
 @pytest.mark.parametrize(("content", "word"), [(None, "not found"), (b"junk", "cannot be loaded")])
-def test_a_missing_or_corrupt_model_is_one_line(folder_copy, script, content, word):
-    model = folder_copy / "model.onnx"
-    model.unlink()
+def test_a_missing_or_corrupt_model_is_one_line(request, tmp_path, monkeypatch, script, content, word):
+    module = request.getfixturevalue(script)
+    monkeypatch.setattr(module, "FOLDER", tmp_path)
     if content is not None:
-        model.write_bytes(content)
-    result = run_script(script, cwd=folder_copy)
+        (tmp_path / "model.onnx").write_bytes(content)
+    result = call_main(module)
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert word in result.stderr
     assert "run python convert_to_onnx.py" in result.stderr
 
 
 def test_a_model_of_another_shape_is_refused(inference, tmp_path):
+    import onnx
+
     number = onnx.helper.make_tensor_value_info("label", onnx.TensorProto.INT64, ["batch"])
     node = onnx.helper.make_node("Identity", ["label"], ["same"])
     same = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, ["batch"])
@@ -582,39 +633,66 @@ def test_an_optimized_graph_answers_the_same(optimized, inference, level):
 
 @pytest.mark.parametrize("name", ["model_quantized.onnx", "model_quantized_static.onnx"])
 def test_a_quantized_model_stays_within_its_stated_tolerance(optimized, inference, name):
+    import onnx
+
     rows, labels = load_test_rows()
     path = optimized[1] / name
     probabilities = inference.ONNXPredictor(path, "cpu").predict(rows)
     assert np.abs(probabilities - load_expected("2")).max() <= 0.1
+    # Else this processor clips sums of int8 products, and another one does not.
+    assert np.abs(probabilities - predict_with(path, np.array(rows, np.float32))).max() <= 1e-5
     assert np.mean(probabilities.argmax(axis=1) == labels) >= 0.9386 - 0.02
     assert path.stat().st_size < (ONNX_DIR / "model.onnx").stat().st_size
     weights = onnx.load(path).graph.initializer
     assert any(weight.data_type == onnx.TensorProto.INT8 for weight in weights)
 
 
+# Long work
+
+
+@pytest.mark.parametrize(
+    ("script", "step"),
+    [
+        ("convert_to_onnx.py", "loading"),  # imports
+        pytest.param("convert_to_onnx.py", "source", marks=pytest.mark.slow),  # trains: scikit-learn would go on
+        ("optimize.py", "optimising"),
+    ],
+)
+def test_ctrl_c_ends_a_script_with_one_line_and_leaves_no_file(start_script, tmp_path, script, step):
+    folder = tmp_path / "models"
+    process = start_script(script, "--output-dir", folder)
+    wait_until(lambda: process.stdout.readline().startswith(step), f"the line {step}", process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=DEADLINE_S)[1]
+    name = script.removesuffix(".py")
+    assert (process.returncode, errors) == (1, f"{name}: interrupted; nothing was written\n")
+    assert not folder.exists() or not list(folder.iterdir())
+
+
 # The folder
 
 
-def test_the_scripts_work_beside_data_alone(tmp_path):
+@pytest.mark.parametrize("script", ["server", "onnx_inference", "optimize"])
+def test_a_script_writes_nothing_to_the_home_folder(new_account, start_script, script):
+    """ONNX Runtime would write a device's number and a report to ~/.cache, and send the report to Microsoft."""
+    process = start_script("-c", f"import {script}")
+    _, errors = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, errors
+    assert list(Path(new_account["HOME"]).iterdir()) == []
+
+
+def test_the_scripts_need_no_other_folder_but_data(tmp_path):
     shutil.copytree(ONNX_DIR, tmp_path / "onnx", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(REPOSITORY_DIR / "data", tmp_path / "data", ignore=shutil.ignore_patterns("__pycache__"))
-    for script in ("optimize.py", "server.py"):
-        assert run_script(f"onnx/{script}", "--help", cwd=tmp_path).returncode == 0
-    assert "with" in run_script("onnx/onnx_inference.py", "--device", "cpu", cwd=tmp_path).stdout
+    program = "import optimize, server, onnx_inference; onnx_inference.main()"
+    assert "with" in run_python("-c", program, cwd=tmp_path / "onnx", check=True).stdout
 
 
-def test_the_image_has_the_pinned_versions():
-    pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ;\n]+)", (REPOSITORY_DIR / "requirements.txt").read_text(), re.M))
-    image_pins = dict(re.findall(r"^    ([a-z0-9-]+)==(\S+)", (ONNX_DIR / "Dockerfile").read_text(), re.M))
-    assert len(image_pins) == 12
-    assert {name: pins[name] for name in image_pins} == image_pins
-
-
-def test_the_image_health_check_is_a_real_prediction(onnx_server, start_server):
+def test_the_image_health_check_is_a_real_prediction(onnx_server):
     dockerfile = (ONNX_DIR / "Dockerfile").read_text().replace("\\\n", "")
     command = json.loads(re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", dockerfile, re.M)[1])
     dead_port = find_free_ports(["rest"])["rest"]
     for port, status in ((onnx_server.endpoint.ports["rest"], 0), (dead_port, 1)):
-        check = [sys.executable, *(part.replace(":8000", f":{port}") for part in command[1:])]
-        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-        assert subprocess.run(check, capture_output=True, env=environment, timeout=10).returncode == status
+        patient = [part.replace("timeout=2", f"timeout={DEADLINE_S}") for part in command[1:]]
+        proxies = {name: None for name in os.environ if name.lower().endswith("_proxy")}
+        assert run_python(*(part.replace(":8000", f":{port}") for part in patient), env=proxies).returncode == status

@@ -4,43 +4,57 @@ import collections
 import concurrent.futures
 import contextlib
 import http.client
-import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-import tritonclient.http
 from bad_requests import GOOD_ROW
-from endpoint import REPOSITORY_DIR, Request, load_endpoints
-from free_ports import find_free_ports
+from endpoint import Request, load_endpoints
+from helpers import (
+    DEADLINE_S,
+    REPOSITORY_DIR,
+    call_main,
+    get,
+    load_script,
+    load_together,
+    post,
+    run_python,
+    start,
+    wait_until,
+)
 from load_generator import LoadGenerator, make_exchanges
-from prometheus_client import CollectorRegistry
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ServerProcess, ask, send
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
-DEADLINE_S = 15.0
+GOOD_BODY = {"data": [GOOD_ROW]}
 
 
-@contextlib.contextmanager
-def running(*options: str, config: str = "tuned.toml", name: str = "onnx"):
-    """A started server.py with these options; inside the block it answers."""
-    endpoint_class = load_endpoints()[name]
-    endpoint = endpoint_class.on_free_ports()
-    endpoint.extra_options = ["--config", config, *options]
-    with ServerProcess(endpoint) as server:
-        yield server
+def write_settings(path: Path, **changes: object) -> Path:
+    """Write tuned.toml with these values changed."""
+    text = (ONNX_DIR / "tuned.toml").read_text()
+    for key, value in changes.items():
+        text, count = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.M)
+        assert count == 1, key
+    path.write_text(text)
+    return path
+
+
+def running(*options: str | Path, config: str | Path = "tuned.toml") -> ServerProcess:
+    """Return server.py with these options, not yet started; inside its `with` block it answers."""
+    server = start("onnx")
+    server.endpoint.extra_options = ["--config", str(config), *map(str, options)]
+    return server
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +63,82 @@ def tuned_server():
         yield server
 
 
+@pytest.fixture(scope="module")
+def limited_server(tmp_path_factory):
+    """A server that takes few connections, and does not wait long for a body."""
+    path = tmp_path_factory.mktemp("limited") / "limited.toml"
+    with running(config=write_settings(path, body_timeout_s=0.3, max_connections=5)) as server:
+        yield server
+
+
+def read_model(version: str) -> bytes:
+    return (ONNX_DIR / "models" / "my_model" / version / "model.onnx").read_bytes()
+
+
+@dataclass
+class Following:
+    """A server that looks at its repository ten times a second, and that repository."""
+
+    server: ServerProcess
+    folder: Path  # of my_model, with version 1
+    read_before: int = 0  # characters of the log that were there before this test
+
+    def log(self) -> str:
+        """Return what the server has printed during this test."""
+        return self.server.log()[self.read_before :]
+
+    def entries(self) -> dict[str, dict]:
+        """Return the repository's index, by version."""
+        return {entry["version"]: entry for entry in post(self.server, "/v2/repository/index", b"{}")[1]}
+
+    def publish(self, version: str, content: bytes) -> None:
+        """Put a version in its place as a whole: written elsewhere, then moved."""
+        folder = self.folder / f"writing-{version}"
+        folder.mkdir()
+        (folder / "model.onnx").write_bytes(content)
+        final = self.folder / version
+        if final.exists():
+            (folder / "model.onnx").replace(final / "model.onnx")
+            folder.rmdir()
+        else:
+            folder.rename(final)
+
+
+@pytest.fixture(scope="module")
+def following_server(tmp_path_factory) -> Iterator[Following]:
+    repository = tmp_path_factory.mktemp("repository")
+    config = write_settings(repository / "quick.toml", poll_s=0.1)
+    shutil.copytree(ONNX_DIR / "models" / "my_model" / "1", repository / "my_model" / "1")
+    with running("--model-repository", repository, config=config) as server:
+        yield Following(server, repository / "my_model")
+
+
 @pytest.fixture
-def repository(tmp_path) -> Path:
-    """A model repository of its own, with version 1 of my_model."""
-    shutil.copytree(ONNX_DIR / "models" / "my_model" / "1", tmp_path / "my_model" / "1")
-    return tmp_path
+def following(following_server) -> Following:
+    """The server that follows its repository, in which version 1 is again the only one."""
+    following_server.publish("1", read_model("1"))
+    for path in following_server.folder.iterdir():
+        if path.name == "default":
+            path.unlink()
+        elif path.name != "1":
+            shutil.rmtree(path)
 
+    def is_reset() -> bool:
+        entries = following_server.entries()
+        return set(entries) == {"1"} and entries["1"]["state"] == "READY"
 
-def publish(repository: Path, version: str, content: bytes) -> None:
-    """Put a version in its place as a whole: written elsewhere, then moved."""
-    folder = repository / "my_model" / f"writing-{version}"
-    folder.mkdir()
-    (folder / "model.onnx").write_bytes(content)
-    final = repository / "my_model" / version
-    if final.exists():
-        (folder / "model.onnx").replace(final / "model.onnx")
-        folder.rmdir()
-    else:
-        folder.rename(final)
-
-
-def wait_for(condition, what: str) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {DEADLINE_S:g} s: {what}"
-        time.sleep(0.02)
-
-
-def get(server, path: str) -> tuple[int, bytes]:
-    return send(server.endpoint.port, Request(path, b"", method="GET"))
+    wait_until(is_reset, "version 1 is the only one")
+    following_server.read_before = len(following_server.server.log())
+    return following_server
 
 
 # Settings
+
+
+@pytest.fixture(scope="module")
+def onnx_script():
+    """The module server."""
+    return load_together(ONNX_DIR, "server")[0]
 
 
 @pytest.mark.parametrize(
@@ -93,14 +151,13 @@ def get(server, path: str) -> tuple[int, bytes]:
         ("= 3", "Invalid statement"),
     ],
 )
-def test_a_bad_settings_file_is_told(tmp_path, text, words):
+def test_a_bad_settings_file_is_reported(tmp_path, onnx_script, text, words):
     lines = (ONNX_DIR / "tuned.toml").read_text().splitlines()
     key = text.partition(" ")[0]
     kept = [line for line in lines if not line.startswith(f"{key} ")]
     path = tmp_path / "bad.toml"
     path.write_text("\n".join([*kept, text]))
-    command = [sys.executable, "server.py", "--config", str(path)]
-    ended = subprocess.run(command, cwd=ONNX_DIR, capture_output=True, text=True, timeout=60)
+    ended = call_main(onnx_script, "--config", path)
     assert ended.returncode == 2
     assert words in ended.stderr.splitlines()[-1]
 
@@ -142,7 +199,7 @@ def test_a_bad_row_fails_its_own_request_only(tuned_server):
     assert [status != 200 for status in statuses] == [number % 3 == 0 for number in range(300)]
 
 
-@pytest.mark.slow
+@pytest.mark.timing
 def test_tuned_is_twice_and_a_half_as_fast_as_fastapi_with_pydantic(tmp_path):
     endpoint_class = load_endpoints()["onnx-tuned"]
     rows, _ = load_test_rows()
@@ -163,7 +220,7 @@ def test_tuned_is_twice_and_a_half_as_fast_as_fastapi_with_pydantic(tmp_path):
     try:
         with contextlib.ExitStack() as stack:
             servers = [
-                stack.enter_context(ServerProcess(each(find_free_ports(["rest"])), {cores[0]}))
+                stack.enter_context(ServerProcess(each.on_free_ports(), {cores[0]}))
                 for each in (endpoint_class, FastApi)
             ]
             for _ in range(4):  # the first warms up
@@ -184,8 +241,16 @@ def test_tuned_is_twice_and_a_half_as_fast_as_fastapi_with_pydantic(tmp_path):
 # The Open Inference Protocol, by a client that others wrote
 
 
+@pytest.fixture(scope="module")
+def tritonclient():
+    """The package, imported when it is needed."""
+    import tritonclient.http
+
+    return tritonclient
+
+
 @pytest.fixture
-def client(tuned_server):
+def client(tuned_server, tritonclient):
     with tritonclient.http.InferenceServerClient(f"127.0.0.1:{tuned_server.endpoint.port}") as client:
         yield client
 
@@ -203,7 +268,7 @@ def test_tritonclient_finds_server_and_model(client):
 @pytest.mark.parametrize("binary_input", [True, False])
 @pytest.mark.parametrize("output", ["binary", "json", "not named"])
 @pytest.mark.parametrize("count", [1, 114, 5000])
-def test_tritonclient_gets_the_right_answers(client, binary_input, output, count):
+def test_tritonclient_gets_the_right_answers(client, tritonclient, binary_input, output, count):
     rows = np.resize(np.array(load_test_rows()[0], np.float32), (count, 5))
     tensor = tritonclient.http.InferInput("input", list(rows.shape), "FP32")
     tensor.set_data_from_numpy(rows, binary_data=binary_input)
@@ -222,7 +287,7 @@ def test_tritonclient_finds_the_repository_index(client):
 
 
 @pytest.mark.parametrize("datatype", ["BOOL", "FP64", "FP16", "INT32", "UINT8", "BYTES"])
-def test_tritonclient_is_told_of_a_datatype_that_the_model_does_not_take(client, datatype):
+def test_tritonclient_is_told_of_a_datatype_that_the_model_does_not_take(client, tritonclient, datatype):
     tensor = tritonclient.http.InferInput("input", [1, 5], datatype)
     kind = {"BOOL": bool, "FP64": np.float64, "FP16": np.float16, "INT32": np.int32, "UINT8": np.uint8}
     rows = np.ones((1, 5), kind.get(datatype, object))
@@ -252,7 +317,7 @@ def test_a_row_without_a_finite_answer_is_refused_and_the_others_are_not(tuned_s
 
 def binary_request(port: int, header: dict, tail: bytes, length: str | None = None) -> tuple[int, dict]:
     body = json.dumps(header).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
     length = str(len(body)) if length is None else length
     headers = {"Inference-Header-Content-Length": length, "Content-Type": "application/octet-stream"}
     connection.request("POST", "/v2/models/my_model/infer", body + tail, headers)
@@ -284,30 +349,31 @@ def test_a_bad_binary_tensor_is_told(tuned_server, size, tail, length, words):
 # Pages
 
 
-def test_metrics_count_each_version_and_status(repository):
-    with running("--model-repository", str(repository)) as server:
-        endpoint = server.endpoint
-        for _ in range(5):
-            ask(endpoint, [GOOD_ROW], "1")
-        send(endpoint.port, Request("/predict/1", b"{"))
-        text = get(server, "/metrics")[1].decode()
-        for _ in range(600):  # counted in parts
-            ask(endpoint, [GOOD_ROW], "1")
-        many = get(server, "/metrics")[1].decode()
-    series = dict(re.findall(r"^(onnx_server\S+) (\S+)$", text, re.M))
-    assert float(series['onnx_server_requests_total{model="my_model",status="400",version="1"}']) == 1
-    counted = float(series['onnx_server_request_latency_seconds_count{model="my_model",version="1"}'])
-    assert counted == float(series['onnx_server_requests_total{model="my_model",status="200",version="1"}']) >= 6
-    assert f'onnx_server_requests_total{{model="my_model",status="200",version="1"}} {counted + 600}' in many
-    assert f'onnx_server_request_latency_seconds_count{{model="my_model",version="1"}} {counted + 600}' in many
-    assert float(series['onnx_server_request_latency_seconds_bucket{le="0.1",model="my_model",version="1"}']) > 0
-    assert float(series['onnx_server_model_loaded{model="my_model",version="1"}']) == 1
+def test_metrics_count_each_version_and_status(tuned_server):
+    def read_metrics() -> dict[str, float]:
+        text = get(tuned_server, "/metrics")[1]
+        return {name: float(value) for name, value in re.findall(r"^(onnx_server\S+) (\S+)$", text, re.M)}
+
+    ask(tuned_server.endpoint, [GOOD_ROW], "1")
+    before = read_metrics()
+    for _ in range(605):  # more than are counted together
+        ask(tuned_server.endpoint, [GOOD_ROW], "1")
+    assert post(tuned_server, "/predict/1", b"{")[0] == 400
+    after = read_metrics()
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert added['onnx_server_requests_total{model="my_model",status="200",version="1"}'] == 605
+    assert added['onnx_server_requests_total{model="my_model",status="400",version="1"}'] == 1
+    assert added.get('onnx_server_requests_total{model="my_model",status="200",version="2"}', 0) == 0
+    assert added['onnx_server_request_latency_seconds_count{model="my_model",version="1"}'] == 605
+    assert added['onnx_server_request_latency_seconds_bucket{le="+Inf",model="my_model",version="1"}'] == 605
+    assert added['onnx_server_request_latency_seconds_sum{model="my_model",version="1"}'] > 0
+    assert after['onnx_server_model_loaded{model="my_model",version="1"}'] == 1
 
 
 def test_values_observed_together_are_counted_as_one_by_one():
-    spec = importlib.util.spec_from_file_location("onnx_metrics", REPOSITORY_DIR / "onnx" / "metrics.py")
-    metrics = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metrics)
+    from prometheus_client import CollectorRegistry
+
+    metrics = load_script(ONNX_DIR / "metrics.py")
     bounds = metrics.LATENCY_BUCKETS_S
     values = [*bounds, *(bound * 1.01 for bound in bounds), *(bound * 0.99 for bound in bounds), 0.0, 5.0]
     registries = [CollectorRegistry(), CollectorRegistry()]
@@ -323,7 +389,7 @@ def test_values_observed_together_are_counted_as_one_by_one():
 
 
 def test_the_openapi_description_tells_every_path_that_is_served(tuned_server):
-    description = json.loads(get(tuned_server, "/openapi.json")[1])
+    description = get(tuned_server, "/openapi.json")[1]
     for path, methods in description["paths"].items():
         for method, operation in methods.items():
             content = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
@@ -333,23 +399,22 @@ def test_the_openapi_description_tells_every_path_that_is_served(tuned_server):
     assert "/predict/2" in description["paths"]
     status, page = get(tuned_server, "/docs")
     assert status == 200
-    assert b"/predict/2" in page
-    assert b"http://" not in page.replace(b"/openapi.json", b"")
+    assert "/predict/2" in page
+    assert "http://" not in page.replace("/openapi.json", "")
 
 
 # Reload
 
 
-def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(repository):
+def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(following):
     rows, _ = load_test_rows()
     body = json.dumps({"data": rows[:1]})
     expected = {version: load_expected(version)[0] for version in ("1", "2")}
-    second = (ONNX_DIR / "models" / "my_model" / "2" / "model.onnx").read_bytes()
     stop = threading.Event()
     seen: list[list[str]] = [[] for _ in range(8)]  # per client: the version that answered, or what was wrong
 
     def ask_newest(port: int, answers: list[str]) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
         with contextlib.closing(connection):
             while not stop.is_set():
                 connection.request("POST", "/predict", body, {"Content-Type": "application/json"})
@@ -365,18 +430,18 @@ def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(re
     def count() -> int:
         return sum(map(len, seen))
 
-    with running("--model-repository", str(repository)) as server, concurrent.futures.ThreadPoolExecutor(8) as clients:
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
         try:
-            asking = [clients.submit(ask_newest, server.endpoint.port, answers) for answers in seen]
-            wait_for(lambda: count() >= 300, "300 answers")
-            publish(repository, "2", second)
-            wait_for(lambda: all_see("2"), "version 2 answers")
+            asking = [clients.submit(ask_newest, following.server.endpoint.port, answers) for answers in seen]
+            wait_until(lambda: count() >= 300, "300 answers")
+            following.publish("2", read_model("2"))
+            wait_until(lambda: all_see("2"), "version 2 answers")
             before = count()
-            wait_for(lambda: count() >= max(700, before + 100), "answers by version 2")
-            shutil.rmtree(repository / "my_model" / "2")
-            wait_for(lambda: all_see("1"), "version 1 answers again")
+            wait_until(lambda: count() >= max(700, before + 100), "answers by version 2")
+            shutil.rmtree(following.folder / "2")
+            wait_until(lambda: all_see("1"), "version 1 answers again")
             before = count()
-            wait_for(lambda: count() >= max(1000, before + 100), "answers by version 1")
+            wait_until(lambda: count() >= max(1000, before + 100), "answers by version 1")
         finally:
             stop.set()
         for future in asking:
@@ -386,72 +451,72 @@ def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(re
         assert "".join(answers).strip("1").strip("2") == "", "versions changed more than once each way"
 
 
-def test_a_corrupt_version_never_replaces_a_good_one(repository):
-    good = (repository / "my_model" / "1" / "model.onnx").read_bytes()
-    with running("--model-repository", str(repository)) as server:
-        for version, content in (("3", good[:-100]), ("4", b""), ("1", b"junk")):
-            publish(repository, version, content)
-            wait_for(lambda v=version: f"my_model version {v} " in server.log(), f"version {version} is told of")
-            assert np.abs(ask(server.endpoint, [GOOD_ROW], "1").sum() - 1) < 1e-6
-        status, reply = send(server.endpoint.port, Request("/predict/3", b"{}"))
-        assert status == 404
-        assert b"is there and cannot be loaded" in reply
-        assert json.loads(get(server, "/v2/models/my_model")[1])["versions"] == ["1"]
-        assert "version 1 stays as it was" in server.log()
-        assert server.log().count("version 3 is left out") == 1, "told once, not every second"
+def test_a_corrupt_version_never_replaces_a_good_one(following):
+    server = following.server
+    for version, content in (("3", read_model("1")[:-100]), ("4", b""), ("1", b"junk")):
+        following.publish(version, content)
+        wait_until(lambda v=version: f"my_model version {v} " in following.log(), f"version {version} is reported")
+        assert np.abs(ask(server.endpoint, [GOOD_ROW], "1").sum() - 1) < 1e-6
+    status, reply = post(server, "/predict/3", b"{}")
+    assert status == 404
+    assert "is there and cannot be loaded" in reply["error"]
+    assert get(server, "/v2/models/my_model")[1]["versions"] == ["1"]
+    assert "version 1 stays as it was" in following.log()
+    assert following.log().count("version 3 is left out") == 1, "reported once, not at every look"
 
 
-def test_the_default_version_is_the_one_that_the_file_default_names(repository):
-    shutil.copytree(ONNX_DIR / "models" / "my_model" / "2", repository / "my_model" / "2")
-    default = repository / "my_model" / "default"
-    default.write_text("1\n")
-    with running("--model-repository", str(repository)) as server:
-        endpoint = server.endpoint
-        tensor = {"name": "input", "shape": [1, 5], "datatype": "FP32", "data": GOOD_ROW}
-        infer = Request("/v2/models/my_model/infer", json.dumps({"inputs": [tensor]}).encode())
+def test_the_default_version_is_the_one_that_the_file_default_names(following):
+    server, default = following.server, following.folder / "default"
+    tensor = {"name": "input", "shape": [1, 5], "datatype": "FP32", "data": GOOD_ROW}
 
-        def answers() -> str:
-            return json.loads(send(endpoint.port, infer)[1])["model_version"]
+    def choose(content: str) -> None:
+        temporary = following.folder / "default.writing"
+        temporary.write_text(content)
+        temporary.replace(default)
 
-        def assert_default(version: str) -> None:
-            wait_for(lambda: answers() == version, f"version {version} is the default")
-            without = send(endpoint.port, endpoint.request([GOOD_ROW], None))
-            assert without == send(endpoint.port, endpoint.request([GOOD_ROW], version))
+    def answers() -> str:
+        return post(server, "/v2/models/my_model/infer", {"inputs": [tensor]})[1]["model_version"]
 
-        assert "my_model 1, 2 (default 1)" in server.log()
-        assert_default("1")
-        default.write_text("2")
-        assert_default("2")
-        for junk in ("", "9", "two"):
-            default.write_text(junk)
-            wait_for(lambda junk=junk: f"names {junk!r}, not one of 1, 2; 2 stays" in server.log(), "it is told")
-            assert answers() == "2"
-        default.write_text("1")
-        assert_default("1")
-        default.unlink()
-        assert_default("2")  # the newest
+    def assert_default(version: str) -> None:
+        wait_until(lambda: answers() == version, f"version {version} is the default")
+        without = send(server.endpoint.port, server.endpoint.request([GOOD_ROW], None))
+        assert without == send(server.endpoint.port, server.endpoint.request([GOOD_ROW], version))
 
-
-def test_without_a_version_left_the_server_is_not_ready_and_lives(repository):
-    with running("--model-repository", str(repository)) as server:
-        assert get(server, "/v2/health/ready") == (200, b'{"ready":true}')
-        shutil.rmtree(repository / "my_model" / "1")
-        wait_for(lambda: get(server, "/v2/health/ready")[0] == 503, "it is not ready")
-        assert b"no version of my_model" in get(server, "/v2/health/ready")[1]
-        assert get(server, "/v2/health/live")[0] == 200
-        publish(repository, "2", (ONNX_DIR / "models" / "my_model" / "2" / "model.onnx").read_bytes())
-        wait_for(lambda: get(server, "/v2/health/ready")[0] == 200, "it is ready again")
+    choose("1\n")
+    following.publish("2", read_model("2"))
+    wait_until(lambda: "my_model 1, 2 (default 1)" in following.log(), "both versions are reported")
+    assert_default("1")
+    choose("2")
+    assert_default("2")
+    for junk in ("", "9", "two"):
+        choose(junk)
+        wait_until(lambda junk=junk: f"names {junk!r}, not one of 1, 2; 2 stays" in following.log(), "it is reported")
+        assert answers() == "2"
+    choose("1")
+    assert_default("1")
+    default.unlink()
+    assert_default("2")  # the newest
 
 
-def test_the_repository_index_tells_of_a_version_that_cannot_be_loaded(repository):
-    publish(repository, "7", b"junk")
-    with running("--model-repository", str(repository)) as server:
-        status, reply = send(server.endpoint.port, Request("/v2/repository/index", b"{}"))
-        entries = {entry["version"]: entry for entry in json.loads(reply)}
-        assert (status, entries["1"]["state"], entries["7"]["state"]) == (200, "READY", "UNAVAILABLE")
-        assert "cannot be loaded" in entries["7"]["reason"]
-        status, reply = send(server.endpoint.port, Request("/v2/repository/index", b'{"ready": true}'))
-        assert [entry["version"] for entry in json.loads(reply)] == ["1"]
+def test_without_a_version_left_the_server_is_not_ready_and_lives(following):
+    server = following.server
+    assert get(server, "/v2/health/ready") == (200, {"ready": True})
+    shutil.rmtree(following.folder / "1")
+    wait_until(lambda: get(server, "/v2/health/ready")[0] == 503, "it is not ready")
+    assert "no version of my_model" in get(server, "/v2/health/ready")[1]["error"]
+    assert get(server, "/v2/health/live")[0] == 200
+    following.publish("2", read_model("2"))
+    wait_until(lambda: get(server, "/v2/health/ready")[0] == 200, "it is ready again")
+
+
+def test_the_repository_index_lists_a_version_that_cannot_be_loaded(following):
+    following.publish("7", b"junk")
+    wait_until(lambda: "7" in following.entries(), "version 7 is listed")
+    entries = following.entries()
+    assert (entries["1"]["state"], entries["7"]["state"]) == ("READY", "UNAVAILABLE")
+    assert "cannot be loaded" in entries["7"]["reason"]
+    status, reply = post(following.server, "/v2/repository/index", b'{"ready": true}')
+    assert (status, [entry["version"] for entry in reply]) == (200, ["1"])
 
 
 # Workers
@@ -459,11 +524,11 @@ def test_the_repository_index_tells_of_a_version_that_cannot_be_loaded(repositor
 
 def test_workers_share_the_port_and_one_that_is_killed_is_replaced():
     with running("--workers", "2") as server:
+        wait_until(lambda: server.log().count("serving on") == 2, "both workers serve")
         workers = psutil.Process(server.pid).children()
-        wait_for(lambda: server.log().count("serving on") == 2, "both workers serve")
         assert len(workers) == 2
         os.kill(workers[0].pid, signal.SIGKILL)
-        wait_for(lambda: server.log().count("serving on") == 3, "a third worker serves")
+        wait_until(lambda: server.log().count("serving on") == 3, "a third worker serves")
         pids = {child.pid for child in psutil.Process(server.pid).children()}
         assert len(pids) == 2
         assert workers[1].pid in pids
@@ -471,10 +536,10 @@ def test_workers_share_the_port_and_one_that_is_killed_is_replaced():
             ask(server.endpoint, [GOOD_ROW], "1")
 
         def counted() -> float:
-            text = get(server, "/metrics")[1].decode()
+            text = get(server, "/metrics")[1]
             return sum(map(float, re.findall(r'^onnx_server_requests_total{.*status="200".*} (\S+)$', text, re.M)))
 
-        wait_for(lambda: counted() >= 40, "the workers have counted, a quarter of a second later")
+        wait_until(lambda: counted() >= 40, "the workers have counted, a quarter of a second later")
         pids |= {server.pid}
     assert not any(map(psutil.pid_exists, pids))
 
@@ -523,13 +588,12 @@ def test_workers_end_when_their_supervisor_is_killed():
     with running("--workers", "2") as server:
         workers = psutil.Process(server.pid).children()
         os.kill(server.pid, signal.SIGKILL)
-        gone, alive = psutil.wait_procs(workers, timeout=10)
+        _, alive = psutil.wait_procs(workers, timeout=DEADLINE_S)
         assert not alive
 
 
 def test_a_taken_port_stops_the_workers_before_they_start(tuned_server):
-    command = [sys.executable, "server.py", "--workers", "2", "--port", str(tuned_server.endpoint.port)]
-    ended = subprocess.run(command, cwd=ONNX_DIR, capture_output=True, text=True, timeout=60)
+    ended = run_python("server.py", "--workers", "2", "--port", str(tuned_server.endpoint.port), cwd=ONNX_DIR)
     assert ended.returncode == 1
     assert "is in use" in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
@@ -538,36 +602,27 @@ def test_a_taken_port_stops_the_workers_before_they_start(tuned_server):
 # Limits
 
 
-def test_a_body_that_does_not_come_is_refused_and_the_connection_closed(tmp_path):
-    text = (ONNX_DIR / "tuned.toml").read_text()
-    config = tmp_path / "short.toml"
-    config.write_text(text.replace("body_timeout_s = 10.0", "body_timeout_s = 0.3"))
-    with running(config=str(config)) as server, socket.create_connection(("127.0.0.1", server.endpoint.port)) as slow:
+def test_a_body_that_does_not_come_is_refused_and_the_connection_closed(limited_server):
+    with socket.create_connection(("127.0.0.1", limited_server.endpoint.port), timeout=DEADLINE_S) as slow:
         slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{")
-        slow.settimeout(10)
         reply = b""
         while part := slow.recv(4096):
             reply += part
     assert reply.startswith(b"HTTP/1.1 408")
 
 
-def test_connections_beyond_the_limit_get_503_and_the_others_go_on(tmp_path):
-    text = (ONNX_DIR / "tuned.toml").read_text()
-    config = tmp_path / "few.toml"
-    config.write_text(text.replace("max_connections = 1000", "max_connections = 5"))
-    with running(config=str(config)) as server, contextlib.ExitStack() as stack:
-        port = server.endpoint.port
-        held = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(8)]
-        request = (
-            b"POST /predict/1 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-        )
-        body = json.dumps({"data": [GOOD_ROW]}).encode()
+def test_connections_beyond_the_limit_get_503_and_the_others_go_on(limited_server):
+    port, body = limited_server.endpoint.port, json.dumps(GOOD_BODY).encode()
+    head = b"POST /predict/1 HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        held = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S)) for _ in range(8)
+        ]
         statuses = []
         for connection in held:
-            connection.settimeout(10)
-            connection.sendall(request % (len(body), body))
+            connection.sendall(head % len(body) + body)
             statuses.append(connection.recv(4096)[9:12])
         assert b"503" in statuses
         for connection in held[:6]:
             connection.close()
-        wait_for(lambda: send(port, server.endpoint.request([GOOD_ROW], "1"))[0] == 200, "it answers again")
+        wait_until(lambda: post(port, "/predict/1", GOOD_BODY)[0] == 200, "it answers again")

@@ -1,25 +1,34 @@
-"""Every command of every README is executed, in a fresh copy of the repository, and prints what the README shows.
+"""Types each README, command by command and in order, into two lasting terminals, as a reader does.
 
-The READMEs' code fences: ```bash runs, in one shell per README; the ```text or ```json block that
-follows is its expected output, where … stands for anything. ```bash server runs in the background
-until its expected lines have appeared, and gets Ctrl-C at the next server or at the end.
+What a reader must know of a README, and this test reads as well:
+
+```bash           typed line by line into the first terminal; what it changes (cd, variables, the environment) lasts.
+```bash server    typed into the second terminal, which it keeps. After "third terminal" in the text: into a third.
+```text, ```json  what the command before it prints; … stands for anything. A server is ready when it has printed it.
+```text server    what the second terminal shows after the commands before it.
+in every terminal, said before the first block: that block is typed into each terminal.
+Stop the server with Ctrl-C (or any "stop … with Ctrl-C"): pressed where it is said, in the terminal of the newest
+                  server. Nothing else stops a server: a README that forgets to say it fails at the next block that
+                  needs the terminal or the port.
+
+At the end of the page Ctrl-C ends what still serves, and nothing that was ever started may be left.
 """
 
-import contextlib
+import argparse
+import ast
 import os
 import re
+import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import REPOSITORY_DIR, refuse_taken_ports
+from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
+from helpers import run, wait_until
+from terminal import CTRL_C, Terminal
 
 # `make benchmark` runs in full for a student; here it does all of its steps, with shorter windows.
 SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0 --connections 1 16 --rows 1 --rates 100"
@@ -29,9 +38,10 @@ SHORT_CANARY = "--margin 8 --latency-margin 100"
 NO_ENGINE = "needs a Docker engine: test_containers.py does what it does, on an engine of its own"
 NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
-    "make test": "it is the command that runs this test",
-    "make test-slow": "it is the command that runs this test",
-    "make test-containers": ".ci/run calls it after the tests",
+    "make test": "it is a command that runs these tests",
+    "make test-readmes": "it is a command that runs these tests",
+    "make test-slow": "it is a command that runs these tests",
+    "make test-containers": "it is a command that runs tests",
     "make docker-build": NO_ENGINE,
     "make docker-up": NO_ENGINE,
     "make docker-verify": NO_ENGINE,
@@ -42,9 +52,10 @@ NOT_EXECUTED = {
     'curl -s -X POST http://localhost:8090/onnx/predict -H "Content-Type: application/json" '
     "-d '{\"data\": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'": NO_ENGINE,
     "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,
-    "docker run --rm -p 127.0.0.1:3000:3000 my_model_service:latest": NO_ENGINE,
+    "docker run --rm -p 127.0.0.1:3001:3000 my_model_service:latest": NO_ENGINE,
+    "(cd ../onnx && python convert_to_onnx.py)": "onnx/README.md runs it; here make train has been run",
     "docker build -t my_model-torchserve .": NO_ENGINE,
-    "docker run --rm -d --name my_model -p 127.0.0.1:8080:8080 my_model-torchserve": NO_ENGINE,
+    "docker run --rm -d --name my_model -p 127.0.0.1:9080:8080 my_model-torchserve": NO_ENGINE,
     "docker stop my_model": NO_ENGINE,
     "docker build -t onnx-server .": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:8000:8000 onnx-server": NO_ENGINE,
@@ -53,54 +64,51 @@ NOT_EXECUTED = {
 }
 
 FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
-COMMAND_TIMEOUT_S = 600.0
-READY_TIMEOUT_S = 180.0
-STOP_TIMEOUT_S = 20.0
+STOP = re.compile(r"\b[Ss]top(\s+(the\s+\w+|it))?\s+with\s+Ctrl-C\b")
+EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
+THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
+FOLDERS = (*FRAMEWORKS, "gateway", "data")
 
 
 @dataclass
-class Block:
-    """One ```bash fence and the output that the README promises."""
+class Step:
+    """What a reader does next: types commands, starts a server, watches its terminal, or stops it."""
 
-    line: int
-    script: str
-    is_server: bool
-    expected: list[str] = field(default_factory=list)
-
-
-def list_readmes() -> list[str]:
-    return sorted(path for path in list_repository_files() if Path(path).name == "README.md")
+    kind: str  # type, serve, watch or stop
+    line: int  # of the README
+    commands: str = ""
+    terminal: str = "first"
+    expected: list[str] = field(default_factory=list)  # the lines that appear then
 
 
-def list_repository_files() -> list[str]:
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPOSITORY_DIR, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [path for path in listing.stdout.splitlines() if (REPOSITORY_DIR / path).is_file()]
-
-
-def read_blocks(readme: str) -> list[Block]:
-    text = (REPOSITORY_DIR / readme).read_text()
-    blocks: list[Block] = []
-    takes_output = False
-    for fence in FENCE.finditer(text):
-        info = fence["info"].strip()
+def read_steps(text: str) -> list[Step]:
+    """Return what the README tells its reader to do, in order."""
+    steps: list[Step] = []
+    end, takes_output = 0, False
+    for fence in [*FENCE.finditer(text), None]:
+        prose = text[end : fence.start() if fence else None]
+        for stop in STOP.finditer(prose):
+            steps.append(Step("stop", text.count("\n", 0, end + stop.start()) + 1))
+        if fence is None:
+            break
+        info, lines, end = fence["info"].strip(), fence["text"].splitlines(), fence.end()
+        line = text.count("\n", 0, fence.start()) + 1
+        printed = [line.rstrip() for line in lines if line.strip()]
         if info in ("bash", "bash server"):
-            lines = [line for line in fence["text"].splitlines() if line.strip() not in NOT_EXECUTED]
-            line = text.count("\n", 0, fence.start()) + 1
-            blocks.append(Block(line, "\n".join(lines), info == "bash server"))
-            takes_output = True
-        elif info in ("text", "json"):
-            if takes_output:
-                blocks[-1].expected = [line.rstrip() for line in fence["text"].splitlines() if line.strip()]
-            takes_output = False
-    return blocks
+            commands = "\n".join(line for line in lines if line.strip() not in NOT_EXECUTED)
+            terminal = "first" if info == "bash" else "third" if THIRD_TERMINAL.search(prose) else "second"
+            steps.append(Step("type" if info == "bash" else "serve", line, commands, terminal))
+        elif info == "text server":
+            steps.append(Step("watch", line, expected=printed))
+        elif info in ("text", "json") and takes_output:
+            steps[-1].expected = printed
+        takes_output = info in ("bash", "bash server")
+    return [step for step in steps if step.kind in ("stop", "watch") or step.commands.strip()]
 
 
 def find_missing(expected: list[str], output: str) -> str | None:
-    """Return the first expected line that does not follow in the output, or None where all are there in order."""
-    lines = iter(re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", output).splitlines())
+    """Return the first expected line that does not follow in the output, or None when all are there in order."""
+    lines = iter(output.splitlines())
     for wanted in expected:
         pattern = re.compile(".*".join(re.escape(part) for part in wanted.split("…")))
         if not any(pattern.fullmatch(line.rstrip()) for line in lines):
@@ -108,158 +116,242 @@ def find_missing(expected: list[str], output: str) -> str | None:
     return None
 
 
-class Shell:
-    """One bash in a fresh copy of the repository, as a student's terminal; servers run beside it."""
+class Reader:
+    """Types a README into terminals, which open in `folder` when they are first needed."""
 
-    def __init__(self, folder: Path, home: Path):
-        self.folder = folder
-        self.server: psutil.Process | None = None
-        self.server_family: list[psutil.Process] = []
-        self.log_path = home / "shell.log"
-        self.number = 0
-        self.children: dict[int, psutil.Process] = {}  # all that was ever seen to run below the shell
-        self.temporary = Path(
-            tempfile.mkdtemp(prefix="t-")
-        )  # TorchServe's pid file lies in $TMPDIR: not in a shared one
-        path = os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if p != str(Path(sys.executable).parent))
-        environment = {"PATH": path, "HOME": str(home), "LANG": "C.UTF-8", "COLUMNS": "200", "TERM": "dumb"}
-        environment |= {"TMPDIR": str(self.temporary), "TEMP": str(self.temporary)}
-        environment["BENCHMARK_OPTIONS"] = SHORT_BENCHMARK
-        environment |= {"AB_TEST_OPTIONS": SHORT_AB_TEST, "CANARY_OPTIONS": SHORT_CANARY}
-        self.log = self.log_path.open("wb")
-        self.process = subprocess.Popen(
-            ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail"],
-            cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=self.log, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        self._send("set -m\n")  # a process group for each server, so that Ctrl-C reaches it alone
+    def __init__(self, readme: str, text: str, folder: Path, environment: dict[str, str]):
+        self.readme, self.folder, self.environment = readme, folder, environment
+        self.steps = read_steps(text)
+        self.in_every_terminal = ""
+        if EVERY_TERMINAL.search(text.partition("```bash")[0]):
+            self.in_every_terminal = self.steps.pop(0).commands
+        self.terminals: dict[str, Terminal] = {}
+        self.serving: dict[str, int] = {}  # by terminal, the newest last: where its server begins on the screen
+        self.seen: dict[str, int] = {}  # by terminal: how much was on its screen before the last typed block
 
-    def close(self) -> None:
-        try:
-            self.stop_server()
-        finally:
-            self._remember_children()
-            for process in self.children.values():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            self.process.kill()
-            self.process.wait()
-            self.log.close()
-            shutil.rmtree(self.temporary, ignore_errors=True)
+    def __enter__(self) -> "Reader":
+        return self
 
-    def _remember_children(self) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self.process.pid).children(recursive=True):
-                self.children[process.pid] = process
+    def __exit__(self, *_: object) -> None:
+        for terminal in self.terminals.values():
+            terminal.close()
 
-    def _send(self, text: str) -> None:
-        self.process.stdin.write(text.encode())
-        self.process.stdin.flush()
+    def read(self) -> None:
+        """Do all steps, then stop what still serves, and see that nothing is left."""
+        for step in self.steps:
+            try:
+                getattr(self, step.kind)(step)
+            except AssertionError as error:
+                raise AssertionError(f"{self.readme}:{step.line}: {error}") from None
+        while self.serving:
+            self.stop()
+        for name, terminal in self.terminals.items():
+            terminal.wait_until_empty(f"{self.readme}: the {name} terminal's commands")
 
-    def _wait_for(self, path: Path, timeout_s: float, what: str) -> None:
-        deadline_s = time.monotonic() + timeout_s
-        while not path.exists():
-            self._remember_children()
-            if self.process.poll() is not None:
-                raise AssertionError(f"{what}: a command failed\n{self.output()}")
-            if time.monotonic() > deadline_s:
-                raise AssertionError(f"{what}: not done within {timeout_s:.0f} s\n{self.output()}")
-            time.sleep(0.02)
+    def open(self, name: str) -> Terminal:
+        if name not in self.terminals:
+            self.terminals[name] = Terminal(f"{self.folder}:{name}", self.folder, self.environment)
+            self.terminals[name].type(self.in_every_terminal)
+        return self.terminals[name]
 
-    def output(self) -> str:
-        return self.log_path.read_text(errors="replace")[self.seen :]
+    def type(self, step: Step) -> None:
+        terminal = self.open(step.terminal)
+        self.seen = {name: len(other.screen) for name, other in self.terminals.items()}
+        shown = terminal.type(step.commands)
+        missing = find_missing(step.expected, shown)
+        assert missing is None, f"the README shows {missing!r}, the commands printed\n{shown}"
 
-    def run(self, block: Block, where: str) -> None:
-        self.number += 1
-        self.seen = len(self.log_path.read_text(errors="replace"))
-        script = self.log_path.with_name(f"block_{self.number}.sh")
-        done = script.with_suffix(".done")
-        script.write_text(block.script + "\n")
-        self._send(f"source {script}; touch {done}\n")
-        self._wait_for(done, COMMAND_TIMEOUT_S, where)
-        missing = find_missing(block.expected, self.output())
-        assert missing is None, f"{where}: the README shows {missing!r}, the commands printed\n{self.output()}"
+    def serve(self, step: Step) -> None:
+        assert step.expected, "a server needs a text block that ends with the line that says it is ready"
+        assert step.terminal not in self.serving, (
+            f"the server in the {step.terminal} terminal still runs: say to stop it"
+        )
+        terminal = self.open(step.terminal)
+        *first, last = step.commands.splitlines()
+        terminal.type("\n".join(first))
+        start = self.serving[step.terminal] = len(terminal.screen)
+        terminal.press(f"{last}\n".encode())
+        self.wait_for(step.expected, step.terminal, start)
 
-    def run_server(self, block: Block, where: str) -> None:
-        self.stop_server()
-        self.number += 1
-        self.seen = 0
-        script = self.log_path.with_name(f"server_{self.number}.sh")
-        pid_path, log_path = script.with_suffix(".pid"), script.with_suffix(".log")
-        script.write_text(block.script + "\n")
-        self._send(f"(source {script}) > {log_path} 2>&1 &\necho $! > {pid_path}.new; mv {pid_path}.new {pid_path}\n")
-        self._wait_for(pid_path, COMMAND_TIMEOUT_S, where)
-        self.server = psutil.Process(int(pid_path.read_text()))
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
-        assert block.expected, f"{where}: a server needs a text block that ends with the line that says it is ready"
-        while (missing := find_missing(block.expected, log_path.read_text(errors="replace"))) is not None:
-            alive = self.server.is_running() and self.server.status() != psutil.STATUS_ZOMBIE
-            if not alive or time.monotonic() > deadline_s:
-                state = "is not ready" if alive else "has ended"
-                raise AssertionError(f"{where}: {state} without {missing!r}; it printed\n{log_path.read_text()}")
-            time.sleep(0.05)
-        self.server_family = [self.server, *self.server.children(recursive=True)]
+    def watch(self, step: Step) -> None:
+        assert self.serving, "no server runs whose terminal could show this"
+        name = list(self.serving)[-1]
+        self.wait_for(step.expected, name, self.seen[name])
 
-    def stop_server(self) -> None:
-        """Press Ctrl-C and see that nothing of the server is left."""
-        if self.server is None:
-            return
-        self.server_family += self.server.children(recursive=True) if self.server.is_running() else []
-        os.killpg(self.server.pid, signal.SIGINT)
-        family = [process for process in self.server_family if process.pid != self.server.pid]
-        _, left = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-        names = [process.name() for process in left]
-        for process in left:
-            process.kill()
-        self.server = None
-        self.server_family = []
-        assert not names, f"Ctrl-C left {names} running"
+    def wait_for(self, expected: list[str], name: str, start: int) -> None:
+        """Wait until the lines have appeared on a terminal whose server goes on."""
+        terminal = self.terminals[name]
+
+        def says() -> str:
+            missing = find_missing(expected, terminal.shown_since(start))
+            return f"the {name} terminal does not show {missing!r}, but\n{terminal.shown_since(start)}"
+
+        def has_come() -> bool:
+            ended = terminal.has_prompted_since(self.serving[name])  # first: its last words count
+            come = find_missing(expected, terminal.shown_since(start)) is None
+            assert come or not ended, f"the server has ended; {says()}"
+            return come
+
+        wait_until(has_come, says, while_alive=terminal.bash)
+
+    def stop(self, _step: Step | None = None) -> None:
+        """Press Ctrl-C once in the newest server's terminal, and see that it ends without a word of complaint."""
+        assert self.serving, "there is no server to stop"
+        name, start = self.serving.popitem()
+        terminal = self.terminals[name]
+        assert not terminal.has_prompted_since(start), f"the server has ended before\n{terminal.shown_since(start)}"
+        start = len(terminal.screen)
+        terminal.press(CTRL_C)
+        wait_until(
+            lambda: terminal.has_prompted_since(start), lambda: f"Ctrl-C does not end it\n{terminal.shown_since(start)}"
+        )
+        terminal.wait_until_empty("Ctrl-C")
+        assert "Traceback" not in terminal.shown_since(start), terminal.shown_since(start)
+
+
+def list_files(*options: str) -> list[str]:
+    listing = run("git", "ls-files", "--exclude-standard", "--others", *options, check=True)
+    return [path for path in listing.stdout.splitlines() if (REPOSITORY_DIR / path).is_file()]
+
+
+def list_readmes() -> list[str]:
+    return sorted(path for path in list_files("--cached") if Path(path).name == "README.md")
+
+
+def copy_files(paths: list[str], folder: Path) -> None:
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(REPOSITORY_DIR / path, folder / path)
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """The variables of a reader who has a new account, and no virtual environment yet."""
+    path = [folder for folder in os.environ["PATH"].split(os.pathsep) if Path(folder) != Path(sys.executable).parent]
+    (tmp_path / "home").mkdir()
+    # TorchServe's pid file and sockets lie in $TMPDIR: not in a shared one, and a socket's path must be short.
+    with tempfile.TemporaryDirectory(prefix="t-", ignore_cleanup_errors=True) as temporary:
+        yield {
+            **{"PATH": os.pathsep.join(path), "HOME": str(tmp_path / "home"), "LANG": "C.UTF-8", "COLUMNS": "200"},
+            **{"TMPDIR": temporary, "TEMP": temporary, "FREE_PORTS": os.environ["FREE_PORTS"]},
+            "VIRTUAL_ENV_DISABLE_PROMPT": "1",
+            "BENCHMARK_OPTIONS": SHORT_BENCHMARK,
+            "AB_TEST_OPTIONS": SHORT_AB_TEST,
+            "CANARY_OPTIONS": SHORT_CANARY,
+        }
+
+
+def read_whole(readme: str, tmp_path: Path, environment: dict[str, str], trained: bool) -> None:
+    """Read `readme` in a fresh copy of the repository, with the models of this one if `trained`."""
+    copy = tmp_path / "repository"
+    copy_files(list_files("--cached"), copy)
+    if trained:
+        made = list_files("--ignored", *FRAMEWORKS)
+        copy_files([path for path in made if "__pycache__" not in path and "prometheus" not in path], copy)
+    (copy / ".venv").symlink_to(REPOSITORY_DIR / ".venv")
+    with Reader(readme, (REPOSITORY_DIR / readme).read_text(), copy, environment) as reader:
+        reader.read()
+
+
+@pytest.mark.readmes
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_command_of_a_folders_readme_works_as_written_and_in_order(folder, tmp_path, environment):
+    if folder in FRAMEWORKS:
+        refuse_taken_ports(folder)
+    read_whole(f"{folder}/README.md", tmp_path, environment, trained=folder not in FRAMEWORKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("readme", ["README.md", "benchmarks/README.md"])
+def test_every_command_of_the_readmes_about_all_servers_works_as_written_and_in_order(readme, tmp_path, environment):
+    refuse_taken_ports()
+    read_whole(readme, tmp_path, environment, trained=True)
+
+
+SERVER = "```bash server\necho ready; cat\n```\n```text\nready\n```\n"  # serves until Ctrl-C
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```bash\ncd data\nNUMBER=7\n```\n```bash\necho ${PWD##*/} $NUMBER\n```\n```text\ndata 7\n```\n",
+        "```bash\nfor word in a b; do\n  echo $word\ndone\n```\n```text\na\nb\n```\n",
+        SERVER + "Stop the server\nwith Ctrl-C.\n" + SERVER,
+        SERVER + "In a third terminal:\n" + SERVER,
+        "In every terminal:\n```bash\nWORD=ready\n```\n" + SERVER.replace("echo ready", "echo $WORD"),
+        SERVER.replace("cat", "tail -f asked") + "```bash\necho seen >> asked\n```\n```text server\nseen\n```\n",
+    ],
+    ids=["it lasts", "a loop", "stopped", "third terminal", "every terminal", "watched"],
+)
+def test_a_readme_that_says_all_is_read_to_its_end(text, tmp_path, environment):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "asked").touch()
+    with Reader("a README", text, tmp_path, environment) as reader:
+        reader.read()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (SERVER + SERVER, "the second terminal still runs"),
+        ("```bash\nfalse\ntrue\n```\n", "`false` failed"),
+        ("```bash\nfor word in a b; do\n  test $word = b\ndone\n```\n", "failed"),
+        ("```bash\nfalse | cat\n```\n", "failed"),
+        ("```bash\necho 1\n```\n```text\n2\n```\n", "the README shows '2'"),
+        ("```bash server\necho ready\n```\n```text\nready to serve\n```\n", "the server has ended"),
+        ("```bash server\necho ready; exit 0\n```\n```text\nready to serve\n```\n", "ended"),
+        ("Stop the server with Ctrl-C.\n", "no server to stop"),
+        (SERVER.replace("cat", "(trap 'echo Traceback' INT; cat)") + "Stop it with Ctrl-C.\n", "Traceback"),
+    ],
+    ids=[
+        "not stopped",
+        "fails",
+        "fails in a loop",
+        "fails in a pipe",
+        "other output",
+        "ends",
+        "exits",
+        "none",
+        "traces",
+    ],
+)
+def test_a_readme_that_forgets_a_step_or_shows_another_output_fails(text, reason, tmp_path, environment):
+    with Reader("a README", text, tmp_path, environment) as reader, pytest.raises(AssertionError, match=reason):
+        reader.read()
 
 
 def test_the_tests_that_a_readme_names_are_there():
     named = {
-        " ".join(command.split())
+        command
         for readme in list_readmes()
-        for command in re.findall(r"`python -m (pytest\s[^`]+)`", (REPOSITORY_DIR / readme).read_text())
+        for command in re.findall(r"`python\s+-m\s+pytest\s([^`]+)`", (REPOSITORY_DIR / readme).read_text())
     }
     assert named
+    options = argparse.ArgumentParser(exit_on_error=False)
+    for flag in ("-m", "-k"):
+        options.add_argument(flag, default="")
+    options.add_argument("-s", action="store_true")
+    options.add_argument("path")
     for command in named:
-        collect = [sys.executable, "-m", *command.split(), "--collect-only", "--quiet"]
-        done = subprocess.run(collect, cwd=REPOSITORY_DIR, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stdout[-500:]}"  # 5: it selects none
+        wanted = options.parse_args(shlex.split(command))
+        tests = [
+            ast.unparse(node)
+            for node in ast.parse((REPOSITORY_DIR / wanted.path).read_text()).body
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and wanted.k in node.name
+        ]
+        assert any(f"pytest.mark.{wanted.m}" in test for test in tests), f"pytest {command} selects no test"
 
 
-@pytest.mark.parametrize(
-    "readme",
-    [pytest.param(name, marks=pytest.mark.slow if name == "benchmarks/README.md" else ()) for name in list_readmes()],
-)
-def test_every_command_of_the_readme_works_as_written(readme, tmp_path):
-    copy, home = tmp_path / "repository", tmp_path / "home"
-    home.mkdir()
-    for path in list_repository_files():
-        (copy / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(REPOSITORY_DIR / path, copy / path)
-    (copy / ".venv").symlink_to(REPOSITORY_DIR / ".venv")
-    refuse_taken_ports()
-    blocks = read_blocks(readme)
-    assert blocks, f"{readme} shows no command"
-    shell = Shell(copy, home)
-    try:
-        for block in blocks:
-            if not block.script.strip():
-                continue
-            where = f"{readme}:{block.line}"
-            (shell.run_server if block.is_server else shell.run)(block, where)
-        shell.stop_server()
-    finally:
-        shell.close()
-
-
-def test_commands_stand_only_in_fences_that_are_executed():
-    allowed = {"bash", "bash server", "text", "json", "python", "yaml", "properties", "mermaid", "diff", "protobuf"}
+def test_commands_stand_only_in_fences_that_are_typed():
+    allowed = {"bash", "bash server", "text", "text server", "json", "python", "yaml", "properties", "mermaid", "diff"}
     for readme in list_readmes():
         for fence in FENCE.finditer((REPOSITORY_DIR / readme).read_text()):
-            assert fence["info"].strip() in allowed, f"{readme}: a fence of kind {fence['info']!r} would not be run"
+            kind = fence["info"].strip()
+            assert kind in {*allowed, "protobuf"}, f"{readme}: a fence of kind {kind!r} would not be typed"
+
+
+def test_every_readme_is_read_by_a_test():
+    assert list_readmes() == sorted(["README.md", "benchmarks/README.md", *(f"{name}/README.md" for name in FOLDERS)])
 
 
 def test_each_command_that_is_not_executed_stands_in_a_readme():

@@ -1,27 +1,24 @@
 """The report answers its questions from a result file alone, and a real browser shows it whole."""
 
 import copy
+import importlib
 import json
 import re
 import shutil
 import subprocess
-import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import websocket
-from conftest import REPOSITORY_DIR
+from helpers import DEADLINE_S, call_main, wait_until
 from load_generator import Window
-from report import write_report
 from results import SCHEMA_VERSION, encode_window, list_verdicts, list_warnings, write_result
 
 pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-BROWSER_TIMEOUT_S = 60.0
 CONNECTIONS, SIZES, ROUNDS = [1, 4, 16, 64], [1, 32, 1024], 3
 EVIL = '<script>alert(1)</script> & "quoted" $x_1$'
 # name: (kind, protocol, service time in s at one connection, requests/s at most, memory in MB)
@@ -118,14 +115,14 @@ class Browser:
         self.events: list[dict] = []
         self.number = 0
         port_file = profile / "DevToolsActivePort"
-        deadline_s = time.monotonic() + BROWSER_TIMEOUT_S
-        while not (port_file.exists() and len(port_file.read_text().split()) == 2):
-            assert self.process.poll() is None, f"{CHROMIUM} ended with exit code {self.process.returncode}"
-            assert time.monotonic() < deadline_s, f"{CHROMIUM} opened no DevTools port"
-            time.sleep(0.02)
+        wait_until(
+            lambda: port_file.exists() and len(port_file.read_text().split()) == 2,
+            f"{CHROMIUM} opened no DevTools port",
+            while_alive=self.process,
+        )
         port, path = port_file.read_text().split()
         self.socket = websocket.create_connection(
-            f"ws://127.0.0.1:{port}{path}", timeout=BROWSER_TIMEOUT_S, suppress_origin=True
+            f"ws://127.0.0.1:{port}{path}", timeout=DEADLINE_S, suppress_origin=True
         )
         self.session = None
         target = self.ask("Target.createTarget", url="about:blank")["targetId"]
@@ -137,7 +134,7 @@ class Browser:
         try:
             self.session = None
             self.ask("Browser.close")
-            self.process.wait(BROWSER_TIMEOUT_S)
+            self.process.wait(DEADLINE_S)
         finally:
             self.process.kill()
             self.process.wait()
@@ -159,9 +156,7 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": theme}]
         self.ask("Emulation.setEmulatedMedia", media=media, features=features)
         self.ask("Page.navigate", url=path.as_uri())
-        deadline_s = time.monotonic() + BROWSER_TIMEOUT_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            assert time.monotonic() < deadline_s, f"{path.name} was not loaded"
             self.events.append(json.loads(self.socket.recv()))
 
     def evaluate(self, expression: str):
@@ -215,11 +210,17 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def script():
+    """report.py, imported only by the tests that run: matplotlib takes seconds."""
+    return importlib.import_module("report")
+
+
+@pytest.fixture(scope="module")
+def report(script, tmp_path_factory):
     """The path of report.html, made by the command from a result file."""
     path = tmp_path_factory.mktemp("results") / "20260131T120000Z.json"
     write_result(make_result(), path)
-    done = run_command(path)
+    done = call_main(script, path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return path.with_suffix("") / "report.html"
@@ -232,11 +233,6 @@ def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
-
-
-def run_command(path: Path) -> subprocess.CompletedProcess:
-    script = REPOSITORY_DIR / "benchmarks" / "report.py"
-    return subprocess.run([sys.executable, str(script), str(path)], capture_output=True, text=True, timeout=120)
 
 
 def answer(page: Path, number: int) -> str:
@@ -277,13 +273,13 @@ def test_a_difference_smaller_than_the_floor_is_called_one(report):
     assert "less than this floor" in answer(report, 0)
 
 
-def test_equal_servers_are_not_ranked(tmp_path):
+def test_equal_servers_are_not_ranked(script, tmp_path):
     result = make_result()
     rename = {"onnx": "onnx", "onnx-grpc": "twin"}
     result["endpoints"] = {new: result["endpoints"][old] for old, new in rename.items()}
     windows = [window for window in result["windows"] if window["endpoint"] == "onnx"]
     result["windows"] = windows + [copy.deepcopy(window) | {"endpoint": "twin"} for window in windows]
-    page = write_report(result, tmp_path)
+    page = script.write_report(result, tmp_path)
     assert "onnx (local), with no significant difference from twin (local)" in answer(page, 0)
     assert "do not tell it from twin (local)" in answer(page, 1)
 
@@ -326,9 +322,9 @@ def test_text_from_the_file_stays_text(report):
     assert EVIL in page.sections["warnings"]
 
 
-def test_names_with_markup_survive_every_plot(tmp_path):
+def test_names_with_markup_survive_every_plot(script, tmp_path):
     result = json.loads(json.dumps(make_result()).replace('"onnx"', json.dumps(EVIL)))
-    page = Page(write_report(result, tmp_path))
+    page = Page(script.write_report(result, tmp_path))
     assert "script" not in page.tags
     assert all(f"{EVIL} (local)" in svg for svg in page.svgs)
 
@@ -338,12 +334,12 @@ def test_nothing_is_asked_of_the_network(report):
     assert not re.search(r"https?://|@import|url\((?!#)", report.read_text())
 
 
-def test_the_same_result_makes_the_same_page(report, tmp_path):
-    assert write_report(make_result(), tmp_path).read_text() == report.read_text()
+def test_the_same_result_makes_the_same_page(script, report, tmp_path):
+    assert script.write_report(make_result(), tmp_path).read_text() == report.read_text()
 
 
 @pytest.mark.parametrize("case", ["one round", "no sweep", "one connection", "nothing measured", "cut off"])
-def test_a_meagre_result_still_makes_a_report(case, tmp_path, recwarn):
+def test_a_meagre_result_still_makes_a_report(script, case, tmp_path, recwarn):
     result = make_result(rounds=1 if case == "one round" else 2, sweep=case != "no sweep")
     if case == "one connection":
         result["settings"] |= {"connections": [4], "rows_per_request": [1]}
@@ -356,7 +352,7 @@ def test_a_meagre_result_still_makes_a_report(case, tmp_path, recwarn):
         result["windows"] = [
             w for w in result["windows"] if w["endpoint"] != "bentoml" or (w["load"], w["connections"]) == ("closed", 1)
         ]
-    page = write_report(result, tmp_path)
+    page = script.write_report(result, tmp_path)
     text = page.read_text()
     assert not re.search(r"\b(nan|inf|None)\b", text)
     assert ("no verdict is significant" in text) == (case == "one round")
@@ -364,8 +360,8 @@ def test_a_meagre_result_still_makes_a_report(case, tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_a_file_that_is_no_result_is_one_line(tmp_path):
-    done = run_command(tmp_path / "missing.json")
+def test_a_file_that_is_no_result_is_one_line(script, tmp_path):
+    done = call_main(script, tmp_path / "missing.json")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "missing.json: no such file" in done.stderr

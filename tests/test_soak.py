@@ -1,67 +1,93 @@
 """soak.py: a server that keeps what it was asked is told from one that does not."""
 
+import contextlib
 import json
-import os
-import shutil
-import subprocess
-import sys
+from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY_DIR
+import soak
+from helpers import Done, call_main
 from load_generator import Window
-from soak import LEAST_GROWTH_BYTES, describe_drift, measure_growth
+from results import encode_window
+from soak import LEAST_GROWTH_BYTES, WARM_UP_SHARE, describe_drift, measure_growth
+from toy_endpoint import Toy
 
-SECONDS = 4
-RATE = 100
 KEPT_BYTES = 50_000  # by the leaking toy, for each answer
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """A copy of benchmarks/ and data/ with the toy endpoint."""
-    house = tmp_path_factory.mktemp("house")
-    shutil.copytree(REPOSITORY_DIR / "data", house / "data")
-    shutil.copytree(REPOSITORY_DIR / "benchmarks", house / "benchmarks", ignore=shutil.ignore_patterns("results"))
-    (house / "tests").mkdir()
-    shutil.copy2(REPOSITORY_DIR / "tests" / "toy_server.py", house / "tests")
-    shutil.copy2(REPOSITORY_DIR / "tests" / "toy_endpoint.py", house / "benchmarks" / "endpoint_toy.py")
-    return house
+def leaking_toy(tmp_path_factory) -> tuple[Done, dict]:
+    """What soak.py prints and writes about a real server that leaks, under real load."""
+    output = tmp_path_factory.mktemp("soak") / "leaking.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOY_MANNER", "leaking")
+        patch.setattr(soak, "load_endpoints", lambda: {"toy": Toy})
+        done = call_main(soak, "--endpoint", "toy", "--rate", "100", "--seconds", "3", "--output", output)
+    return done, json.loads(output.read_text())
 
 
-def soak(house, manner: str) -> tuple[subprocess.CompletedProcess, dict]:
-    output = house / f"{manner}.json"
-    command = [sys.executable, house / "benchmarks" / "soak.py", "--endpoint", "toy", "--rate", str(RATE)]
-    done = subprocess.run(
-        [*command, "--seconds", str(SECONDS), "--output", output],
-        env={**os.environ, "TOY_MANNER": manner, "TOY_FOLDER": str(house / "tests"), "COLUMNS": "200"},
-        capture_output=True, text=True, timeout=120, cwd=house,
-    )  # fmt: skip
-    return done, json.loads(output.read_text()) if output.exists() else {}
-
-
-def test_a_leak_is_found_and_its_slope_is_right(house):
-    done, result = soak(house, "leaking")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "MB/h" in done.stdout
-    assert "it grows: find what is kept" in done.stdout
-    assert ", 0 failed, 0 wrong" in done.stdout
-    at_s = np.array([s["at_s"] for s in result["slices"]])
+def settled(result: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return time in s, memory in bytes and answers so far, (n,) each, after the warm-up."""
+    at_s, memory_bytes = (np.array([s[key] for s in result["slices"]]) for key in ("at_s", "server_rss_bytes"))
     answers = np.cumsum([sum(count for _, count in s["latency_us_counts"]) for s in result["slices"]])
-    settled = at_s > result["settings"]["warm_up_share"] * at_s[-1]
-    true_slope = KEPT_BYTES * np.polyfit(at_s[settled], answers[settled], 1)[0]
+    after = at_s > result["settings"]["warm_up_share"] * at_s[-1]
+    return at_s[after], memory_bytes[after], answers[after]
+
+
+def test_memory_is_seen_to_grow_by_what_a_server_keeps_of_each_answer(leaking_toy):
+    done, result = leaking_toy
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 failed, 0 wrong" in done.stdout
+    _, memory_bytes, answers = settled(result)
+    assert np.polyfit(answers, memory_bytes, 1)[0] == pytest.approx(KEPT_BYTES, rel=0.2)
+
+
+@pytest.mark.timing
+def test_a_real_leak_is_found_and_its_slope_is_right(leaking_toy):
+    """The slope is over time: it needs answers that come at a steady rate."""
+    done, result = leaking_toy
+    at_s, _, answers = settled(result)
     assert result["memory"]["grows"]
-    assert result["memory"]["bytes_per_s"]["estimate"] == pytest.approx(true_slope, rel=0.2)
+    assert "it grows: find what is kept" in done.stdout
+    assert result["memory"]["bytes_per_s"]["estimate"] == pytest.approx(
+        KEPT_BYTES * np.polyfit(at_s, answers, 1)[0], rel=0.2
+    )
 
 
-def test_a_server_that_keeps_nothing_is_not_said_to_leak_and_its_failures_are_counted(house):
-    done, result = soak(house, "erring")
-    assert "no lasting growth" in done.stdout, done.stdout + done.stderr
+def soak_given(monkeypatch, tmp_path, memory_bytes: np.ndarray, errors: int = 0) -> tuple[Done, dict]:
+    """Return what soak.py prints and writes, had it read `memory_bytes` (n,) a second apart."""
+    windows = [Window(1, latencies_s=np.full(5, 0.001), errors=Counter({"status 503": errors})) for _ in memory_bytes]
+    slices = [
+        encode_window(window, at_s=float(number), server_rss_bytes=int(bytes_now))
+        for number, (window, bytes_now) in enumerate(zip(windows, memory_bytes, strict=True), start=1)
+    ]
+    server = contextlib.nullcontext(SimpleNamespace(kind="local"))
+    monkeypatch.setattr(soak, "load_endpoints", lambda: {"toy": Toy})
+    monkeypatch.setattr(soak, "ServerProcess", lambda *_: server)
+    monkeypatch.setattr(soak, "soak", lambda *_: (5.0, windows, slices))
+    done = call_main(soak, "--endpoint", "toy", "--output", tmp_path / "soak.json")
+    return done, json.loads((tmp_path / "soak.json").read_text())
+
+
+def test_a_leaks_slope_is_that_of_the_readings_after_the_warm_up(monkeypatch, tmp_path):
+    at_s = np.arange(1, 101)
+    filling = 5e6 * np.minimum(at_s, WARM_UP_SHARE * at_s[-1])  # what fills up during the warm-up is no leak
+    done, result = soak_given(monkeypatch, tmp_path, 200e6 + filling + 40e3 * at_s)
+    assert result["memory"]["grows"]
+    assert result["memory"]["bytes_per_s"]["estimate"] == pytest.approx(40e3, rel=1e-6)
+    assert "+144.0 MB/h (+144.0 to +144.0): it grows: find what is kept" in done.stdout
+    assert done.returncode == 0
+
+
+def test_a_server_that_keeps_nothing_is_not_called_leaking_and_its_failures_fail_the_run(monkeypatch, tmp_path):
+    noise = np.random.default_rng(4).normal(0, 1e6, 100)
+    done, result = soak_given(monkeypatch, tmp_path, 200e6 + noise, errors=2)
+    assert "no lasting growth" in done.stdout
     assert not result["memory"]["grows"]
-    assert all(s["server_rss_bytes"] > 0 for s in result["slices"])
-    errors = sum(s["errors"].get("status 503", 0) for s in result["slices"])
-    assert errors > 0
-    assert f"{errors:,} failed, 0 wrong" in done.stdout
+    assert sum(s["errors"].get("status 503", 0) for s in result["slices"]) == 200
+    assert "200 failed, 0 wrong" in done.stdout
     assert done.returncode == 1
 
 

@@ -1,15 +1,14 @@
 """TensorFlow Serving's folder with the classifier: training, the three ways to serve, REST, gRPC, the client."""
 
+import contextlib
 import gzip
 import http.client
-import importlib.util
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import grpc
@@ -20,11 +19,11 @@ import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from free_ports import find_free_ports
+from helpers import DEADLINE_S, call_main, get, load_script, post, run_python, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ask, send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
-DEADLINE_S = 180.0
 PREDICT = "/v1/models/my_model:predict"
 
 ACCEPTED = {"NaN", "Infinity", "minus Infinity"}  # numbers to TensorFlow Serving, by its own documentation
@@ -54,29 +53,6 @@ WORDS = {  # what each refusal must name
 }
 
 
-def get(port: int, path: str) -> tuple[int, dict]:
-    status, body = send(port, Request(path, b"", method="GET"))
-    return status, json.loads(body)
-
-
-def post(port: int, path: str, body) -> tuple[int, dict]:
-    status, reply = send(port, Request(path, body if isinstance(body, bytes) else json.dumps(body).encode()))
-    return status, json.loads(reply)
-
-
-def run_python(*arguments, cwd: Path = FOLDER, env: dict | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True, timeout=DEADLINE_S
-    )
-
-
-def wait_until(condition) -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 @pytest.fixture(scope="module")
 def rest_port(tfserving_server) -> int:
     return tfserving_server.endpoint.ports["rest"]
@@ -89,22 +65,7 @@ def grpc_port(tfserving_server) -> int:
 
 @pytest.fixture(scope="module")
 def client():
-    """tfserving/client.py as a module."""
-    spec = importlib.util.spec_from_file_location("tfserving_client", FOLDER / "client.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module", autouse=True)
-def second_export(tmp_path_factory):
-    """export_model.py, running in the background from the module's start on, into a folder of its own."""
-    folder = tmp_path_factory.mktemp("second_export")
-    command = [sys.executable, "export_model.py", "--models-dir", str(folder)]
-    process = subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    yield process, folder / "my_model"
-    process.kill()
-    process.wait()
+    return load_script(FOLDER / "client.py")
 
 
 # The contract.
@@ -420,14 +381,14 @@ def test_grpc_tells_status_and_metadata(grpc_calls):
 # The client.
 
 
-def test_the_client_prints_the_same_probabilities_over_both_transports(rest_port, grpc_port):
+def test_the_client_prints_the_same_probabilities_over_both_transports(client, rest_port, grpc_port):
     ports = ["--rest-port", rest_port, "--grpc-port", grpc_port]
-    done = run_python("client.py", *ports, "--version", "1", "--rows", "2")
+    done = call_main(client, *ports, "--version", "1", "--rows", "2")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "REST row 1: malignant 0.760781, benign 0.239219 (truth: malignant)"
     assert lines[2:4] == [line.replace("REST", "gRPC") for line in lines[:2]]
-    done = run_python("client.py", *ports, "--label", "nope")
+    done = call_main(client, *ports, "--label", "nope")
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "Unrecognized servable version label: nope" in done.stderr
@@ -442,7 +403,7 @@ def test_the_client_says_in_one_line_that_no_server_runs(client):
 
 def test_the_client_does_not_import_tensorflow():
     code = "import sys, client; client.import_stubs(); print([m for m in sys.modules if m.startswith('tensorflow.')])"
-    assert run_python("-c", code).stdout == "[]\n"
+    assert run_python("-c", code, cwd=FOLDER).stdout == "[]\n"
 
 
 # The launcher.
@@ -513,9 +474,9 @@ class Launcher:
         return [line.split("|") for line in self.record.read_text().splitlines()]
 
     def stop(self, number: int, expected_errors: str = "") -> None:
-        """Send the signal; assert exit code 0 within seconds, the server gone and `expected_errors` on stderr."""
+        """Send the signal; assert exit code 0, the server gone and `expected_errors` on stderr."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=15)
+        _, errors = self.process.communicate(timeout=DEADLINE_S)
         assert (self.process.returncode, errors) == (0, expected_errors)
         assert not self.server.is_running()
 
@@ -532,7 +493,7 @@ def launch(copied_folder):
     yield start
     for launcher in started:
         launcher.process.terminate()
-        launcher.process.communicate(timeout=15)
+        launcher.process.communicate(timeout=DEADLINE_S)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -572,8 +533,9 @@ def test_the_docker_image_comes_second_and_is_stopped_by_name(launch, copied_fol
     for name in ("models.config", "monitoring.config"):
         assert (mounted / name).read_text() == (FOLDER / name).read_text(), "a container's paths are those of the file"
     edited = (FOLDER / "models.config").read_text().replace('"canary" value: 2', '"canary" value: 1')
-    (copied_folder / "models.config").write_text(edited)
-    wait_until(lambda: (mounted / "models.config").read_text() == edited)
+    (copied_folder / "edited.config").write_text(edited)
+    (copied_folder / "edited.config").replace(copied_folder / "models.config")
+    wait_until(lambda: (mounted / "models.config").read_text() == edited, "the edited config is not handed on")
     launcher.stop(signal.SIGTERM)
     assert launcher.calls()[-1][1:] == ["stop", "--time", "5", run[run.index("--name") + 1]]
 
@@ -600,8 +562,8 @@ def test_a_server_can_be_chosen(launch, tmp_path):
 def test_killing_the_launcher_outright_ends_the_server_too(launch):
     launcher = launch("--server", "local")
     launcher.process.kill()
-    launcher.process.communicate(timeout=15)
-    _, left = psutil.wait_procs([launcher.server], timeout=10)
+    launcher.process.communicate(timeout=DEADLINE_S)
+    _, left = psutil.wait_procs([launcher.server], timeout=DEADLINE_S)
     assert not left
 
 
@@ -612,10 +574,12 @@ def test_the_endpoint_reads_the_kind_from_the_launchers_first_line(tfserving_ser
         assert endpoint.kind_from_log(f"serving with {kind}: x\nready\n") == kind
 
 
-def test_the_launcher_says_in_one_line_what_is_missing(copied_folder, tfserving_server, tmp_path):
+def test_the_launcher_says_in_one_line_what_is_missing(copied_folder, tfserving_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    serve = load_script(copied_folder / "serve.py")
+
     def says(text: str, *arguments: str) -> None:
-        environment = {**os.environ, "PATH": str(tmp_path / "bin")}
-        done = run_python("serve.py", *arguments, cwd=copied_folder, env=environment)
+        done = call_main(serve, *arguments)
         assert (done.returncode, len(done.stderr.splitlines()), text in done.stderr) == (1, 1, True), done.stderr
 
     ports = [f"--{role}-port={port}" for role, port in find_free_ports(["rest", "grpc"]).items()]
@@ -630,7 +594,7 @@ def test_the_launcher_says_in_one_line_what_is_missing(copied_folder, tfserving_
 def test_a_server_that_ends_by_itself_is_an_error(launch):
     launcher = launch("--server", "local")
     launcher.server.terminate()
-    _, errors = launcher.process.communicate(timeout=15)
+    _, errors = launcher.process.communicate(timeout=DEADLINE_S)
     assert launcher.process.returncode == 1
     assert "local_server.py ended with exit code 7" in errors
 
@@ -638,24 +602,50 @@ def test_a_server_that_ends_by_itself_is_an_error(launch):
 # Training and export.
 
 
-def test_training_again_writes_the_same_bytes(second_export):
-    process, folder = second_export
+@pytest.mark.slow
+def test_training_again_writes_the_same_bytes_and_shows_a_bar_on_a_terminal(tmp_path):
+    keyboard, screen = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "export_model.py", "--models-dir", str(tmp_path)],
+        cwd=FOLDER,
+        env={**os.environ, "TERM": "xterm"},
+        stdout=subprocess.PIPE,
+        stderr=screen,
+        text=True,
+    )
+    os.close(screen)
+    shown = b""
+    with contextlib.suppress(OSError):  # its end
+        while drawn := os.read(keyboard, 65536):
+            shown += drawn
+    os.close(keyboard)
     output, _ = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 0, output
-    assert "version 1: test accuracy 0.9386, log loss 0.3325" in output
-    assert "version 2: test accuracy 0.9386, log loss 0.1559" in output
-    first = FOLDER / "models" / "my_model"
+    assert process.returncode == 0, shown
+    results = ["version 1: test accuracy 0.9386, log loss 0.3325", "version 2: test accuracy 0.9386, log loss 0.1559"]
+    assert output.splitlines() == [*results, f"wrote versions 1 and 2 to {tmp_path / 'my_model'}"]
+    steps = [b"importing TensorFlow", b"training version 1", b"training version 2"]
+    assert [step in shown for step in steps] == [True] * 3, shown
+    first, folder = FOLDER / "models" / "my_model", tmp_path / "my_model"
     for path in folder.rglob("*"):
         if path.is_file() and path.name != "fingerprint.pb":  # holds a random id
             assert path.read_bytes() == (first / path.relative_to(folder)).read_bytes(), path.name
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"], "an unfinished export is left behind"
 
 
-def test_exporting_without_data_says_so_in_one_line(tmp_path):
-    done = run_python("export_model.py", "--data-dir", tmp_path, "--models-dir", tmp_path)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
+def test_an_export_without_data_prints_one_line_before_tensorflow_is_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow", None)  # cannot be imported
+    export_model = load_script(FOLDER / "export_model.py")
+    done = call_main(export_model, "--data-dir", tmp_path, "--models-dir", tmp_path)
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
     assert "run python make_data.py in data" in done.stderr
+
+
+def test_ctrl_c_during_an_export_prints_one_line(tmp_path):
+    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt\n")
+    done = run_python("export_model.py", "--models-dir", tmp_path, cwd=FOLDER, env={"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (1, "")
+    # What stands in for the bar where there is no terminal, then what has happened.
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["training", "export_model:"], done.stderr
 
 
 def test_the_compose_file_and_the_config_agree():

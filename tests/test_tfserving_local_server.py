@@ -1,8 +1,12 @@
 """The local server as a stand-in for tensorflow_model_server: any SavedModel, versions, damage, flags, its end."""
 
+import asyncio
 import base64
+import collections
 import contextlib
+import importlib
 import importlib.metadata
+import itertools
 import json
 import shutil
 import signal
@@ -10,132 +14,74 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import grpc
 import grpc_connection
+import helpers
 import numpy as np
 import psutil
 import pytest
 from bad_requests import GOOD_ROW
 from endpoint import REPOSITORY_DIR, Request
 from free_ports import find_free_ports
+from google.protobuf import text_format
+from helpers import DEADLINE_S, call_main, get, load_script, run_python, wait_until
 from predict_messages import METHOD, import_messages
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import send
 
 FOLDER = REPOSITORY_DIR / "tfserving"
+LOCAL_SERVER = FOLDER / "local_server.py"
 MODELS = FOLDER / "models" / "my_model"
-KERAS_2 = REPOSITORY_DIR / "tests" / "keras2"
-DEADLINE_S = 180.0
+TESTS = REPOSITORY_DIR / "tests"
+KERAS_2 = TESTS / "keras2"
 MAX_MESSAGE_BYTES = 1_000_000  # of the gRPC side of the server under test
-
-TOY_MODELS = """
-import sys
-from pathlib import Path
-from quiet_tensorflow import tf
-
-target = Path(sys.argv[1])
-
-# Two inputs of rank 1 and 2, two outputs; strings and bytes; integers; a graph that fails.
-class Toys(tf.Module):
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x"), tf.TensorSpec([None, 2], tf.float64, "y")])
-    def mixed(self, x, y):
-        return {"a": x + 1, "b": y * 2}
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "text")])
-    def texts(self, text):
-        return {"upper": tf.strings.upper(text), "raw_bytes": text}
-
-    @tf.function(input_signature=[tf.TensorSpec([None, None], tf.int64, "n")])
-    def integers(self, n):
-        return {"sum": tf.reduce_sum(n, axis=1), "even": tf.reduce_all(n % 2 == 0, axis=1)}
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
-    def whole(self, x):
-        return {"mean": tf.reduce_mean(x)}
-
-    # As many products of matrices as asked for: a graph that takes its time.
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.int32, "n")])
-    def work(self, n):
-        _, square = tf.while_loop(
-            lambda i, square: i < n[0], lambda i, square: (i + 1, tf.matmul(square, square)), (0, tf.eye(300)))
-        return {"trace": tf.linalg.trace(square)[tf.newaxis]}
-
-    # The same for any number of rows, which cost no more than one.
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
-    def heavy(self, x):
-        tf.debugging.assert_less(x, 1e6)
-        _, square = tf.while_loop(
-            lambda i, square: i < 150, lambda i, square: (i + 1, tf.matmul(square, square)), (0, tf.eye(300)))
-        return {"y": 2 * x + tf.linalg.trace(square) - 300}
-
-toys = Toys()
-tf.saved_model.save(toys, str(target / "toys" / "007"), {
-    "serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole})
-tf.saved_model.save(toys, str(target / "slow" / "1"), {"serving_default": toys.work})
-tf.saved_model.save(toys, str(target / "heavy" / "1"), {"serving_default": toys.heavy})
-
-# A file of words as an asset, and the table that is filled from it when the model is loaded.
-class Words(tf.Module):
-    def __init__(self, path):
-        self.path = tf.saved_model.Asset(path)
-        self.table = tf.lookup.StaticHashTable(tf.lookup.TextFileInitializer(
-            self.path, tf.string, tf.lookup.TextFileIndex.WHOLE_LINE,
-            tf.int64, tf.lookup.TextFileIndex.LINE_NUMBER), -1)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "word")])
-    def number(self, word):
-        return {"number": self.table.lookup(word)}
-
-(target / "words.txt").write_text("benign\\nmalignant\\n")
-words = Words(str(target / "words.txt"))
-tf.saved_model.save(words, str(target / "words" / "1"), {"serving_default": words.number})
-(target / "words.txt").unlink()  # the SavedModel has its own copy
-
-# TensorFlow 1's way: a session, variables by name, signatures made by hand.
-with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-    x = tf.compat.v1.placeholder(tf.float32, [None], "x")
-    half = tf.compat.v1.get_variable("half", initializer=0.5)
-    y = x * half + 2
-    session.run(tf.compat.v1.global_variables_initializer())
-    tf.compat.v1.saved_model.simple_save(session, str(target / "half_plus_two" / "123"), {"x": x}, {"y": y})
-
-# The older verbs: signatures that take serialized tf.Examples.
-with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-    v1 = tf.compat.v1
-    serialized = v1.placeholder(tf.string, [None], "serialized")
-    one = tf.io.FixedLenFeature([1], tf.float32, default_value=[0.0])
-    parsed = v1.io.parse_example(serialized, {"x": one, "bias": one})
-    score = parsed["x"] + parsed["bias"]
-    classes = tf.tile([["yes", "no"]], [tf.shape(score)[0], 1])
-    builder = v1.saved_model.Builder(str(target / "verbs" / "1"))
-    builder.add_meta_graph_and_variables(session, ["serve"], {
-        "serving_default": v1.saved_model.classification_signature_def(
-            serialized, classes, tf.concat([score, 1 - score], 1)),
-        "value": v1.saved_model.regression_signature_def(serialized, score),
-    })
-    builder.save()
-
-# Keras's own export of a network.
-import keras
-keras.utils.set_random_seed(1)
-network = keras.Sequential([keras.Input((3,), name="x"), keras.layers.Dense(2)])
-network.export(str(target / "keras3" / "1"), verbose=False)
-(target / "keras.txt").write_text(repr(network(tf.constant([[1.0, 2.0, 3.0]])).numpy().tolist()))
-print("written")
-"""
+REST_TIMEOUT_S = 0.5  # of the server under test
+SLOW_S = 0.2  # a run that takes so long is a slow graph's, whatever those before it took
 
 
-def python(*arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=FOLDER,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def post(port: int, path: str, body: dict) -> tuple[int, dict]:
+    return helpers.post(port, f"/v1/models/{path}", body)
+
+
+def predict_request(model: str, alias: str, value: float) -> bytes:
+    """Return a PredictRequest for one number, in DT_FLOAT."""
+    request = import_messages().PredictRequest()
+    request.model_spec.name = model
+    tensor = request.inputs[alias]
+    tensor.tensor_shape.dim.add(size=1)
+    tensor.dtype = 1
+    tensor.float_val.append(value)
+    return request.SerializeToString()
+
+
+def statuses(port: int, model: str) -> dict[str, dict]:
+    status, reply = get(port, f"/v1/models/{model}")
+    assert status == 200, reply
+    return {entry["version"]: entry for entry in reply["model_version_status"]}
+
+
+@contextlib.contextmanager
+def running(log: Path, *command: str | Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen]:
+    """Start a local server, which prints into `log`, and wait until it is ready; kill it after the block."""
+    with log.open("w") as file:
+        process = subprocess.Popen(list(map(str, command)), env=env, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        wait_until(lambda: " ready at " in log.read_text(), log.read_text, while_alive=process)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def in_background(*arguments: str | Path) -> subprocess.Popen:
+    """Start `python local_server.py`, whose output `finish` returns."""
+    command = [sys.executable, "local_server.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
@@ -144,48 +90,67 @@ def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
     return process.returncode, output.splitlines()
 
 
-def post(port: int, path: str, body: dict) -> tuple[int, dict]:
-    status, reply = send(port, Request(f"/v1/models/{path}", json.dumps(body).encode()))
-    return status, json.loads(reply)
+@pytest.fixture(scope="module")
+def toy_models(tmp_path_factory) -> Path:
+    """Return the folder that toy_saved_models.py has filled."""
+    folder = tmp_path_factory.mktemp("toy_models")
+    run_python(TESTS / "toy_saved_models.py", folder, check=True)
+    return folder
 
 
-def predict_request(model: str, alias: str, value: float | int) -> bytes:
-    """A PredictRequest for one number, in DT_FLOAT or DT_INT32."""
-    request = import_messages().PredictRequest()
-    request.model_spec.name = model
-    tensor = request.inputs[alias]
-    tensor.tensor_shape.dim.add(size=1)
-    if isinstance(value, float):
-        tensor.dtype = 1
-        tensor.float_val.append(value)
-    else:
-        tensor.dtype = 3
-        tensor.int_val.append(value)
-    return request.SerializeToString()
+class Gate:
+    """What the graph `gated` of toy_saved_models.py waits for: its runs end when the gate is opened."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Close the gate, until the end of the block at the latest."""
+        for run in self.folder.glob("run-*"):
+            run.unlink()
+        (self.folder / "open").unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self.open()
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+    def wait_for_run(self) -> None:
+        """Wait until a run has begun since the gate was closed."""
+        wait_until(lambda: list(self.folder.glob("run-*")), "no run of the gated graph begins")
+
+    def make_slow(self, grpc_port: int) -> None:
+        """Let one run take SLOW_S, so that the server knows the graph as slow."""
+        with ThreadPoolExecutor(1) as pool, self.closed():
+            call = pool.submit(call_gated, grpc_port)
+            self.wait_for_run()
+            time.sleep(SLOW_S)
+            self.open()
+            assert call.result()[0] == 200
 
 
-def statuses(port: int, model: str) -> dict[str, dict]:
-    status, reply = send(port, Request(f"/v1/models/{model}", b"", method="GET"))
-    assert status == 200, reply
-    return {entry["version"]: entry for entry in json.loads(reply)["model_version_status"]}
+def call_gated(grpc_port: int) -> tuple[int | str, bytes]:
+    """Ask the gated graph over gRPC, which has no time limit."""
+    request = Request(METHOD, predict_request("gated", "x", 1.0), content_type="application/grpc")
+    return grpc_connection.send(grpc_port, request, timeout_s=DEADLINE_S)
 
 
 @pytest.fixture(scope="module")
-def toy_models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("toy_models")
-    code, lines = finish(python("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{TOY_MODELS}", folder))
-    assert (code, lines[-1:]) == (0, ["written"]), lines
-    return folder
+def gate(toy_models) -> Gate:
+    return Gate(toy_models / "gate")
 
 
 @pytest.fixture(scope="module")
 def only_damaged(tmp_path_factory):
-    """A server in the background, started with no version that can be loaded."""
+    """Start a server in the background with no version that can be loaded."""
     folder = tmp_path_factory.mktemp("only_damaged")
     (folder / "1").mkdir()
     (folder / "1" / "saved_model.pb").write_bytes(b"no graph")
     port = find_free_ports(["grpc"])["grpc"]
-    process = python("local_server.py", f"--port={port}", "--model_name=m", f"--model_base_path={folder}")
+    process = in_background(f"--port={port}", "--model_name=m", f"--model_base_path={folder}")
     yield process
     process.kill()
     process.wait()
@@ -193,7 +158,7 @@ def only_damaged(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(only_damaged, toy_models, tmp_path_factory):
-    """(process, ports, log) of a local server with damaged, toy and real models."""
+    """Start a local server with damaged, toy and real models; give (process, ports, log)."""
     folder = tmp_path_factory.mktemp("models")
     for version in ("1", "2", "3", "4", "5"):
         if version != "4":
@@ -212,7 +177,7 @@ def server(only_damaged, toy_models, tmp_path_factory):
         f'  config {{ name: "toys" base_path: "{toy_models}/toys" }}\n'
         f'  config {{ name: "half_plus_two" base_path: "{toy_models}/half_plus_two" }}\n'
         f'  config {{ name: "verbs" base_path: "{toy_models}/verbs" }}\n'
-        f'  config {{ name: "slow" base_path: "{toy_models}/slow" }}\n'
+        f'  config {{ name: "gated" base_path: "{toy_models}/gated" }}\n'
         f'  config {{ name: "words" base_path: "{toy_models}/words" }}\n'
         f'  config {{ name: "keras2" base_path: "{KERAS_2}" }}\n'
         f'  config {{ name: "keras3" base_path: "{toy_models}/keras3" }}\n'
@@ -223,36 +188,49 @@ def server(only_damaged, toy_models, tmp_path_factory):
     )
     ports = find_free_ports(["rest", "grpc"])
     log = folder / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [
-                FOLDER / "local_server.py",
-                *("--port", str(ports["grpc"]), f"--rest_api_port={ports['rest']}", f"--model_config_file={config}"),
-                "--allow_version_labels_for_unavailable_models",
-                *("--max_num_load_retries=0", f"--monitoring_config_file={FOLDER / 'monitoring.config'}"),
-                *("--rest_api_timeout_in_ms=100", "--rest_api_num_threads=2"),
-                f"--grpc_socket_path={folder / 'socket'}",
-                f"--grpc_channel_arguments=grpc.max_receive_message_length={MAX_MESSAGE_BYTES}",
-            ],
-            env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while " ready at " not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline_s, log.read_text()
-            time.sleep(0.05)
+    flags = [
+        *("--port", ports["grpc"], f"--rest_api_port={ports['rest']}", f"--model_config_file={config}"),
+        "--allow_version_labels_for_unavailable_models",
+        *("--max_num_load_retries=0", f"--monitoring_config_file={FOLDER / 'monitoring.config'}"),
+        *(f"--rest_api_timeout_in_ms={REST_TIMEOUT_S * 1000:.0f}", "--rest_api_num_threads=2"),
+        f"--grpc_socket_path={folder / 'socket'}",
+        f"--grpc_channel_arguments=grpc.max_receive_message_length={MAX_MESSAGE_BYTES}",
+    ]
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    with running(log, LOCAL_SERVER, *flags, env={"PATH": path}) as process:  # the file itself is a program
         yield process, ports, log
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="module")
 def port(server) -> int:
     return server[1]["rest"]
+
+
+@pytest.fixture(scope="module")
+def apis() -> SimpleNamespace:
+    """Import modules of tensorflow_serving.apis without TensorFlow, as client.py does."""
+    names = (
+        "classification_pb2 inference_pb2 regression_pb2 prediction_service_pb2_grpc "
+        "model_management_pb2 model_service_pb2_grpc"
+    )
+    with load_script(FOLDER / "client.py").messages_without_tensorflow():
+        return SimpleNamespace(
+            **{name: importlib.import_module(f"tensorflow_serving.apis.{name}") for name in names.split()}
+        )
+
+
+@pytest.fixture
+def local_server(monkeypatch) -> Iterator[ModuleType]:
+    """Import local_server.py here, where the files of its folder can be imported and TensorFlow cannot."""
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    others = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.chdir(FOLDER)
+    yield load_script(LOCAL_SERVER)
+    for name in names & sys.modules.keys():
+        del sys.modules[name]
+    sys.modules.update(others)
 
 
 # Any SavedModel.
@@ -334,29 +312,18 @@ def test_a_vocabulary_that_the_model_brings_along_is_read(port):
     assert post(port, "words:predict", {"instances": words}) == (200, {"predictions": [1, 0, -1]})
 
 
-def test_a_slow_graph_ends_at_the_time_limit_and_holds_up_nobody(server):
-    process, ports, _ = server
-    post(ports["rest"], "slow:predict", {"instances": [400]})  # answered on the spot: only now it is known as slow
-    for _ in range(3):
-        with ThreadPoolExecutor(1) as pool:
-            slow = start_slow_call(pool, process, ports, 400)
-            assert post(ports["rest"], "half_plus_two:predict", {"instances": [1.0]})[0] == 200
-            if not slow.done():
-                break
-    else:
-        pytest.fail("the quick request was answered only after the slow one, three times")
-    status, reply = post(ports["rest"], "slow:predict", {"instances": [400]})
-    assert (status, reply) == (504, {"error": "Timed out waiting for notification"})
-
-
-def start_slow_call(pool: ThreadPoolExecutor, process: subprocess.Popen, ports: dict[str, int], products: int):
-    """Return the future of a gRPC call that the server is computing now; gRPC has no time limit."""
-    call = Request(METHOD, predict_request("slow", "n", products), content_type="application/grpc")
-    busy_s = psutil.Process(process.pid).cpu_times().user
-    under_way = pool.submit(grpc_connection.send, ports["grpc"], call)
-    while psutil.Process(process.pid).cpu_times().user < busy_s + 0.05 and not under_way.done():
-        time.sleep(0.005)
-    return under_way
+def test_a_slow_graph_ends_at_the_time_limit_and_holds_up_nobody(server, gate):
+    _, ports, _ = server
+    gate.make_slow(ports["grpc"])
+    with ThreadPoolExecutor(1) as pool, gate.closed():
+        slow = pool.submit(call_gated, ports["grpc"])
+        gate.wait_for_run()
+        assert post(ports["rest"], "half_plus_two:predict", {"instances": [1.0]})[0] == 200
+        status, reply = post(ports["rest"], "gated:predict", {"instances": [1.0]})
+        assert (status, reply) == (504, {"error": "Timed out waiting for notification"})
+        assert not slow.done()
+        gate.open()
+        assert slow.result()[0] == 200
 
 
 # Versions.
@@ -431,51 +398,37 @@ def test_a_wrong_classify_or_regress_request_is_told(port, path, body, error):
     assert error in reply["error"]
 
 
-EXAMPLES = """
-import sys
-from quiet_tensorflow import tf
-import grpc
-from tensorflow_serving.apis import classification_pb2, inference_pb2, prediction_service_pb2_grpc, regression_pb2
+def test_grpc_has_the_older_verbs_too(server, apis):
+    def fill(request):
+        for x in (0.5, 0.75):
+            feature = request.input.example_list.examples.add().features.feature["x"]
+            feature.float_list.value.append(x)
+        return request
 
-def fill(request):
-    for x in (0.5, 0.75):
-        feature = request.input.example_list.examples.add().features.feature["x"]
-        feature.float_list.value.append(x)
-    return request
-
-with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
-    stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-    classify = fill(classification_pb2.ClassificationRequest())
+    classify = fill(apis.classification_pb2.ClassificationRequest())
     classify.model_spec.name = "verbs"
-    reply = stub.Classify(classify)
-    rows = [[(c.label, c.score) for c in row.classes] for row in reply.result.classifications]
-    print(rows, reply.model_spec.version.value)
-    regress = fill(regression_pb2.RegressionRequest())
+    regress = fill(apis.regression_pb2.RegressionRequest())
     regress.model_spec.name, regress.model_spec.signature_name = "verbs", "value"
-    print([r.value for r in stub.Regress(regress).result.regressions])
-    both = fill(inference_pb2.MultiInferenceRequest())
+    both = fill(apis.inference_pb2.MultiInferenceRequest())
     both.tasks.add(method_name="tensorflow/serving/classify").model_spec.name = "verbs"
     task = both.tasks.add(method_name="tensorflow/serving/regress")
     task.model_spec.name, task.model_spec.signature_name = "verbs", "value"
-    results = stub.MultiInference(both).results
-    print([r.WhichOneof("result") for r in results], [r.value for r in results[1].regression_result.regressions])
-    task.model_spec.signature_name = ""
-    try:
-        stub.MultiInference(both)
-    except grpc.RpcError as error:
-        print(error.code().name, error.details())
-"""
-
-
-def test_grpc_has_the_older_verbs_too(server):
-    code, lines = finish(python("-c", f"import sys; sys.path.insert(0, '.')\n{EXAMPLES}", server[1]["grpc"]))
-    assert code == 0, lines
-    assert lines[-4:] == [
-        "[[('yes', 0.5), ('no', 0.5)], [('yes', 0.75), ('no', 0.25)]] 1",
-        "[0.5, 0.75]",
-        "['classification_result', 'regression_result'] [0.5, 0.75]",
-        "INVALID_ARGUMENT Duplicate evaluation of signature: serving_default",
-    ]
+    with grpc.insecure_channel(f"127.0.0.1:{server[1]['grpc']}") as channel:
+        stub = apis.prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        reply = stub.Classify(classify, timeout=DEADLINE_S)
+        rows = [[(c.label, c.score) for c in row.classes] for row in reply.result.classifications]
+        assert rows == [[("yes", 0.5), ("no", 0.5)], [("yes", 0.75), ("no", 0.25)]]
+        assert reply.model_spec.version.value == 1
+        reply = stub.Regress(regress, timeout=DEADLINE_S)
+        assert [row.value for row in reply.result.regressions] == [0.5, 0.75]
+        results = stub.MultiInference(both, timeout=DEADLINE_S).results
+        assert [r.WhichOneof("result") for r in results] == ["classification_result", "regression_result"]
+        assert [row.value for row in results[1].regression_result.regressions] == [0.5, 0.75]
+        task.model_spec.signature_name = ""
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.MultiInference(both, timeout=DEADLINE_S)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "Duplicate evaluation of signature: serving_default"
 
 
 def test_grpcs_own_options_are_passed_on(server):
@@ -487,7 +440,7 @@ def test_grpcs_own_options_are_passed_on(server):
 def test_what_keras_exports_by_itself_is_served(port, toy_models):
     status, reply = post(port, "keras3:predict", {"instances": [[1.0, 2.0, 3.0]]})
     assert status == 200, reply
-    expected = json.loads((toy_models / "keras.txt").read_text())
+    expected = json.loads((toy_models / "keras3.json").read_text())
     assert np.abs(np.array(reply["predictions"]) - expected).max() <= TOLERANCE
 
 
@@ -537,256 +490,252 @@ def test_what_keras_2_saved_is_served(port):
 # Versions that come and go.
 
 
+class Changing:
+    """A local server whose config file the tests edit: it looks at the file and for versions ten times a second.
+
+    Each test has a model with a name and a base path of its own, which serves version 1 at first.
+    """
+
+    def __init__(self, folder: Path, ports: dict[str, int]):
+        self.folder = folder
+        self.ports = ports
+        self.config = folder / "models.config"
+        self.log_path = folder / "log"
+        self.numbers = itertools.count()
+        self.add_model()
+        self.set_config(self.model_config())
+
+    def add_model(self) -> None:
+        """Begin a model with version 1, which no config names yet."""
+        self.name = f"model_{next(self.numbers)}"
+        self.base = self.folder / self.name
+        self.log_start = len(self.log())
+        shutil.copytree(MODELS / "1", self.base / "1")
+
+    def model_config(self, details: str = "", name: str = "") -> str:
+        return f'model_config_list {{ config {{ name: "{name or self.name}" base_path: "{self.base}" {details} }} }}'
+
+    def set_config(self, text: str) -> None:
+        """Replace the config file in one move: the server never sees half of it."""
+        written = self.config.with_suffix(".new")
+        written.write_text(text)
+        written.replace(self.config)
+
+    def add_version(self, version: str) -> None:
+        """Add a version in one move, for the same reason."""
+        arriving = self.base / "arriving"  # not a number: no version
+        shutil.copytree(MODELS / version, arriving)
+        arriving.rename(self.base / version)
+
+    def log(self) -> str:
+        """Return what the server has printed since the model was added."""
+        text = self.log_path.read_text() if self.log_path.exists() else ""
+        return text[getattr(self, "log_start", 0) :]
+
+    def wait_for_line(self, text: str) -> None:
+        wait_until(lambda: text in self.log(), lambda: f"no line with {text!r} in\n{self.log()}")
+
+    def post(self, path: str, body: dict) -> tuple[int, dict]:
+        """Ask `path` of the model, such as `:predict`."""
+        return post(self.ports["rest"], f"{self.name}{path}", body)
+
+    def states(self) -> dict[str, str]:
+        return {version: entry["state"] for version, entry in statuses(self.ports["rest"], self.name).items()}
+
+
+@pytest.fixture(scope="module")
+def changing_server(tmp_path_factory) -> Iterator[Changing]:
+    changing = Changing(tmp_path_factory.mktemp("changing"), find_free_ports(["rest", "grpc"]))
+    flags = [f"--port={changing.ports['grpc']}", f"--rest_api_port={changing.ports['rest']}"]
+    flags += [f"--model_config_file={changing.config}"]
+    flags += ["--model_config_file_poll_wait_seconds=0.1", "--file_system_poll_wait_seconds=0.1"]
+    with running(changing.log_path, sys.executable, LOCAL_SERVER, *flags):
+        yield changing
+
+
 @pytest.fixture
-def changing(tmp_path):
-    """(base path, ports, log) of a local server that serves the newest version under the base path, now 1."""
-    base = tmp_path / "models"
-    shutil.copytree(MODELS / "1", base / "1")
-    (tmp_path / "models.config").write_text(
-        f'model_config_list {{ config {{ name: "my_model" base_path: "{base}" }} }}'
+def changing(changing_server) -> Changing:
+    """Return the server with a new model, of which it serves version 1 and no other model."""
+    changing_server.add_model()
+    changing_server.set_config(changing_server.model_config())
+    changing_server.wait_for_line(f"{changing_server.name} version 1 loaded")
+    return changing_server
+
+
+def test_a_label_for_a_version_that_comes_later_is_given_when_it_comes(changing):
+    changing.set_config(
+        changing.model_config("model_version_policy { all {} } version_labels { key: 'stable' value: 2 }")
     )
-    ports = find_free_ports(["rest", "grpc"])
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, FOLDER / "local_server.py", f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}"]
-            + [f"--model_config_file={tmp_path / 'models.config'}", "--model_config_file_poll_wait_seconds=1"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_for_line(log, " ready at ")
-        yield base, ports, log
-    finally:
-        process.kill()
-        process.wait()
-
-
-def wait_until(condition, explain=lambda: "") -> None:
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline_s, explain()
-        time.sleep(0.05)
-
-
-def wait_for_line(log: Path, text: str) -> None:
-    wait_until(lambda: text in log.read_text(), log.read_text)
-
-
-def test_a_label_for_a_version_that_comes_later_is_given_when_it_comes(changing, tmp_path):
-    base, ports, log = changing
-    config = (tmp_path / "models.config").read_text()
-    labelled = config.replace(" } }", " model_version_policy { all {} } version_labels { key: 'stable' value: 2 } } }")
-    assert labelled != config
-    (tmp_path / "models.config").write_text(labelled)
-    wait_for_line(log, "not taken up: Request to assign label to version 2")
-    shutil.copytree(MODELS / "2", tmp_path / "2")
-    (tmp_path / "2").rename(base / "2")
+    changing.wait_for_line("not taken up: Request to assign label to version 2")
+    changing.add_version("2")
     rows, _ = load_test_rows()
-    wait_until(lambda: post(ports["rest"], "my_model/labels/stable:predict", {"instances": rows[:1]})[0] == 200)
-    assert log.read_text().count("not taken up") == 1
+    wait_until(lambda: changing.post("/labels/stable:predict", {"instances": rows[:1]})[0] == 200, changing.log)
+    assert changing.log().count("not taken up") == 1
 
 
-LATE_CHANGE = """
-import asyncio
-import contextlib
-import model_config
-import servables  # these take seconds, which are not to count
-from pathlib import Path
-from types import SimpleNamespace
-from local_server import watch_config
-
-library = SimpleNamespace(reload=None)  # it does not come to that
-with contextlib.suppress(TimeoutError):
-    asyncio.run(asyncio.wait_for(watch_config(library, Path(sys.argv[1]), b"as it was read", 0.05), 2))
-"""
-
-
-def test_a_config_that_changed_while_the_server_loaded_is_looked_at_once(tmp_path):
+def test_a_config_that_changed_while_the_server_loaded_is_looked_at_once(local_server, tmp_path, monkeypatch, capsys):
     config = tmp_path / "models.config"
     config.write_text("this is no config")
-    _, lines = finish(python("-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{LATE_CHANGE}", config))
+    monkeypatch.setitem(
+        sys.modules, "servables", SimpleNamespace(ServingError=RuntimeError)
+    )  # the real needs TensorFlow
+    looks = iter(range(3))
+
+    class Enough(Exception):
+        pass
+
+    async def sleep(interval_s: float) -> None:
+        if next(looks, None) is None:
+            raise Enough
+
+    monkeypatch.setattr(local_server.asyncio, "sleep", sleep)
+    library = SimpleNamespace(reload=None)  # it does not come to that
+    with pytest.raises(Enough):
+        asyncio.run(local_server.watch_config(library, config, b"as it was read", 1.0))
+    lines = capsys.readouterr().err.splitlines()
     assert lines[0] == f"local server: {config} has changed"
     assert sum(str(config) in line for line in lines) == 2, lines  # and what is wrong with it
 
 
-def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(changing, tmp_path):
-    base, ports, log = changing
+def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(changing):
     rows, _ = load_test_rows()
     body = {"instances": [rows[0]] * 3}
     expected = {version: load_expected(version)[0] for version in ("1", "2")}
-    shutil.copytree(MODELS / "2", tmp_path / "2")
     answered, stop = [], threading.Event()
 
-    def ask():
+    def ask() -> None:
         while not stop.is_set():
-            status, reply = post(ports["rest"], "my_model:predict", body)
+            status, reply = changing.post(":predict", body)
             answer = np.array(reply.get("predictions", np.nan))
             fits = [version for version in expected if np.abs(answer - expected[version]).max() <= TOLERANCE]
             answered.append((status, *fits))
 
-    clients = [threading.Thread(target=ask) for _ in range(4)]
-    for client in clients:
-        client.start()
-    try:
-        (tmp_path / "2").rename(base / "2")  # one move: the server never sees half a version
-        wait_for_line(log, "my_model version 1 retired")
-        deadline_s = time.monotonic() + DEADLINE_S
-        while len(answered) < 1000 and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-    finally:
-        stop.set()
-        for client in clients:
-            client.join()
-    assert len(answered) >= 1000
+    def wait_for_answers(count: int) -> None:
+        wait_until(lambda: len(answered) >= count or any(asking.done() for asking in clients), "too few answers")
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(ask) for _ in range(4)]
+        try:
+            wait_for_answers(100)
+            changing.add_version("2")
+            changing.wait_for_line(f"{changing.name} version 1 retired")
+            wait_for_answers(max(1000, len(answered) + 100))
+        finally:
+            stop.set()
+    for asking in clients:
+        asking.result()
     assert set(answered) == {(200, "1"), (200, "2")}
-    assert {version: entry["state"] for version, entry in statuses(ports["rest"], "my_model").items()} == {
-        "2": "AVAILABLE",
-        "1": "END",
-    }
-    shutil.rmtree(base / "2")  # the newest goes: the next one answers again
-    wait_for_line(log, "my_model version 2 retired")
-    assert post(ports["rest"], "my_model:predict", body)[0] == 200
+    assert changing.states() == {"2": "AVAILABLE", "1": "END"}
+    shutil.rmtree(changing.base / "2")  # the newest goes: the next one answers again
+    changing.wait_for_line(f"{changing.name} version 2 retired")
+    assert changing.post(":predict", body)[0] == 200
 
 
-def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing):
-    base, ports, log = changing
-    (base / "2").mkdir()  # and filled later: LOADING until then, as in TensorFlow Serving
-    wait_for_line(log, "my_model version 2 not loaded: ")
-    states = statuses(ports["rest"], "my_model")
-    assert {version: entry["state"] for version, entry in states.items()} == {"2": "LOADING", "1": "AVAILABLE"}
-    assert states["2"]["status"] == {"error_code": "OK", "error_message": ""}
-    assert post(ports["rest"], "my_model/versions/2:predict", {"instances": [GOOD_ROW]})[0] == 404
-    (base / "2" / "saved_model.pb").write_bytes(b"no graph")
-    wait_for_line(log, "my_model version 2 not loaded: Cannot parse")
-    assert post(ports["rest"], "my_model/versions/1:predict", {"instances": [GOOD_ROW]})[0] == 200
-    assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
-    shutil.copytree(MODELS / "2", base / "2", dirs_exist_ok=True)
-    wait_for_line(log, "my_model version 2 loaded")
-    wait_for_line(log, "my_model version 1 retired")
-    assert statuses(ports["rest"], "my_model")["2"]["state"] == "AVAILABLE"
-    assert log.read_text().count("version 2 not loaded") <= 4, "it was tried again although nothing had changed"
+def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing, tmp_path):
+    folder = changing.base / "2"
+    folder.mkdir()  # and filled later: LOADING until then, as in TensorFlow Serving
+    changing.wait_for_line(f"{changing.name} version 2 not loaded: ")
+    assert changing.states() == {"2": "LOADING", "1": "AVAILABLE"}
+    assert statuses(changing.ports["rest"], changing.name)["2"]["status"] == {"error_code": "OK", "error_message": ""}
+    body = {"instances": [GOOD_ROW]}
+    assert changing.post("/versions/2:predict", body)[0] == 404
+    (tmp_path / "saved_model.pb").write_bytes(b"no graph")
+    (tmp_path / "saved_model.pb").rename(folder / "saved_model.pb")
+    changing.wait_for_line(f"{changing.name} version 2 not loaded: Cannot parse")
+    assert changing.post("/versions/1:predict", body)[0] == 200
+    assert changing.post(":predict", body)[0] == 200
+    good = shutil.copytree(MODELS / "2", tmp_path / "good")
+    for path in sorted(good.iterdir(), key=lambda path: path.name == "saved_model.pb"):  # this file last
+        path.rename(folder / path.name)
+    changing.wait_for_line(f"{changing.name} version 2 loaded")
+    changing.wait_for_line(f"{changing.name} version 1 retired")
+    assert changing.states() == {"2": "AVAILABLE", "1": "END"}
 
 
-def test_a_version_that_failed_is_tried_again_as_often_as_asked(tmp_path):
-    module = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{RETRIES}"
-    code, lines = finish(python("-c", module, tmp_path))
-    assert (code, lines[-3:]) == (0, ["1 LOADING", "1 LOADING", "1 END DATA_LOSS"]), lines
+def test_a_version_that_failed_is_tried_again_when_it_changes_and_else_as_often_as_asked(toy_models):
+    tried = json.loads((toy_models / "tried.json").read_text())
+    loading, given_up = ["LOADING", "OK"], ["END", "DATA_LOSS"]
+    assert tried["at once"] == [[1, *loading], [1, *loading], [1, *given_up], [0, *given_up], [1, *loading]]
+    assert tried["later"] == [[1, *loading], [0, *loading], [1, *loading]]
 
 
-RETRIES = """
-from pathlib import Path
-from model_config import single_model_config
-from servables import Library, LoadSettings
+def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, apis):
+    changing.add_version("2")
+    all_versions = "model_version_policy { all {} }"
 
-(Path(sys.argv[1]) / "1").mkdir()
-(Path(sys.argv[1]) / "1" / "saved_model.pb").write_bytes(b"no graph")
-library = Library(LoadSettings(max_retries=2, retry_interval_s=-1))
-library.configs = list(single_model_config("m", sys.argv[1]).model_config_list.config)
-for expected in (1, 1, 1, 0):
-    changes = library.poll()
-    assert len(changes) == expected, changes
-    if changes:
-        status = library.models["m"].statuses[1]
-        print(*[1, status.state, *[status.error_code] * (status.error_code != "OK")])
-"""
+    def reload(config: str) -> tuple[int, str]:
+        """Return the code and the message that the server answers with."""
+        request = apis.model_management_pb2.ReloadConfigRequest()
+        text_format.Parse(config, request.config)
+        with grpc.insecure_channel(f"127.0.0.1:{changing.ports['grpc']}") as channel:
+            stub = apis.model_service_pb2_grpc.ModelServiceStub(channel)
+            status = stub.HandleReloadConfigRequest(request, timeout=DEADLINE_S).status
+        return status.error_code, status.error_message
 
+    def labelled(version: int) -> str:
+        return changing.model_config(f"{all_versions} version_labels {{ key: 'canary' value: {version} }}")
 
-RELOAD = """
-import sys
-from quiet_tensorflow import tf
-import grpc
-from google.protobuf import text_format
-from tensorflow_serving.apis import model_management_pb2, model_service_pb2_grpc
-
-request = model_management_pb2.ReloadConfigRequest()
-text_format.Parse(sys.argv[2], request.config)
-with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
-    status = model_service_pb2_grpc.ModelServiceStub(channel).HandleReloadConfigRequest(request).status
-print(status.error_code, status.error_message)
-"""
-
-
-def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, tmp_path):
-    base, ports, log = changing
-    shutil.copytree(MODELS / "2", base / "2.part")
-    (base / "2.part").rename(base / "2")
-
-    def reload(config: str) -> str:
-        code, lines = finish(python("-c", f"import sys; sys.path.insert(0, '.')\n{RELOAD}", ports["grpc"], config))
-        assert code == 0, lines
-        return lines[-1].strip()
-
-    models = (
-        f'model_config_list {{ config {{ name: "%s" base_path: "{base}" model_version_policy {{ all {{}} }} %s }} }}'
-    )
-    refused = reload(models % ("my_model", 'version_labels { key: "canary" value: 9 }'))
-    assert refused.startswith("9 Request to assign label to version 9 of model my_model, which is not currently")
-    assert reload(models % ("my_model", 'version_labels { key: "canary" value: 2 }')) == "0"
+    code, message = reload(labelled(9))
+    assert code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
+    refused = f"Request to assign label to version 9 of model {changing.name}, which is not currently"
+    assert message.startswith(refused)
+    assert reload(labelled(2)) == (0, "")
     rows, _ = load_test_rows()
-    for path, version in (("versions/1", "1"), ("labels/canary", "2")):
-        status, reply = post(ports["rest"], f"my_model/{path}:predict", {"instances": rows[:1]})
+    one_row, canary = {"instances": rows[:1]}, "/labels/canary:predict"
+
+    def check(path: str, version: str) -> None:
+        status, reply = changing.post(path, one_row)
         assert status == 200, reply
         assert np.abs(np.array(reply["predictions"]) - load_expected(version)[:1]).max() <= TOLERANCE
-    assert reload(models % ("other", "")) == "0"
-    assert post(ports["rest"], "other:predict", {"instances": [GOOD_ROW]})[0] == 200
-    assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 404
 
-    config = tmp_path / "models.config"
-    config.write_text(models % ("my_model", 'version_labels { key: "canary" value: 1 }'))
-    canary = "my_model/labels/canary:predict"
-    wait_until(lambda: post(ports["rest"], canary, {"instances": [GOOD_ROW]})[0] == 200, log.read_text)
-    config.write_text("no config")
-    wait_for_line(log, "Error parsing text-format tensorflow.serving.ModelServerConfig")
-    status, reply = post(ports["rest"], canary, {"instances": rows[:1]})
-    assert status == 200, reply
-    assert np.abs(np.array(reply["predictions"]) - load_expected("1")[:1]).max() <= TOLERANCE
-    config.write_text(models % ("my_model", 'version_labels { key: "canary" value: 9 }'))
-    wait_for_line(log, "not taken up: Request to assign label to version 9 of model my_model")
-    assert post(ports["rest"], canary, {"instances": rows[:1]})[0] == 200
+    check("/versions/1:predict", "1")
+    check(canary, "2")
+    assert reload(changing.model_config(all_versions, name="other")) == (0, "")
+    assert post(changing.ports["rest"], "other:predict", one_row)[0] == 200
+    assert changing.post(":predict", one_row)[0] == 404
+
+    changing.set_config(labelled(1))
+    wait_until(lambda: changing.post(canary, one_row)[0] == 200, changing.log)
+    changing.set_config("no config")
+    changing.wait_for_line("Error parsing text-format tensorflow.serving.ModelServerConfig")
+    check(canary, "1")
+    changing.set_config(labelled(9))
+    changing.wait_for_line(f"not taken up: {refused}")
+    check(canary, "1")
 
 
 # Batching.
 
 
+BATCH_ROWS, QUEUED_BATCHES, PART_ROWS = 32, 2, 8
+PARTS = QUEUED_BATCHES * BATCH_ROWS // PART_ROWS  # requests that fill the queue
+
+
 @pytest.fixture(scope="module")
-def batching_port(tmp_path_factory):
-    """REST port of a local server that shares runs: 32 rows at most, 20 ms, 2 batches in the queue."""
+def batching_ports(toy_models, tmp_path_factory) -> Iterator[dict[str, int]]:
+    """Start a local server that shares runs: 32 rows at most, 20 ms, one slow batch at once, 2 in the queue."""
     folder = tmp_path_factory.mktemp("batching")
     # Without the recorded warm-up requests: they are larger than a batch here.
-    shutil.copytree(MODELS / "2", folder / "models" / "2", ignore=shutil.ignore_patterns("assets.extra"))
-    with batching_server(
-        folder,
-        "max_batch_size { value: 32 } batch_timeout_micros { value: 20000 } # comment\n"
-        "max_enqueued_batches { value: 2 }\nallowed_batch_sizes: 16 allowed_batch_sizes: 32",
-        f"--model_base_path={folder / 'models'}",
-        "--model_name=my_model",
-    ) as port:
-        yield port
+    shutil.copytree(MODELS / "2", folder / "my_model" / "2", ignore=shutil.ignore_patterns("assets.extra"))
+    bases = [folder / "my_model", toy_models / "gated", toy_models / "half_plus_two"]
+    models = " ".join(f'config {{ name: "{base.name}" base_path: "{base}" }}' for base in bases)
+    (folder / "models.config").write_text(f"model_config_list {{ {models} }}")
+    (folder / "batching.config").write_text(
+        f"max_batch_size {{ value: {BATCH_ROWS} }} batch_timeout_micros {{ value: 20000 }} # comment\n"
+        f"max_enqueued_batches {{ value: {QUEUED_BATCHES} }} num_batch_threads {{ value: 1 }}\n"
+        "allowed_batch_sizes: 16 allowed_batch_sizes: 32"
+    )
+    ports = find_free_ports(["rest", "grpc"])
+    flags = [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}", "--rest_api_timeout_in_ms=0"]
+    flags += [f"--model_config_file={folder / 'models.config'}", "--enable_batching=true"]
+    flags += [f"--batching_parameters_file={folder / 'batching.config'}"]
+    with running(folder / "log", sys.executable, LOCAL_SERVER, *flags):
+        yield ports
 
 
-@contextlib.contextmanager
-def batching_server(folder: Path, parameters: str, *options: str):
-    """REST port of a local server with these batching parameters."""
-    (folder / "batching.config").write_text(parameters)
-    port = find_free_ports(["rest"])["rest"]
-    log = folder / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, FOLDER / "local_server.py", "--port=0", f"--rest_api_port={port}", *options]
-            + ["--enable_batching=true", f"--batching_parameters_file={folder / 'batching.config'}"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline_s = time.monotonic() + DEADLINE_S
-        while " ready at " not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline_s, log.read_text()
-            time.sleep(0.05)
-        yield port
-    finally:
-        process.kill()
-        process.wait()
+@pytest.fixture(scope="module")
+def batching_port(batching_ports) -> int:
+    return batching_ports["rest"]
 
 
 def test_requests_that_share_a_run_get_their_own_answers(batching_port):
@@ -802,10 +751,8 @@ def test_requests_that_share_a_run_get_their_own_answers(batching_port):
 def test_a_wrong_request_in_a_batch_fails_alone(batching_port):
     bodies = [{"instances": [GOOD_ROW]}, {"instances": [GOOD_ROW[:4]]}, {"instances": [GOOD_ROW]}] * 2
     with ThreadPoolExecutor(6) as pool:
-        statuses = [
-            status for status, _ in pool.map(lambda body: post(batching_port, "my_model:predict", body), bodies)
-        ]
-    assert statuses == [200, 400, 200] * 2
+        replies = list(pool.map(lambda body: post(batching_port, "my_model:predict", body), bodies))
+    assert [status for status, _ in replies] == [200, 400, 200] * 2
 
 
 def test_a_request_larger_than_a_batch_is_refused(batching_port):
@@ -824,63 +771,57 @@ def test_a_full_queue_refuses_at_once(batching_port):
     assert post(batching_port, "my_model:predict", body)[0] == 200
 
 
-HEAVY_BATCH = 8
+@contextlib.contextmanager
+def full_queue(ports: dict[str, int], gate: Gate, values: list[float]) -> Iterator[list[Future]]:
+    """Give the future replies to a request for each of `values`, one more than the gated graph's queue holds.
+
+    In the block the graph is running, for another request, all but one of these wait, and one has been refused.
+    After the block all are answered.
+    """
+    assert len(values) == PARTS + 1
+
+    def ask(value: float) -> tuple[int, dict]:
+        return post(ports["rest"], "gated:predict", {"instances": [value] * PART_ROWS})
+
+    gate.make_slow(ports["grpc"])
+    with ThreadPoolExecutor(len(values) + 1) as pool, gate.closed():
+        first = pool.submit(ask, 0.0)
+        gate.wait_for_run()
+        replies = [pool.submit(ask, value) for value in values]
+        ended, _ = wait(replies, DEADLINE_S, FIRST_COMPLETED)
+        assert [future.result()[0] for future in ended] == [503]
+        yield replies
+        assert not first.done()
+        gate.open()
+        assert first.result()[0] == 200
 
 
-@pytest.fixture(scope="module")
-def heavy_port(toy_models, tmp_path_factory):
-    """REST port of a local server with a slow graph: one batch of 8 rows at a time, 2 in the queue."""
-    folder = tmp_path_factory.mktemp("heavy")
-    config = folder / "models.config"
-    models = [f'config {{ name: "{name}" base_path: "{toy_models}/{name}" }}' for name in ("heavy", "half_plus_two")]
-    config.write_text(f"model_config_list {{ {' '.join(models)} }}")
-    parameters = "num_batch_threads { value: 1 } max_enqueued_batches { value: 2 } "
-    parameters += f"max_batch_size {{ value: {HEAVY_BATCH} }}"
-    with batching_server(folder, parameters, f"--model_config_file={config}") as port:
-        for _ in range(3):  # answered on the spot: only now it is known as slow
-            assert post(port, "heavy:predict", {"instances": [1.0]}) == (200, {"predictions": [2.0]})
-        yield port
+def test_requests_for_a_slow_graph_share_its_runs_hold_up_nobody_and_beyond_the_queue_are_refused_at_once(
+    batching_ports, gate
+):
+    values = [float(value) for value in range(PARTS + 1)]
+    with full_queue(batching_ports, gate, values) as replies:
+        quick = post(batching_ports["rest"], "half_plus_two:predict", {"instances": [1.0]})
+        assert quick == (200, {"predictions": [2.5]})
+    runs = collections.Counter()
+    for value, future in zip(values, replies, strict=True):
+        status, reply = future.result()
+        if status == 503:
+            assert "queue" in reply["error"]
+            continue
+        assert (status, [row["y"] for row in reply["predictions"]]) == (200, [2 * value] * PART_ROWS)
+        runs.update(row["run"] for row in reply["predictions"])
+    assert list(runs.values()) == [BATCH_ROWS] * QUEUED_BATCHES, "full batches share a run"
 
 
-def ask_heavy(port: int, values: list) -> tuple[list[tuple[int, dict]], float]:
-    """Send one request for each of `values` at the same time; return the replies, and how long all took."""
-    with ThreadPoolExecutor(len(values)) as pool:
-        started_s = time.monotonic()
-        replies = list(pool.map(lambda value: post(port, "heavy:predict", {"instances": [value]}), values))
-        return replies, time.monotonic() - started_s
-
-
-def test_requests_for_a_slow_graph_share_its_runs_and_hold_up_nobody(heavy_port):
-    values = [float(value) for value in range(2 * HEAVY_BATCH)]
-    ratios, quick_ratios = [], []
-    for _ in range(5):
-        one_s = min(ask_heavy(heavy_port, [1.0])[1] for _ in range(3))
-        with ThreadPoolExecutor(1) as pool:
-            heavy = pool.submit(ask_heavy, heavy_port, values)
-            time.sleep(one_s / 2)
-            started_s = time.monotonic()
-            assert post(heavy_port, "half_plus_two:predict", {"instances": [1.0]}) == (200, {"predictions": [2.5]})
-            quick_ratios.append((time.monotonic() - started_s) / one_s)
-            replies, took_s = heavy.result()
-        assert replies == [(200, {"predictions": [2 * value]}) for value in values]
-        ratios.append(took_s / one_s)
-    # The first alone, eight, then seven: three runs. One by one, on two cores, would be eight runs' time.
-    assert min(ratios) < 5, ratios
-    assert min(quick_ratios) < 0.5, "a quick graph's request waited for the slow one's run"
-
-
-def test_a_wrong_request_for_a_slow_graph_fails_alone(heavy_port):
-    replies, _ = ask_heavy(heavy_port, [1.0, 2.0, 2e6, 4.0, 5.0])
-    assert [status for status, _ in replies] == [200, 200, 400, 200, 200]
-    assert [reply["predictions"] for status, reply in replies if status == 200] == [[2.0], [4.0], [8.0], [10.0]]
-
-
-def test_a_full_queue_of_a_slow_graph_refuses_at_once(heavy_port):
-    replies, _ = ask_heavy(heavy_port, [1.0] * 60)
-    assert {status for status, _ in replies} == {200, 503}
-    assert all("queue" in reply["error"] for status, reply in replies if status == 503)
-    assert sum(status == 200 for status, _ in replies) >= 2 * HEAVY_BATCH
-    assert ask_heavy(heavy_port, [1.0])[0] == [(200, {"predictions": [2.0]})]
+def test_a_wrong_request_for_a_slow_graph_fails_alone(batching_ports, gate):
+    wrong = 2e6
+    with full_queue(batching_ports, gate, [wrong, wrong, *map(float, range(PARTS - 1))]) as replies:
+        pass
+    statuses = [future.result()[0] for future in replies]
+    assert 400 in statuses[:2] and set(statuses[:2]) <= {400, 503}, "one of the two at least was in the queue"
+    assert set(statuses[2:]) <= {200, 503}
+    assert statuses.count(503) == 1
 
 
 # Start and end.
@@ -928,57 +869,64 @@ def test_a_full_queue_of_a_slow_graph_refuses_at_once(heavy_port):
         (["--port={taken}", "--model_base_path=m"], "Address already in use; choose another port"),
     ],
 )
-def test_a_start_that_cannot_work_ends_at_once_with_one_line(server, arguments, error):
-    ports = {
+def test_a_start_that_cannot_work_ends_with_one_line_before_tensorflow_is_imported(
+    server, local_server, arguments, error
+):
+    values = {
         "free": find_free_ports(["grpc"])["grpc"],
         "taken": server[1]["rest"],
         "socket": server[2].parent / "socket",
     }
-    started_s = time.monotonic()
-    code, lines = finish(python("local_server.py", *(argument.format(**ports) for argument in arguments)))
-    assert code != 0
-    assert len(lines) == 1, lines
-    assert error in lines[0]
-    assert time.monotonic() - started_s < 5, "TensorFlow was imported first"
+    done = call_main(local_server, *(argument.format(**values) for argument in arguments))
+    assert done.returncode != 0
+    assert (done.stdout, len(done.stderr.splitlines())) == ("", 1), done
+    assert error in done.stderr
 
 
-def test_a_monitoring_config_that_does_not_parse_ends_the_start(tmp_path):
+def test_a_monitoring_config_that_does_not_parse_ends_the_start(local_server, tmp_path):
     (tmp_path / "monitoring.config").write_text('prometheus_config { enable: true port: "x" }')
     ports = find_free_ports(["rest", "grpc"])
     options = [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}", f"--model_base_path={MODELS}"]
-    code, lines = finish(
-        python("local_server.py", *options, f"--monitoring_config_file={tmp_path / 'monitoring.config'}")
-    )
-    assert (code, len(lines)) == (1, 1), lines
-    assert "Error parsing text-format tensorflow.serving.MonitoringConfig" in lines[0]
+    done = call_main(local_server, *options, f"--monitoring_config_file={tmp_path / 'monitoring.config'}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done
+    assert "Error parsing text-format tensorflow.serving.MonitoringConfig" in done.stderr
 
 
-def test_the_version_is_tensorflows():
-    code, lines = finish(python("local_server.py", "--version"))
-    assert (code, lines) == (0, ["local server", f"TensorFlow Library: {importlib.metadata.version('tensorflow')}"])
+def test_the_version_is_tensorflows(local_server):
+    done = call_main(local_server, "--version")
+    version = importlib.metadata.version("tensorflow")
+    assert (done.returncode, done.stdout) == (0, f"local server\nTensorFlow Library: {version}\n")
 
 
 def test_a_stop_while_it_starts_is_no_error():
     port = find_free_ports(["grpc"])["grpc"]
-    process = python("local_server.py", f"--port={port}", f"--model_base_path={MODELS}")
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not any("tensorflow" in item.path for item in psutil.Process(process.pid).memory_maps()):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+    process = in_background(f"--port={port}", f"--model_base_path={MODELS}")
+    mapped = psutil.Process(process.pid).memory_maps
+    wait_until(lambda: any("tensorflow" in item.path for item in mapped()), "TensorFlow is not imported", process)
     process.send_signal(signal.SIGTERM)
-    code, lines = finish(process)
-    assert (code, lines) == (0, [])
+    assert finish(process) == (0, [])
 
 
-def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server):
+def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server, gate):
     process, ports, log = server
     assert all(line.startswith("local server: ") for line in log.read_text().splitlines()), log.read_text()
 
-    with ThreadPoolExecutor(1) as pool:
-        under_way = start_slow_call(pool, process, ports, 60)
+    def is_refused() -> bool:
+        try:
+            send(ports["rest"], Request("/v1/models/my_model", b"", method="GET"))
+        except ConnectionRefusedError:
+            return True
+        except OSError:  # it is closing just now
+            return False
+        return False
+
+    gate.make_slow(ports["grpc"])
+    with ThreadPoolExecutor(1) as pool, gate.closed():
+        unfinished = pool.submit(call_gated, ports["grpc"])
+        gate.wait_for_run()
         process.send_signal(signal.SIGTERM)
-        assert under_way.result()[0] == 200, "a request under way was dropped"
-    assert process.wait(timeout=15) == 0
+        wait_until(is_refused, log.read_text)
+        gate.open()
+        assert unfinished.result()[0] == 200, "a request under way was dropped"
+    assert process.wait(timeout=DEADLINE_S) == 0
     assert log.read_text().splitlines()[-1] == "local server: stopped"
-    with pytest.raises(ConnectionRefusedError):
-        send(ports["rest"], Request("/v1/models/my_model", b"", method="GET"))

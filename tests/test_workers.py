@@ -1,10 +1,11 @@
 """Two worker processes against one, for the servers that have workers, each set as its README says."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from endpoint import load_endpoints
+from helpers import start
 from load_generator import LoadGenerator, make_exchanges
 from reference import load_expected, load_test_rows
 from server_process import ServerProcess
@@ -12,10 +13,10 @@ from server_process import ServerProcess
 NEEDED_CORES = 4  # a core for each worker, one for the client, one for what stands between them
 
 
-def with_workers(name: str, workers: int, folder):
-    """The endpoint `name` with so many worker processes, its settings written to `folder`."""
-    endpoint_class = load_endpoints()[name]
-    endpoint = endpoint_class.on_free_ports()
+def with_workers(name: str, workers: int, folder: Path) -> ServerProcess:
+    """Return a server of the endpoint `name` with that many worker processes; its settings are written to `folder`."""
+    server = start(name)
+    endpoint = server.endpoint
     if name == "onnx":
         endpoint.extra_options = ["--config", "tuned.toml", "--workers", str(workers)]
     elif name == "bentoml-tuned":
@@ -30,10 +31,11 @@ def with_workers(name: str, workers: int, folder):
         assert one in text
         settings.write_text(text.replace(one, one.replace("1", str(workers))))
         endpoint.options = ("--config", str(settings), *endpoint.options[2:])
-    return endpoint
+    return server
 
 
 @pytest.mark.slow
+@pytest.mark.timing
 @pytest.mark.parametrize("name", ["onnx", "bentoml-tuned", "torchserve-tuned"])
 def test_two_workers_answer_more_than_one_where_the_client_leaves_them_the_cores(name, tmp_path, capsys):
     """Requests of 1,000 rows keep a worker busy for milliseconds and the client for a tenth of that."""
@@ -42,8 +44,8 @@ def test_two_workers_answer_more_than_one_where_the_client_leaves_them_the_cores
     cores = len(os.sched_getaffinity(0))
     rates: dict[int, list[float]] = {1: [], 2: []}
     with (
-        ServerProcess(with_workers(name, 1, tmp_path)) as one,
-        ServerProcess(with_workers(name, 2, tmp_path)) as two,
+        with_workers(name, 1, tmp_path) as one,
+        with_workers(name, 2, tmp_path) as two,
     ):
         assert len(two.processes()) > len(one.processes())
         for number in range(6):

@@ -16,7 +16,6 @@ class Toy(Endpoint):
     default_ports = {"rest": 9100}
     rows_key = "rows"
     settings = {"threads": "one a connection"}
-    start_timeout_s = 5.0
 
     def command(self):
         return [sys.executable, "toy_server.py", str(self.ports["rest"]), os.environ.get("TOY_MANNER", "right")]

@@ -1,6 +1,7 @@
 """A gateway in miniature for the tests: splits users by a hash of their id, answers by the reference's numbers.
 
-It speaks the ONNX server's form. `ToySplit` is a context manager; what version 2 does wrong is an argument.
+It speaks the ONNX server's form. Over real sockets `ToySplit` is a context manager; `stand_in` answers `split_users`
+in this process, by a clock that only the toy moves. What version 2 does wrong is an argument.
 """
 
 import json
@@ -9,11 +10,14 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import pytest
+import split_users
 from reference import load_expected, load_test_rows
 
 ROWS, _ = load_test_rows()
 ANSWERS = {version: dict(zip(map(tuple, ROWS), load_expected(version).tolist(), strict=True)) for version in "12"}
 ANSWERS["x"] = {row: [benign, malignant] for row, (malignant, benign) in ANSWERS["1"].items()}  # mostly wrong
+LATENCY_S = 0.001  # of a reply without sockets, and up to twice as much
 
 
 class ToySplit:
@@ -30,11 +34,42 @@ class ToySplit:
         header: str = "X-Model-Version",
         throttles: int = 0,  # so many replies 429 first
     ):
-        self.share = share
+        self.share, self.versions, self.slow_s, self.failing = share, versions, slow_s, failing
+        self.shapeless, self.sticky, self.header, self.throttles = shapeless, sticky, header, throttles
         self.asked = []  # user ids
+        self.url = "http://toy.invalid"
+        self._lock = threading.Lock()
+
+    def reply(self, user: str, body: bytes, clock) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers and body of the reply to one request; `clock.sleep` is how version 2 is slow."""
+        [row] = json.loads(body)["data"]
+        with self._lock:
+            self.asked.append(user)
+            number = len(self.asked)
+            throttled = self.throttles > 0
+            self.throttles -= throttled
+        if throttled:
+            return 429, {}, b"null"
+        bucket = zlib.crc32((user if self.sticky else f"{user}{number}").encode()) % 100
+        version = "2" if bucket < self.share else "1"
+        status, content = 200, {"predictions": [ANSWERS[self.versions[int(version) - 1]][tuple(row)]]}
+        if version == "2":
+            if self.slow_s:
+                clock.sleep(self.slow_s)
+            if number % 100 < self.failing:
+                status, content = 500, {"error": "planted"}
+            elif self.shapeless:
+                content = {"predictions": [1.0]}
+        return status, {self.header: version}, json.dumps(content).encode()
+
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Answer `split_users` without a socket, and replace its clock, so that no latency is this machine's."""
+        clock = ReplyClock()
+        patch.setattr(split_users, "time", clock)
+        patch.setattr(split_users.Split, "connect", lambda _split, _timeout_s: ToyConnection(self, clock))
+
+    def __enter__(self) -> "ToySplit":
         split = self
-        lock = threading.Lock()
-        asked, left = self.asked, [throttles]
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -42,47 +77,61 @@ class ToySplit:
             wbufsize = -1  # one write a reply
 
             def do_POST(self):
-                [row] = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["data"]
-                user = self.headers["X-User-Id"]
-                with lock:
-                    asked.append(user)
-                    number = len(asked)
-                    throttled = left[0] > 0
-                    left[0] -= throttled
-                if throttled:
-                    return self.answer(429, {}, None)
-                bucket = zlib.crc32((user if sticky else f"{user}{number}").encode()) % 100
-                version = "2" if bucket < split.share else "1"
-                answer = [ANSWERS[versions[int(version) - 1]][tuple(row)]]
-                if version == "1":
-                    return self.answer(200, {"predictions": answer}, "1")
-                if slow_s:
-                    time.sleep(slow_s)
-                if number % 100 < failing:
-                    return self.answer(500, {"error": "planted"}, "2")
-                return self.answer(200, {"predictions": [1.0] if shapeless else answer}, "2")
-
-            def answer(self, status: int, content: dict, version: str | None) -> None:
-                body = json.dumps(content).encode()
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                status, headers, content = split.reply(self.headers["X-User-Id"], body, time)
                 self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                if version:
-                    self.send_header(header, version)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(body)
+                self.wfile.write(content)
                 self.wfile.flush()
 
             def log_message(self, *_):
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self) -> "ToySplit":
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class ReplyClock:
+    """Takes the place of the module `time`: what a thread measures is what it has slept, and nothing else passes."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def perf_counter(self) -> float:
+        return getattr(self._local, "now_s", 0.0)
+
+    def sleep(self, duration_s: float) -> None:
+        self._local.now_s = self.perf_counter() + duration_s
+
+    monotonic = perf_counter
+
+
+class ToyConnection:
+    """Of http.client.HTTPConnection and its reply, what `split_users` uses."""
+
+    sock = "open"
+
+    def __init__(self, split: ToySplit, clock: ReplyClock):
+        self.split, self.clock = split, clock
+
+    def request(self, _method: str, _path: str, body: bytes, headers: dict[str, str]) -> None:
+        self.clock.sleep(LATENCY_S * (1 + zlib.crc32(headers["X-User-Id"].encode()) / 2**32))
+        self.status, self.headers, self.body = self.split.reply(headers["X-User-Id"], body, self.clock)
+
+    def getresponse(self) -> "ToyConnection":
+        return self
+
+    def read(self) -> bytes:
+        return self.body
+
+    def getheader(self, name: str) -> str | None:
+        return self.headers.get(name)

@@ -9,13 +9,17 @@ five warm-up requests. Running it again writes the same bytes, but for fingerpri
 import argparse
 import csv
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from quiet_tensorflow import tf
-from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+# TensorFlow is imported by the functions that use it: that takes seconds, which a wrong command line should not cost.
 
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE.parent / "data"
@@ -30,31 +34,54 @@ def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return rows[:, :-1], rows[:, -1]
 
 
-def build_network(recipe: dict, dtype: str) -> tf.keras.Sequential:
-    """The network without standardisation and sigmoid: standardised features (n, 5) → logits (n, 1)."""
+def build_network(recipe: dict, dtype: str):
+    """Return the Keras network without standardisation and sigmoid: standardised features (n, 5) → logits (n, 1)."""
+    from quiet_tensorflow import tf
+
     layers = [tf.keras.Input((len(recipe["features"]),), dtype=dtype)]
     layers += [tf.keras.layers.Dense(units, activation="relu", dtype=dtype) for units in recipe["hidden_units"]]
     return tf.keras.Sequential([*layers, tf.keras.layers.Dense(1, dtype=dtype)])
 
 
-def train(recipe: dict, initial_weights: list, inputs: np.ndarray, labels: np.ndarray, epochs: int):
+def train(
+    recipe: dict,
+    initial_weights: list,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    epochs: int,
+    report_epoch: Callable[[], None] = lambda: None,
+):
     """Return the network trained in float64 on all rows at once, from the shared initial weights.
 
     `inputs` (n, 5) are standardised, `labels` (n,). The loss takes logits: on probabilities Keras clips
     at 1e-7, which would move the result away from the other frameworks.
     """
+    from quiet_tensorflow import tf
+
     network = build_network(recipe, "float64")
     network.set_weights([np.array(layer[key]) for layer in initial_weights for key in ("weights", "bias")])
     network.compile(
         optimizer=tf.keras.optimizers.SGD(recipe["learning_rate"], momentum=recipe["momentum"]),
         loss=tf.keras.losses.BinaryCrossentropy(from_logits=True),
     )
-    network.fit(inputs, labels[:, None], batch_size=len(inputs), epochs=epochs, shuffle=False, verbose=0)
+    after_epoch = tf.keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: report_epoch())
+    network.fit(
+        inputs,
+        labels[:, None],
+        batch_size=len(inputs),
+        epochs=epochs,
+        shuffle=False,
+        verbose=0,
+        callbacks=[after_epoch],
+    )
     return network
 
 
 def write_warm_up(path: Path, model_name: str, rows: np.ndarray) -> None:
-    """Write PredictionLog records; the server replays them before it says that the version is available."""
+    """Write PredictionLog records; the server replays them before it reports that the version is available."""
+    from quiet_tensorflow import tf
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
     path.parent.mkdir()
     with tf.io.TFRecordWriter(str(path)) as writer:
         for size in WARM_UP_BATCH_SIZES:
@@ -72,6 +99,8 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
     A server polls the folder above `target`: it must never see half a version. So the files are written
     under a name that is not a number, which every server ignores, and the finished folder is renamed.
     """
+    from quiet_tensorflow import tf
+
     served = build_network(recipe, "float32")
     served.set_weights(network.get_weights())
     features = len(recipe["features"])
@@ -96,6 +125,17 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
         finished.rename(target)
 
 
+def show_progress(line: str) -> Progress:
+    """Return a bar to draw on stderr; print `line` instead if that is not a terminal."""
+    if not Console(stderr=True).is_interactive:
+        print(line, file=sys.stderr, flush=True)
+        return Progress(disable=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    # A copy of stderr, because quiet_tensorflow silences the original while TensorFlow is imported.
+    console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+    return Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="what to read (default: ../data)")
@@ -110,19 +150,38 @@ def main() -> None:
     except FileNotFoundError as error:
         sys.exit(f"training data not found: {error.filename}; run python make_data.py in data")
 
+    versions = recipe["versions"]
     mean, scale = train_rows.mean(axis=0), train_rows.std(axis=0)
     model_dir = arguments.models_dir / recipe["model_name"]
-    for version, settings in recipe["versions"].items():
-        network = train(recipe, initial_weights, (train_rows - mean) / scale, train_labels, settings["epochs"])
-        export(network, recipe, mean, scale, train_rows, model_dir / version)
+    results = []
+    with show_progress(f"training versions {' and '.join(versions)}, about 20 s") as progress:
+        step = progress.add_task("importing TensorFlow", total=None)
+        from quiet_tensorflow import tf
 
-        exported = tf.saved_model.load(str(model_dir / version)).signatures["serving_default"]
-        probabilities = exported(features=tf.constant(test_rows, tf.float32))["probabilities"].numpy()
-        accuracy = np.mean(probabilities.argmax(axis=1) == test_labels)
-        log_loss = -np.mean(np.log(probabilities[np.arange(len(test_labels)), test_labels.astype(int)]))
-        print(f"version {version}: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
-    print(f"wrote versions {' and '.join(recipe['versions'])} to {model_dir}")
+        for version, settings in versions.items():
+            progress.reset(step, description=f"training version {version}", total=settings["epochs"])
+            network = train(
+                recipe,
+                initial_weights,
+                (train_rows - mean) / scale,
+                train_labels,
+                settings["epochs"],
+                lambda: progress.advance(step),
+            )
+            progress.update(step, description=f"exporting version {version}")
+            export(network, recipe, mean, scale, train_rows, model_dir / version)
+
+            exported = tf.saved_model.load(str(model_dir / version)).signatures["serving_default"]
+            probabilities = exported(features=tf.constant(test_rows, tf.float32))["probabilities"].numpy()
+            accuracy = np.mean(probabilities.argmax(axis=1) == test_labels)
+            log_loss = -np.mean(np.log(probabilities[np.arange(len(test_labels)), test_labels.astype(int)]))
+            results.append(f"version {version}: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
+    print("\n".join(results))
+    print(f"wrote versions {' and '.join(versions)} to {model_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("export_model: interrupted; a version that was not finished is as it was before")

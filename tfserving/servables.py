@@ -463,8 +463,12 @@ class Library:
 
 
 def folder_state(folder: Path) -> int:
-    """A number that changes with the files of a version folder: the newest time that one was changed, in ns."""
+    """Return a number that changes with the files of a version folder: their names, sizes, times and inodes.
+
+    The times are not enough: the clock of a file system may stand still for some milliseconds.
+    """
     try:
-        return max(path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")])
+        files = [(str(path), path.stat()) for path in sorted([folder, *folder.rglob("*")])]
     except OSError:
         return 0  # it is being removed just now
+    return hash(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in files))

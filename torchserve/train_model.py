@@ -6,30 +6,45 @@ Reads recipe.json, initial_weights.json, train.csv and test.csv of ../data. Writ
 models/2.0/model.pth, and model.pth, a copy of version 1.0, which the archiver command of the README reads.
 """
 
+from __future__ import annotations
+
 import argparse
 import csv
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from model import Classifier
-from torch import nn
+from rich.console import Console
+
+if TYPE_CHECKING:  # the functions import PyTorch: that takes seconds, which a wrong command line should not cost
+    import torch
+    from model import Classifier
 
 FOLDER = Path(__file__).resolve().parent
 
 
-def read_rows(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the raw features (n, 5) and the labels (n,), 0 malignant or 1 benign, in float64."""
+def read_table(path: Path) -> list[list[float]]:
+    """Return the rows of a CSV file, each five raw features and the label, 0 malignant or 1 benign."""
     with path.open(newline="") as file:
-        lines = list(csv.reader(file))[1:]
-    table = torch.tensor([[float(value) for value in line] for line in lines], dtype=torch.float64)
-    return table[:, :-1], table[:, -1]
+        return [[float(value) for value in line] for line in list(csv.reader(file))[1:]]
+
+
+def split_labels(table: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the raw features (n, 5) and the labels (n,) of a table (n, 6), in float64."""
+    import torch
+
+    rows = torch.tensor(table, dtype=torch.float64)
+    return rows[:, :-1], rows[:, -1]
 
 
 def make_untrained(rows: torch.Tensor, initial_weights: list[dict]) -> Classifier:
     """Return a float64 classifier with the shared initial weights and the standardisation of `rows` (n, 5)."""
+    import torch
+    from model import Classifier
+    from torch import nn
+
     classifier = Classifier().double()
     linear_layers = [layer for layer in classifier.layers if isinstance(layer, nn.Linear)]
     with torch.no_grad():
@@ -45,6 +60,9 @@ def make_untrained(rows: torch.Tensor, initial_weights: list[dict]) -> Classifie
 
 def train(classifier: Classifier, rows: torch.Tensor, labels: torch.Tensor, recipe: dict, epochs: int) -> None:
     """Train `classifier` in place on all `rows` (n, 5) and `labels` (n,) at once, one step an epoch."""
+    import torch
+    from torch import nn
+
     optimizer = torch.optim.SGD(classifier.parameters(), lr=recipe["learning_rate"], momentum=recipe["momentum"])
     loss_function = nn.BCEWithLogitsLoss()
     for _ in range(epochs):
@@ -55,6 +73,9 @@ def train(classifier: Classifier, rows: torch.Tensor, labels: torch.Tensor, reci
 
 def evaluate(classifier: Classifier, rows: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
     """Return accuracy and mean log loss of the probabilities that `classifier` gives for `rows` (n, 5)."""
+    import torch
+    from torch import nn
+
     with torch.inference_mode():
         probabilities = classifier(rows)  # (n, 2)
     accuracy = (probabilities.argmax(dim=1) == labels).double().mean().item()
@@ -70,23 +91,35 @@ def main() -> None:
     try:
         recipe = json.loads((arguments.data_dir / "recipe.json").read_text())
         initial_weights = json.loads((arguments.data_dir / "initial_weights.json").read_text())
-        train_rows, train_labels = read_rows(arguments.data_dir / "train.csv")
-        test_rows, test_labels = read_rows(arguments.data_dir / "test.csv")
+        train_table = read_table(arguments.data_dir / "train.csv")
+        test_table = read_table(arguments.data_dir / "test.csv")
     except FileNotFoundError as error:
         sys.exit(f"train_model: {error.filename} not found; copy the data folder beside this one or give --data-dir")
 
-    for version, settings in recipe["versions"].items():
-        classifier = make_untrained(train_rows, initial_weights)
-        train(classifier, train_rows, train_labels, recipe, settings["epochs"])
-        classifier.float()  # trained in float64, served in float32
-        accuracy, log_loss = evaluate(classifier, test_rows.float(), test_labels)
-        path = arguments.output_dir / "models" / f"{version}.0" / "model.pth"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(classifier.state_dict(), path)
-        print(f"version {version}.0: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
-    shutil.copyfile(arguments.output_dir / "models" / "1.0" / "model.pth", arguments.output_dir / "model.pth")
+    models_dir = arguments.output_dir / "models"
+    lines = []
+    with Console(stderr=True).status("importing PyTorch") as status:
+        import torch
+
+        train_rows, train_labels = split_labels(train_table)
+        test_rows, test_labels = split_labels(test_table)
+        for version, settings in recipe["versions"].items():
+            status.update(f"training version {version}.0")
+            classifier = make_untrained(train_rows, initial_weights)
+            train(classifier, train_rows, train_labels, recipe, settings["epochs"])
+            classifier.float()  # trained in float64, served in float32
+            accuracy, log_loss = evaluate(classifier, test_rows.float(), test_labels)
+            path = models_dir / f"{version}.0" / "model.pth"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(classifier.state_dict(), path)
+            lines.append(f"version {version}.0: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
+        shutil.copyfile(models_dir / "1.0" / "model.pth", arguments.output_dir / "model.pth")
+    print(*lines, sep="\n")
     print(f"wrote models/1.0/model.pth, models/2.0/model.pth and model.pth (version 1.0) to {arguments.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("train_model: interrupted; run it again before archive.py")

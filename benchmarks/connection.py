@@ -1,0 +1,105 @@
+"""One keep-alive connection with at most one request under way: what the load generator asks of a protocol.
+
+Two protocols are built on it: http_connection.py (HTTP/1.1) and grpc_connection.py (gRPC over HTTP/2).
+"""
+
+import errno
+import os
+import select
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from endpoint import Request
+
+CONNECT_TIMEOUT_S = 30.0
+RECEIVE_BYTES = 1 << 18
+
+
+def begin_connecting(port: int) -> socket.socket:
+    """Return a non-blocking socket that is connecting to the loopback port; OSError where that fails at once."""
+    connecting = socket.socket()
+    connecting.setblocking(False)
+    connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    code = connecting.connect_ex(("127.0.0.1", port))
+    if code not in (0, errno.EINPROGRESS):
+        connecting.close()
+        raise OSError(code, os.strerror(code))
+    return connecting
+
+
+class Connection:
+    """The state of one connection. A protocol adds `encode`, `send` and `receive`, and `greet` if it speaks first.
+
+    `clock` gives nanoseconds and `connect` begins to connect to a port: arguments, so that a test can own both.
+    """
+
+    closing_reason = ""  # what is counted where not keep_alive; "" where that is no failure
+
+    def __init__(
+        self,
+        port: int,
+        clock: Callable[[], int] = time.perf_counter_ns,
+        connect: Callable[[int], socket.socket] = begin_connecting,
+    ):
+        self.port = port
+        self.clock = clock
+        self.connect = connect
+        self.socket: socket.socket | None = None
+        self.number = 0  # of the exchange under way
+        self.sent_ns = 0
+        self.complete = False  # the whole reply has come
+        self.status = 0  # 200 for a success
+        self.body = b""
+        self.keep_alive = True
+
+    @staticmethod
+    def encode(port: int, request: Request) -> Any:
+        """Encode `request` once for many sends; the result's length is its bytes on the wire."""
+        raise NotImplementedError
+
+    @property
+    def failure(self) -> str:
+        """Why the status is not 200, in a few words to count it under."""
+        raise NotImplementedError
+
+    def send(self, number: int, request: Any) -> None:
+        """Send exchange `number`'s encoded request; a broken connection shows when the reply is read."""
+        raise NotImplementedError
+
+    def receive(self) -> str | None:
+        """Take in what has arrived; return what went wrong, or None."""
+        raise NotImplementedError
+
+    def greet(self) -> None:
+        """Say what the protocol says first on a new connection."""
+
+    def begin_opening(self) -> None:
+        """Begin to connect again, without waiting; OSError where nobody listens. `end_opening` must follow."""
+        self.close()
+        self.socket = self.connect(self.port)
+
+    def end_opening(self) -> None:
+        """Take the connection, whose socket has become writable, into use; OSError where it was refused."""
+        code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self.close()
+            raise OSError(code, os.strerror(code))
+        self.greet()
+
+    def open(self, poller: Callable = select.poll) -> None:
+        """Connect again and wait for it; OSError where nobody listens. `poller` is that of LoadGenerator."""
+        self.begin_opening()
+        polling = poller()
+        polling.register(self.socket, select.POLLOUT)
+        if not polling.poll(CONNECT_TIMEOUT_S * 1000):
+            self.close()
+            raise TimeoutError(f"no connection to port {self.port} within {CONNECT_TIMEOUT_S:.0f} s")
+        self.end_opening()
+
+    def close(self) -> None:
+        """Close the socket, if there is one."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None

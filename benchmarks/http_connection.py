@@ -1,0 +1,67 @@
+"""The measuring client's HTTP/1.1: plain sockets and the parser of llhttp (httptools)."""
+
+import httptools
+from connection import RECEIVE_BYTES, Connection
+from endpoint import Request
+
+
+class HttpConnection(Connection):
+    """A Connection over HTTP/1.1; httptools calls the on_ methods."""
+
+    closing_reason = "server closes after each reply"
+
+    @staticmethod
+    def encode(port: int, request: Request) -> bytes:
+        """Encode `request` once for many sends."""
+        headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head = (
+            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}"
+            f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
+        )
+        return head.encode() + request.body
+
+    @property
+    def failure(self) -> str:
+        """Why the status is not 200, in a few words to count it under."""
+        return f"status {self.status}"
+
+    def greet(self) -> None:
+        """Expect a reply, which an impatient server sends before it is asked."""
+        self.parser = httptools.HttpResponseParser(self)
+
+    def send(self, number: int, request: bytes) -> None:
+        """Send exchange `number`'s request; a broken connection shows when the reply is read."""
+        self.number = number
+        self.parser = httptools.HttpResponseParser(self)
+        self.body = b""
+        self.complete = False
+        self.sent_ns = self.clock()
+        try:
+            sent = self.socket.send(request)
+            if sent < len(request):
+                self.socket.setblocking(True)
+                self.socket.sendall(request[sent:])
+                self.socket.setblocking(False)
+        except OSError:
+            return
+
+    def receive(self) -> str | None:
+        """Take in what has arrived; return what went wrong, or None."""
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+            if not data:
+                return "connection closed"
+            self.parser.feed_data(data)
+        except OSError as error:
+            return type(error).__name__
+        except httptools.HttpParserError:
+            return "not HTTP"
+        return None
+
+    def on_body(self, part: bytes) -> None:
+        self.body += part
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self.status = self.parser.get_status_code()
+        self.keep_alive = self.parser.should_keep_alive()  # right only while the reply is being parsed

@@ -1,0 +1,47 @@
+"""What a long script is doing: a spinner on a terminal, a line elsewhere; and an end in one line on Ctrl-C."""
+
+import atexit
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+console = Console(highlight=False)
+spinner = console.status("")
+unfinished: list[Path] = []  # folders that Ctrl-C removes
+
+
+def show(text: str) -> None:
+    """Show what happens next."""
+    if console.is_terminal and not console.is_dumb_terminal:
+        spinner.update(text)
+        spinner.start()
+    else:
+        print(text, flush=True)
+
+
+def end_on_interrupt(script: str) -> None:
+    """From now on let Ctrl-C end this process with one line and exit code 1, and remove what is unfinished.
+
+    No exception is raised: scikit-learn's `fit` takes a KeyboardInterrupt for the end of the training, and returns a
+    half-trained model.
+    """
+    atexit.register(spinner.stop)
+
+    def end(*_) -> None:
+        finish_uninterrupted()
+        spinner.stop()
+        for folder in unfinished:
+            shutil.rmtree(folder, ignore_errors=True)
+        print(f"{script}: interrupted; nothing was written", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, end)
+
+
+def finish_uninterrupted() -> None:
+    """Ignore Ctrl-C from now on: the rest takes milliseconds, and a half of it is of no use."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
