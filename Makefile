@@ -17,7 +17,6 @@ endif
 
 ENDPOINT ?= onnx
 TEST_WORKERS ?= 2
-IN_PARALLEL := -n $(TEST_WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -159,10 +158,10 @@ docker-down: ## stop and remove the containers
 ## develop
 
 test: train ## run the tests, on real servers: under five minutes on two cores
-	python -m pytest $(IN_PARALLEL) -m "not slow and not timing and not readmes and not containers" $(PYTEST_OPTIONS)
+	python -m pytest -n $(TEST_WORKERS) -m "not slow and not timing and not readmes and not containers" $(PYTEST_OPTIONS)
 
 test-readmes: train ## type each folder's README, command by command, as a reader does
-	python -m pytest $(IN_PARALLEL) -m readmes $(PYTEST_OPTIONS)
+	python -m pytest -n $(TEST_WORKERS) -m readmes $(PYTEST_OPTIONS)
 
 test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
 	python -m pytest -m "(slow or timing) and not containers" $(PYTEST_OPTIONS)

@@ -47,7 +47,9 @@ def percentile_interval(sorted_values: np.ndarray, percent: float) -> Interval:
     Statistics", 3rd ed., section 7.1). Where the sample is too small the range is open: 0 or inf.
     """
     count = len(sorted_values)
-    low, high = (binomial_quantile(share, count, percent / 100) for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    low, high = (
+        binomial_quantile(share, count, percent / 100) for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    )
     return Interval(
         float(np.percentile(sorted_values, percent)),
         float(sorted_values[low - 1]) if low >= 1 else 0.0,

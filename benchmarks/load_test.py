@@ -15,6 +15,7 @@ cross_check.py shows the difference; this is for users, stages and failures.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -24,10 +25,12 @@ import time
 from pathlib import Path
 
 import gevent
+import locust.argument_parser
 import locust.stats
 import numpy as np
 from endpoint import Endpoint, Request, load_endpoints
 from environment import split_cpus, usable_cpus
+from free_ports import find_free_ports
 from gevent.hub import Hub
 from load_record import LoadRecord
 from locust import FastHttpUser, LoadTestShape, constant, events, task
@@ -255,6 +258,9 @@ def round_to_three_digits(response_time: float) -> float:
 
 
 locust.stats.bucket_response_time = round_to_three_digits
+# A worker of Locust 2.47 builds this once for each option whenever the number of users changes: on a busy machine that
+# takes so long that its master takes it for lost.
+locust.argument_parser.default_args_dict = functools.cache(locust.argument_parser.default_args_dict)
 Hub.NOT_ERROR = (*Hub.NOT_ERROR, KeyboardInterrupt)  # Ctrl-C may reach any greenlet: no traceback of it
 
 
@@ -306,6 +312,10 @@ def main() -> int:
     endpoint_class = ENDPOINTS[arguments.endpoint]
     endpoint = endpoint_class.on_free_ports()
     server_cpus, _ = split_cpus()
+    between_processes = []
+    if any(option.startswith("--processes") for option in for_locust):  # Locust's own port is fixed, on all addresses
+        port = str(find_free_ports(["master"])["master"])
+        between_processes = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
     with ServerProcess(endpoint, server_cpus):
         if server_cpus is not None:
             os.sched_setaffinity(0, set(usable_cpus()) - server_cpus)  # Locust inherits it
@@ -315,7 +325,7 @@ def main() -> int:
             "--users", str(arguments.users), "--spawn-rate", str(arguments.users),
             "--run-time", f"{arguments.seconds}s",
             *(["--shape", arguments.shape] if arguments.shape else []),
-            *for_locust,
+            *between_processes, *for_locust,
         ])  # fmt: skip
 
 

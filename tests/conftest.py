@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY_DIR / "benchmarks"))
@@ -35,14 +36,27 @@ first_port = read_free_ports()[worker * share]
 os.environ["FREE_PORTS"] = f"{first_port}-{first_port + share - 1}"
 
 
-def group_of(item: pytest.Item) -> str:
-    """Return the framework whose server the test asks, else the test's file."""
-    for name in FRAMEWORKS:
-        if item.path.stem.startswith(f"test_{name}"):
-            return name
-    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-    asked = {name for name in FRAMEWORKS if f"{name}_server" in item.fixturenames or name in parameters}
-    return asked.pop() if len(asked) == 1 else item.path.stem
+def group_of(nodeid: str) -> str:
+    """Return the framework whose server a test asks, by its file's name or its own; else its file."""
+    path, _, name = nodeid.partition("::")
+    stem = Path(path).stem
+    for framework in FRAMEWORKS:
+        if stem.startswith(f"test_{framework}"):
+            return framework
+    named = [framework for framework in FRAMEWORKS if framework in name]
+    return named[0] if len(named) == 1 else stem
+
+
+class GroupScheduling(LoadScopeScheduling):
+    """Give each worker whole groups of tests; with pytest 9.2, whose node ids differ, xdist's loadgroup finds none."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling:
+    config.option.loadscopereorder = False  # they come sorted, see below
+    return GroupScheduling(config, log)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,12 +70,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: places.get(group_of(item), len(places)))
+    items.sort(key=lambda item: places.get(group_of(item.nodeid), len(places)))
 
 
 def refuse_taken_ports(*names: str) -> None:

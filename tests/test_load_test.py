@@ -112,6 +112,7 @@ def test_without_arguments_worth_a_word_it_starts_the_server_runs_bounded_and_pr
     assert "POST     delayed /toy/1" in done.stderr
 
 
+@pytest.mark.timing
 def test_times_below_a_millisecond_are_kept_where_locust_alone_says_zero_or_one(house):
     done = run(house, "load_test.py", "--endpoint", "null", "--users", "1", "--seconds", "3", "--csv", "out")
     assert done.returncode == 0, done.stderr
@@ -125,6 +126,7 @@ def test_times_below_a_millisecond_are_kept_where_locust_alone_says_zero_or_one(
     assert count_in_table(done.stderr) == int(ours["right_answers"])
 
 
+@pytest.mark.timing
 def test_percentiles_are_those_of_a_server_whose_delays_are_known(house):
     done = run(house, "load_test.py", "--endpoint", "delayed", "--users", "1", "--seconds", "4", "--csv", "out")
     assert done.returncode == 0, done.stderr
@@ -218,6 +220,12 @@ for name, shape_class in load_test.SHAPES.items():
         counts.append(step and step[0])
     print(json.dumps([name, counts]))
 """
+
+
+def test_a_worker_builds_locusts_own_parser_once(house):
+    """Locust 2.47 builds it for each option, and a worker that is busy with that for 3 s is taken for lost."""
+    code = "import load_test, locust.argument_parser as p; assert p.default_args_dict() is p.default_args_dict()"
+    run_python("-c", code, cwd=house / "benchmarks", check=True)
 
 
 def test_shapes_stay_within_the_users_and_end_by_themselves(house):
@@ -333,6 +341,7 @@ def test_the_web_page_starts_users_and_shows_times_below_a_millisecond(house, de
     assert count_answered(house) == int((house / "log").read_text().split("delayed: ")[1].split()[0].replace(",", ""))
 
 
+@pytest.mark.timing
 def test_both_clients_agree_on_a_server_that_sets_the_pace(house):
     done = run(house, "cross_check.py", "--endpoint", "delayed", "--connections", "1", "2", "--seconds", "2")
     assert done.returncode == 0, done.stdout + done.stderr

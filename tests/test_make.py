@@ -22,7 +22,8 @@ TARGETS = re.findall(r"^([a-z-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
 
 
 def make(*arguments: str | Path, cwd: Path = REPOSITORY_DIR, check: bool = True) -> subprocess.CompletedProcess:
-    return run("make", *arguments, cwd=cwd, check=check)
+    as_typed = {"MAKEFLAGS": None, "MAKELEVEL": None}  # `make test` sets them for what it runs
+    return run("make", *arguments, cwd=cwd, env=as_typed, check=check)
 
 
 def test_help_is_the_default_and_lists_every_target():

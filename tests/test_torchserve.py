@@ -150,8 +150,7 @@ def handler(monkeypatch):
     handler.initialize(SimpleNamespace(manifest=manifest, system_properties=properties, model_yaml_config={}))
     handler.passes = []
     handler.model.register_forward_hook(lambda model, inputs, output: handler.passes.append(len(inputs[0])))
-    yield handler
-    monkeypatch.delitem(sys.modules, "model", raising=False)
+    return handler
 
 
 def handle(handler, requests: list[dict], headers: dict | None = None):
