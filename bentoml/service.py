@@ -225,8 +225,9 @@ class JsonOnly:
         body, more_body = b"", True
         while more_body:
             message = await receive()
-            if message["type"] != "http.request":
-                return  # the client has gone
+            if message["type"] != "http.request":  # the client has gone; BentoML would wait for a reply for 60 s
+                await JSONResponse({"error": "the body ended early"}, status_code=400)(scope, receive, send)
+                return
             body += message.get("body", b"")
             more_body = message.get("more_body", False)
             if len(body) > MAX_BODY_BYTES:

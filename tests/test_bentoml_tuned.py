@@ -21,7 +21,7 @@ import pytest
 import yaml
 from bad_requests import GOOD_ROW, bad_requests
 from endpoint import REPOSITORY_DIR, Request
-from helpers import DEADLINE_S, assert_ends_whole, post, run, start, wait_until
+from helpers import DEADLINE_S, assert_ends_whole, load_together, post, run, start, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ServerProcess, ask, send
 
@@ -244,6 +244,27 @@ def test_a_request_that_takes_too_long_still_gets_504(monkeypatch):
     middleware = guard.TimeoutMiddleware(application, 0.05)
     asyncio.run(guard.answer_in_time(middleware, {"type": "http"}, None, send))
     assert sent[0]["status"] == 504
+
+
+def test_a_client_that_leaves_within_its_body_keeps_nothing_waiting(monkeypatch):
+    """BentoML waits for a reply until `traffic.timeout`, and a server that is told to end waits with it."""
+    import uvicorn
+    from bentoml._internal.server.http.traffic import TimeoutMiddleware
+
+    monkeypatch.setattr(uvicorn.Config, "__init__", uvicorn.Config.__init__)  # the service sets both
+    monkeypatch.setattr(uvicorn, "Server", uvicorn.Server)
+    [service] = load_together(FOLDER, "service")
+    received = iter([{"type": "http.request", "body": b"[", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict:
+        return next(received)
+
+    async def send(_message) -> None:
+        pass
+
+    middleware = TimeoutMiddleware(service.JsonOnly(app=None), timeout=2 * DEADLINE_S)
+    scope = {"type": "http", "method": "POST", "path": "/predict", "headers": []}
+    asyncio.run(asyncio.wait_for(middleware(scope, receive, send), DEADLINE_S))
 
 
 def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tuned_server):
