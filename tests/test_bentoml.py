@@ -256,11 +256,16 @@ def test_a_taken_port_is_one_line_and_the_first_server_goes_on(bentoml_server, f
     assert post(bentoml_server, "/predict", {"features": GOOD_ROW})[0] == 200
 
 
-def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder_copy, tmp_path):
+@pytest.fixture(scope="module")
+def bento(folder_copy) -> Path:
+    """Build a Bento in the store of `folder_copy`; return its folder."""
     store = folder_copy / "store"
     built = run_bentoml("build", folder=folder_copy, store=store)
     assert built.returncode == 0, built.stdout + built.stderr
-    bento = next((store / "bentos" / "my_model_service").glob("*/"))
+    return next((store / "bentos" / "my_model_service").glob("*/"))
+
+
+def test_a_bento_carries_its_own_files_and_both_models(bento):
     ours = {"service.py", "accepting.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
     assert {path.name for path in (bento / "src").iterdir()} == {*ours, "bentofile.yaml"}
     manifest = yaml.safe_load((bento / "bento.yaml").read_text())
@@ -270,13 +275,18 @@ def test_a_bento_carries_its_own_files_and_both_models_and_ends_on_ctrl_c(folder
     assert dockerfile.count("FROM python:3.11.15-slim-bookworm") == 2, "what installs is not what serves"
     assert "USER 1034" in dockerfile and "build-essential" not in dockerfile
 
+
+@pytest.mark.slow  # bentoml/README.md serves its Bento, too
+def test_a_bento_serves_both_models_and_ends_on_ctrl_c(folder_copy, bento, tmp_path):
     rows, _ = load_test_rows()
-    with server_of(tmp_path, "my_model_service:latest", BENTOML_HOME=str(store)) as server:  # no service.py there
+    store = str(folder_copy / "store")
+    with server_of(tmp_path, "my_model_service:latest", BENTOML_HOME=store) as server:  # no service.py there
         for version in TAGS:
             assert np.abs(ask(server.endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
         assert_ends_whole(server, signal.SIGINT)
 
 
+@pytest.mark.slow  # bentoml/README.md starts it so, too
 def test_serve_with_reload_takes_up_a_change_and_ends_with_its_terminal(folder_copy):
     service = folder_copy / "service.py"
     changed = folder_copy.parent / "changed.py"
