@@ -1,4 +1,4 @@
-"""One keep-alive connection with at most one request under way: what the load generator asks of a protocol.
+"""One keep-alive connection with at most one unanswered request, as the load generator uses it.
 
 Two protocols are built on it: http_connection.py (HTTP/1.1) and grpc_connection.py (gRPC over HTTP/2).
 """
@@ -18,7 +18,7 @@ RECEIVE_BYTES = 1 << 18
 
 
 def begin_connecting(port: int) -> socket.socket:
-    """Return a non-blocking socket that is connecting to the loopback port; OSError where that fails at once."""
+    """Return a non-blocking socket that is connecting to the loopback port; OSError if that fails at once."""
     connecting = socket.socket()
     connecting.setblocking(False)
     connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -35,7 +35,7 @@ class Connection:
     `clock` gives nanoseconds and `connect` begins to connect to a port: arguments, so that a test can own both.
     """
 
-    closing_reason = ""  # what is counted where not keep_alive; "" where that is no failure
+    closing_reason = ""  # what is counted if not keep_alive; "" if that is no failure
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class Connection:
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Say what the protocol says first on a new connection."""
+        """Send what the protocol begins a new connection with."""
 
     def begin_opening(self) -> None:
-        """Begin to connect again, without waiting; OSError where nobody listens. `end_opening` must follow."""
+        """Begin to connect again, without waiting; OSError if nobody listens. `end_opening` must follow."""
         self.close()
         self.socket = self.connect(self.port)
 
@@ -89,7 +89,7 @@ class Connection:
         self.greet()
 
     def open(self, poller: Callable = select.poll) -> None:
-        """Connect again and wait for it; OSError where nobody listens. `poller` is that of LoadGenerator."""
+        """Connect again and wait for it; OSError if nobody listens. `poller` is that of LoadGenerator."""
         self.begin_opening()
         polling = poller()
         polling.register(self.socket, select.POLLOUT)
@@ -97,6 +97,19 @@ class Connection:
             self.close()
             raise TimeoutError(f"no connection to port {self.port} within {CONNECT_TIMEOUT_S:.0f} s")
         self.end_opening()
+
+    def write(self, data: bytes) -> None:
+        """Send all of `data`; leave it to `receive` to find a broken connection, or one that nobody reads."""
+        try:
+            sent = self.socket.send(data)
+            if sent < len(data):
+                self.socket.settimeout(CONNECT_TIMEOUT_S)
+                try:
+                    self.socket.sendall(memoryview(data)[sent:])
+                finally:
+                    self.socket.setblocking(False)
+        except OSError:
+            return
 
     def close(self) -> None:
         """Close the socket, if there is one."""

@@ -14,8 +14,8 @@ CHOICE = 10_000  # ports
 def find_free_ports(roles: list[str]) -> dict[str, int]:
     """Return a free loopback port for each role, none twice.
 
-    They lie below the range from which the system gives ports to connections, which could else take one before the
-    server does; FREE_PORTS="20000-21999" narrows the choice. OSError where too few are free.
+    They lie below the range from which the system gives ports to connections: one of those could take a port before
+    the server does. FREE_PORTS="20000-21999" narrows the choice. OSError if too few are free.
     """
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
@@ -24,17 +24,21 @@ def find_free_ports(roles: list[str]) -> dict[str, int]:
         for port in candidates:
             if len(ports) == len(roles):
                 break
-            held = stack.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
+            held = socket.socket()
+            try:
                 held.bind(("127.0.0.1", port))
-                ports.append(port)
+            except OSError:
+                held.close()
+                continue
+            stack.enter_context(held)
+            ports.append(port)
         if len(ports) < len(roles):
             raise OSError(f"{len(roles)} free ports are needed from {read_free_ports()}, and there are {len(ports)}")
         return dict(zip(roles, ports, strict=True))
 
 
 def read_free_ports() -> range:
-    """The ports that `find_free_ports` may give: FREE_PORTS, or the 10,000 below the system's own range."""
+    """Return the ports that `find_free_ports` may give: FREE_PORTS, or the 10,000 below the system's own range."""
     if given := os.environ.get("FREE_PORTS"):
         first, _, last = given.partition("-")
         return range(int(first), int(last) + 1)

@@ -16,7 +16,7 @@ import urllib.parse
 from dataclasses import dataclass
 
 import hpack
-from connection import CONNECT_TIMEOUT_S, RECEIVE_BYTES, Connection
+from connection import RECEIVE_BYTES, Connection
 from endpoint import Request
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -105,7 +105,7 @@ class GrpcConnection(Connection):
         return GrpcRequest(block, MESSAGE_HEAD.pack(0, len(request.body)) + request.body)
 
     def greet(self) -> None:
-        """Say who we are and what we allow, and forget the last connection."""
+        """Send the preface and our settings, and forget the last connection."""
         self.keep_alive, self.closing_reason = True, ""
         self._next_stream, self._stream = 1, 0
         self._unparsed = b""  # the beginning of a frame
@@ -117,7 +117,7 @@ class GrpcConnection(Connection):
         self._received = 0  # bytes of data since the server was last allowed more
         self._connection_allowance = CONNECTION_WINDOW_BYTES
         settings = {HEADER_TABLE_SIZE: 0, ENABLE_PUSH: 0, INITIAL_WINDOW_SIZE: STREAM_WINDOW_BYTES}
-        self._write(
+        self.write(
             PREFACE
             + encode_frame(SETTINGS, 0, 0, b"".join(SETTING.pack(*item) for item in settings.items()))
             + self._allow_more(self._connection_allowance - DEFAULT_WINDOW_BYTES)
@@ -138,7 +138,7 @@ class GrpcConnection(Connection):
         frames = b"".join((self._outgoing, head, request.headers, *self._take_data()))
         self._outgoing = b""
         self.sent_ns = self.clock()
-        self._write(frames)
+        self.write(frames)
 
     def receive(self) -> str | None:
         """Take in what has arrived; return what went wrong, or None."""
@@ -156,19 +156,8 @@ class GrpcConnection(Connection):
             self._outgoing += b"".join(self._take_data())
         if self._outgoing:
             outgoing, self._outgoing = self._outgoing, b""
-            self._write(outgoing)
+            self.write(outgoing)
         return None
-
-    def _write(self, frames: bytes) -> None:
-        """Send it all; like send, leave it to receive to find a broken connection."""
-        try:
-            sent = self.socket.send(frames)
-            if sent < len(frames):
-                self.socket.settimeout(CONNECT_TIMEOUT_S)
-                self.socket.sendall(memoryview(frames)[sent:])
-                self.socket.setblocking(False)
-        except OSError:
-            return
 
     def _take_data(self) -> list[bytes | memoryview]:
         """Take from `_unsent` what the server's windows allow now, as the parts of DATA frames."""

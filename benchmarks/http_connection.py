@@ -36,14 +36,7 @@ class HttpConnection(Connection):
         self.body = b""
         self.complete = False
         self.sent_ns = self.clock()
-        try:
-            sent = self.socket.send(request)
-            if sent < len(request):
-                self.socket.setblocking(True)
-                self.socket.sendall(request[sent:])
-                self.socket.setblocking(False)
-        except OSError:
-            return
+        self.write(request)
 
     def receive(self) -> str | None:
         """Take in what has arrived; return what went wrong, or None."""

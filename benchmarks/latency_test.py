@@ -254,14 +254,16 @@ def measure(load: LoadGenerator, seconds: float, console: Console) -> Window:
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=seconds)
         while whole.elapsed_s < seconds:
-            window = load.run_closed(min(PROGRESS_SECONDS, seconds - whole.elapsed_s))
+            try:
+                window = load.run_closed(min(PROGRESS_SECONDS, seconds - whole.elapsed_s))
+            except OSError as error:  # what came before counts
+                whole.errors[f"reconnect: {type(error).__name__}"] += 1
+                break
             whole.elapsed_s += window.elapsed_s
             whole.latencies_s = np.concatenate([whole.latencies_s, window.latencies_s])
             whole.errors += window.errors
             whole.wrong += window.wrong
             progress.update(task, completed=whole.elapsed_s, refresh=True)
-            if not window.elapsed_s:  # nobody answers and nobody listens
-                break
     return whole
 
 

@@ -147,15 +147,25 @@ class LoadGenerator:
         self._poller = self.make_poller()
         self._waiting: dict[int, Connection] = {}  # by descriptor: those with a request under way
         self._opening: dict[int, tuple[Connection, int]] = {}  # by descriptor: those that connect, and since when
-        for connection in self.connections:
-            if connection.socket is None:
-                self._begin_opening(connection)
-        while self._opening:
-            events = self._poller.poll(self.reply_timeout_s * 1000)
-            if not events:
-                raise TimeoutError(f"{len(self._opening)} connections not open within {self.reply_timeout_s:.0f} s")
-            for descriptor, _ in events:
-                self._end_opening(descriptor)
+        try:
+            for connection in self.connections:
+                if connection.socket is None:
+                    self._begin_opening(connection)
+            while self._opening:
+                events = self._poller.poll(self.reply_timeout_s * 1000)
+                if not events:
+                    raise TimeoutError(f"{len(self._opening)} connections not open within {self.reply_timeout_s:.0f} s")
+                for descriptor, _ in events:
+                    self._end_opening(descriptor)
+        except OSError:
+            self._close_opening()
+            raise
+
+    def _close_opening(self) -> None:
+        """Close what is not open yet, so that nothing takes it for open."""
+        for connection, _ in self._opening.values():
+            connection.close()
+        self._opening.clear()
 
     def _begin_opening(self, connection: Connection) -> None:
         started_ns = self.clock()
@@ -178,13 +188,17 @@ class LoadGenerator:
             for connection in self.connections:
                 self._send(connection)
             while self._waiting or (self._opening and self._now_ns < stop_ns):
-                events = self._poller.poll(self.reply_timeout_s * 1000)
+                timeout_s = self.reply_timeout_s if self._waiting else (stop_ns - self._now_ns) / 1e9
+                events = self._poller.poll(timeout_s * 1000)
                 if not events:
+                    self._now_ns = self.clock()
                     self._give_up_waiting()
                 for descriptor, _ in events:
                     connection = self._take(descriptor)
                     if connection is not None and self._now_ns < stop_ns:
                         self._send(connection)
+            if self._opening:  # the time in which nobody could ask counts, too
+                self._last_ns = self._now_ns
         return window
 
     def run_open(self, due_s: np.ndarray) -> Window:
@@ -211,8 +225,9 @@ class LoadGenerator:
                     connection.sent_ns = due_ns[position]  # the latency counts from here
                     position += 1
                 for descriptor, _ in self._poller.poll(0):
+                    was_asked = descriptor in self._waiting
                     connection = self._take(descriptor)
-                    if connection is not None and connection not in idle:
+                    if connection is not None and (was_asked or connection not in idle):
                         idle.append(connection)
                 if now_ns > end_ns or not (idle or self._waiting or self._opening):
                     self._give_up_waiting()
@@ -243,8 +258,7 @@ class LoadGenerator:
             window.connect_s = self._connect_ns / 1e9
             if gc_was_enabled:
                 gc.enable()
-            for connection, _ in self._opening.values():  # nobody needs it any more, until the next run
-                connection.close()
+            self._close_opening()  # nobody needs them any more, until the next run
         wrong_places = self._check(self._unchecked)
         window.wrong = len(wrong_places)
         window.latencies_s = np.delete(np.array(self._latencies_ns, dtype=np.int64), wrong_places) / 1e9
@@ -309,10 +323,11 @@ class LoadGenerator:
 
     def _give_up_waiting(self) -> None:
         """Count the unanswered requests as failed, and close their connections: a late reply would be misread."""
-        self._last_ns = self._now_ns = self.clock()  # the time spent waiting in vain counts
         reason = f"no reply in {self.reply_timeout_s:g} s"
         for connection in self._waiting.values():
+            self._last_ns = self._now_ns = self.clock()  # the time spent waiting in vain counts
             self._window.errors[reason] += 1
+            self._poller.unregister(connection.socket)
             connection.close()
         self._waiting.clear()
 

@@ -18,7 +18,7 @@ import uvicorn
 
 REPLY = b'{"predictions":[[0.7607809901237488,0.23921898007392883]]}'
 HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(REPLY))]
-UVICORN_SETTINGS = {  # those of onnx/server.py: tests/test_null.py compares them
+UVICORN_SETTINGS = {  # those of onnx/server.py: tests/test_null_server.py compares them
     "loop": "uvloop",
     "http": "httptools",
     "ws": "none",

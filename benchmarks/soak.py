@@ -25,7 +25,7 @@ from environment import describe_environment, split_cpus
 from intervals import CONFIDENCE, Interval
 from load_generator import LoadGenerator, make_exchanges, poisson_arrivals
 from reference import load_expected, load_test_rows
-from results import RESULTS_DIR, encode_window, write_result
+from results import RESULTS_DIR, SLOW_CONNECT_S, encode_window, write_result
 from rich.console import Console
 from scipy import stats
 from server_process import ServerError, ServerProcess, interrupt_on_sigterm
@@ -194,6 +194,9 @@ def main() -> int:
     failed, wrong = sum(window.errors.total() for window in windows), sum(window.wrong for window in windows)
     console.print(f"memory: {settled[-1][1] / 1e6:,.1f} MB, {growth.describe()}", soft_wrap=True)
     console.print(f"latency, first third and last: {describe_drift(windows)}", soft_wrap=True)
+    connect_s = max(window.connect_s for window in windows)
+    if connect_s > SLOW_CONNECT_S:
+        console.print(f"connections took {connect_s:.1f} s to open: raise the server's listen backlog", soft_wrap=True)
     console.print(
         f"{name} ({kind}): {right:,} right answers in {slices[-1]['at_s']:,.0f} s, {failed:,} failed, {wrong:,} wrong",
         soft_wrap=True,

@@ -69,7 +69,12 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
     network.intercepts_ = [np.array(layer["bias"]) for layer in layers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe ends before convergence, on purpose
-        network.fit(standardised, labels)
+        # `fit` takes Ctrl-C for the end of the training: it warns, and returns a half-trained network.
+        warnings.filterwarnings("error", "Training interrupted by user")
+        try:
+            network.fit(standardised, labels)
+        except UserWarning:
+            raise KeyboardInterrupt from None
     return Pipeline([("standardise", scaler), ("network", network)])
 
 
@@ -100,7 +105,7 @@ def main() -> None:
     except FileNotFoundError as error:
         sys.exit(f"{error.filename} not found: run python make_data.py in the folder data")
 
-    tags, lines = [], []
+    tags = []
     with Console(stderr=True).status("importing scikit-learn") as status:
         from sklearn.metrics import accuracy_score, log_loss
 
@@ -111,7 +116,9 @@ def main() -> None:
             probabilities = model.predict_proba(test_rows)  # (n, 2)
             accuracy = accuracy_score(test_labels, probabilities.argmax(axis=1))
             loss = log_loss(test_labels, probabilities)
-            lines.append(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}")
+            status.stop()  # else the spinner would be drawn over the line
+            print(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}", flush=True)
+            status.start()
             tags.append(f"{recipe['model_name']}:v{version}.0.0")
             status.update(f"saving {tags[-1]}")
             save(
@@ -125,7 +132,6 @@ def main() -> None:
                     "trained_on": datetime.now(UTC).date().isoformat(),
                 },
             )
-    print(*lines, sep="\n")
     print(f"saved {' and '.join(tags)} to the model store; the last is {recipe['model_name']}:latest")
 
 

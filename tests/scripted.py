@@ -4,6 +4,7 @@
 nothing has happened, the time jumps to the moment at which something does.
 """
 
+import errno
 import heapq
 import itertools
 import json
@@ -51,6 +52,7 @@ class Server:
     delay_ns: int = 0
     every: int = 4  # which replies are bad, where some are
     listens: bool = True
+    refuses_late: bool = False  # while it does not listen: when a connection should open, not at once
     connect_ns: int = 0  # how long a connection takes to open
     asked: int = 0  # by all connections together
 
@@ -78,6 +80,7 @@ class ScriptedSocket:
         self.scene = scene
         self.number = next(self.numbers)
         self.arriving: deque[Part] = deque()
+        self.is_closed = False
         self.opens_ns = scene.now_ns + scene.server.connect_ns
 
     def fileno(self) -> int:
@@ -85,7 +88,7 @@ class ScriptedSocket:
 
     def getsockopt(self, _level: int, option: int) -> int:
         assert option == socket.SO_ERROR
-        return 0
+        return 0 if self.scene.server.listens else errno.ECONNREFUSED
 
     def send(self, request: bytes) -> int:
         self.arriving.extend(self.scene.server.answer(self.scene.now_ns, request))
@@ -96,6 +99,7 @@ class ScriptedSocket:
 
     def close(self) -> None:
         self.arriving.clear()
+        self.is_closed = True
 
     def ready_ns(self, events: int) -> int | None:
         """When there is something to do for who waits for `events`; None for never."""
@@ -117,7 +121,7 @@ class Scene:
         return self.now_ns
 
     def connect(self, _port: int) -> ScriptedSocket:
-        if not self.server.listens:
+        if not (self.server.listens or self.server.refuses_late):
             raise ConnectionRefusedError
         return ScriptedSocket(self)
 
@@ -133,6 +137,7 @@ class Scene:
 
     def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
         """Return what is ready; where nothing is, move the time first, at the most to the timeout's end."""
+        assert not any(polled.is_closed for polled in self.polled), "poll would return at once, for ever"
         times_ns = {polled: polled.ready_ns(events) for polled, events in self.polled.items()}
         if not any(time_ns is not None and time_ns <= self.now_ns for time_ns in times_ns.values()):
             while self.wakes_ns and self.wakes_ns[0] <= self.now_ns:

@@ -63,6 +63,23 @@ class Terminal:
     def press(self, keys: bytes) -> None:
         os.write(self.keyboard, keys)
 
+    def interrupt(self, start: int) -> None:
+        """Press Ctrl-C once a program is in front: bash, between two commands or before it has become one, loses it.
+
+        `start` is the screen's length when the line was typed.
+        """
+
+        def is_in_front() -> bool:
+            group = os.tcgetpgrp(self.keyboard)
+            for process in self.list_processes():
+                with contextlib.suppress(psutil.Error, ProcessLookupError):
+                    if os.getpgid(process.pid) == group and process.name() not in ("bash", "sh"):
+                        return True
+            return False
+
+        wait_until(lambda: is_in_front() or self.has_prompted_since(start), "no program is in front")
+        self.press(CTRL_C)
+
     def has_prompted_since(self, start: int) -> bool:
         return PROMPTED.search(self.screen, start) is not None
 

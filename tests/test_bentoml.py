@@ -221,7 +221,29 @@ def test_missing_data_is_one_line(tmp_path):
     assert_one_line(missing, "recipe.json not found: run python make_data.py")
 
 
-def test_ctrl_c_during_the_training_is_one_line(tmp_path):
+def test_ctrl_c_within_fit_is_no_end_of_the_training(monkeypatch):
+    from sklearn.neural_network import MLPClassifier
+
+    script = load_script(FOLDER / "train_and_save.py")
+    recipe = json.loads((script.DATA_DIR / "recipe.json").read_text())
+    layers = json.loads((script.DATA_DIR / "initial_weights.json").read_text())
+    rows, labels = script.load_rows(script.DATA_DIR / "train.csv")
+    step = MLPClassifier._backprop
+    steps = []
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(MLPClassifier, "_backprop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(rows, labels, recipe, layers, epochs=20)
+    assert len(steps) == 5
+
+
+def test_ctrl_c_before_the_training_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "recipe.json")
     command = [sys.executable, "train_and_save.py", "--data-dir", tmp_path]
     training = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.PIPE, text=True)

@@ -12,12 +12,14 @@ import sys
 import numpy as np
 import psutil
 import pytest
+from connection import begin_connecting
 from environment import split_cpus
-from helpers import TESTS_DIR
+from helpers import DEADLINE_S, TESTS_DIR
 from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
 from machine_load import MachineLoad
 from results import Cell, encode_window, list_warnings, select
 from scripted import (
+    CLOSE,
     EXPECTED,
     MS,
     ROWS,
@@ -233,9 +235,10 @@ def test_after_a_timeout_the_connections_are_opened_again():
     assert latencies_ns(window) == [1600 * MS] * 2  # the late replies of the first run were not taken for these
 
 
+@pytest.mark.parametrize("refuses_late", [False, True])
 @pytest.mark.parametrize("load", ["closed", "open"])
-def test_a_server_that_dies_ends_the_run_with_its_requests_as_failures(load):
-    server = Dying(MS, every=100)
+def test_a_server_that_dies_ends_the_run_with_its_requests_as_failures(load, refuses_late):
+    server = Dying(MS, every=100, refuses_late=refuses_late)
     if load == "closed":
         window = closed(server, 4, 60.0)
     else:
@@ -276,14 +279,43 @@ def test_while_a_connection_opens_the_others_go_on_asking():
     assert window.elapsed_s == 0.1
 
 
-def test_a_window_does_not_wait_for_a_connection_that_nobody_needs_any_more():
+def test_a_window_ends_in_time_though_a_connection_is_still_opening_and_counts_that_time():
     server = Closing(MS)
     scene = Scene(server)
     with scene.load(2) as load:
         server.connect_ns = 20_000 * MS
         window = load.run_closed(0.5)
-        assert window.elapsed_s == 0.001
-        assert scene.now_ns <= 20_001 * MS
+        assert (len(window.latencies_s), window.elapsed_s, window.rate) == (2, 0.5, 4)
+        assert scene.now_ns == 500 * MS
+        server.connect_ns = 0
+        assert len(load.run_closed(0.5).latencies_s) == 1000
+
+
+def test_a_request_that_is_given_up_while_another_connection_opens_ends_with_the_window():
+    class SilentOnce(Server):
+        """Never answers its first request, and closes the second's connection."""
+
+        def reply(self, now_ns, body):
+            return [] if self.asked == 1 else [(now_ns + MS, CLOSE)]
+
+    server = SilentOnce()
+    scene = Scene(server)
+    with scene.load(2, reply_timeout_s=1.0) as load:
+        server.connect_ns = 20_000 * MS
+        window = load.run_closed(3.0)
+    assert window.errors == {"connection closed": 1, "no reply in 1 s": 1}
+    assert window.elapsed_s == 3.0
+
+
+def test_connections_that_do_not_open_in_time_are_an_error_and_are_opened_again():
+    server = Server(MS)
+    scene = Scene(server)
+    with scene.load(2, reply_timeout_s=1.0) as load:
+        for connection in load.connections:
+            connection.close()
+        server.connect_ns = 2000 * MS
+        with pytest.raises(TimeoutError, match="2 connections not open within 1 s"):
+            load.run_closed(0.5)
         server.connect_ns = 0
         assert len(load.run_closed(0.5).latencies_s) == 1000
 
@@ -328,17 +360,26 @@ def test_on_real_sockets_an_open_loop_counts_what_is_dropped_and_connects_again(
     assert window.lateness_s.min() >= 0
 
 
-def test_a_server_that_is_slow_to_take_connections_gets_them_all():
-    """A listen backlog of 1 makes the kernel ask again after a second; one after the other that took seconds each."""
+def test_a_server_that_takes_no_connection_until_all_have_asked_gets_them_all():
+    """One that was opened after the other would wait for ever: the listen backlog has room for two."""
     with socket.create_server(("127.0.0.1", 0), backlog=1) as listener:
         endpoint = ScriptedEndpoint({"rest": listener.getsockname()[1]})
         process = subprocess.Popen(
             [sys.executable, "truth_server.py", "constant", "--descriptor", str(listener.fileno())],
-            cwd=TESTS_DIR, stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()],
+            cwd=TESTS_DIR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[listener.fileno()],
         )  # fmt: skip
+        begun = []
+
+        def connect(port: int) -> socket.socket:
+            begun.append(begin_connecting(port))
+            if len(begun) == 64:
+                process.stdin.write("accept\n")
+                process.stdin.flush()
+            return begun[-1]
+
         try:
-            process.stdout.readline()
-            with LoadGenerator(endpoint, make_exchanges(endpoint, "1", ROWS, EXPECTED), 64) as load:
+            exchanges = make_exchanges(endpoint, "1", ROWS, EXPECTED)
+            with LoadGenerator(endpoint, exchanges, 64, connect=connect, reply_timeout_s=DEADLINE_S) as load:
                 window = load.run_closed(0.1)
         finally:
             process.kill()

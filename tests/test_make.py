@@ -15,7 +15,7 @@ from endpoint import load_endpoints
 from helpers import run, wait_until
 from reference import TOLERANCE, load_expected, load_test_rows
 from server_process import ServerError, ask
-from terminal import CTRL_C, Terminal
+from terminal import Terminal
 
 MAKEFILE = (REPOSITORY_DIR / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
@@ -105,7 +105,7 @@ def test_make_serves_in_the_foreground_and_one_ctrl_c_ends_all_of_it(name, tmp_p
         answers = wait_until(answer_all, lambda: terminal.shown_since(start))
         for version, answer in answers.items():
             np.testing.assert_allclose(answer, load_expected(version), rtol=0, atol=TOLERANCE)
-        terminal.press(CTRL_C)
+        terminal.interrupt(start)
         terminal.wait_until_empty("Ctrl-C")
         assert "Traceback" not in terminal.shown_since(start)
     finally:

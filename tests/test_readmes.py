@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
 from helpers import run, wait_until
-from terminal import CTRL_C, Terminal
+from terminal import Terminal
 
 # `make benchmark` runs in full for a student; here it does all of its steps, with shorter windows.
 SHORT_BENCHMARK = "--rounds 1 --seconds 0.3 --settle-seconds 0 --connections 1 16 --rows 1 --rates 100"
@@ -200,8 +200,8 @@ class Reader:
         name, start = self.serving.popitem()
         terminal = self.terminals[name]
         assert not terminal.has_prompted_since(start), f"the server has ended before\n{terminal.shown_since(start)}"
-        start = len(terminal.screen)
-        terminal.press(CTRL_C)
+        typed, start = start, len(terminal.screen)
+        terminal.interrupt(typed)
         wait_until(
             lambda: terminal.has_prompted_since(start), lambda: f"Ctrl-C does not end it\n{terminal.shown_since(start)}"
         )

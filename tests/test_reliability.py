@@ -19,7 +19,7 @@ import pytest
 from bad_requests import GOOD_ROW
 from endpoint import Request
 from environment import split_cpus
-from helpers import DEADLINE_S, start, wait_until
+from helpers import BEFORE_IDLE_TIMEOUT_S, DEADLINE_S, start, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges
@@ -67,7 +67,7 @@ def test_no_made_up_body_gets_a_5xx_or_hangs_the_server(server):
         | st.binary(max_size=200)
     )
     def fuzz(body):
-        status, reply = send(endpoint.port, Request(endpoint.path("1"), body), DEADLINE_S)
+        status, reply = send(endpoint.port, Request(endpoint.path("1"), body), BEFORE_IDLE_TIMEOUT_S)
         assert 200 <= status < 500, (status, body, reply[:500])
 
     fuzz()
@@ -108,7 +108,7 @@ def test_no_made_up_path_or_verb_breaks_a_server(request, capsys, name, role, pr
     def fuzz(way, text, body):
         method, path = way
         asked = Request(prefix + path.format(quote(text, safe="")), b"" if method == "GET" else body, method)
-        status, reply = send(server.endpoint.ports[role], asked, DEADLINE_S)
+        status, reply = send(server.endpoint.ports[role], asked, BEFORE_IDLE_TIMEOUT_S)
         statuses[status] += 1
         # TorchServe, whose code is not ours, has its 500s: they may end nothing.
         assert 200 <= status < (600 if name == "torchserve" else 500), (asked, reply[:500])
@@ -135,7 +135,7 @@ def head(server: ServerProcess, length: int, *extra: str) -> bytes:
 
 
 def connect(server: ServerProcess) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=DEADLINE_S)
+    return socket.create_connection(("127.0.0.1", server.endpoint.port), timeout=BEFORE_IDLE_TIMEOUT_S)
 
 
 def test_clients_that_send_half_a_request_hold_up_nobody(server):

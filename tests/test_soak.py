@@ -56,9 +56,12 @@ def test_a_real_leak_is_found_and_its_slope_is_right(leaking_toy):
     )
 
 
-def soak_given(monkeypatch, tmp_path, memory_bytes: np.ndarray, errors: int = 0) -> tuple[Done, dict]:
+def soak_given(
+    monkeypatch, tmp_path, memory_bytes: np.ndarray, errors: int = 0, connect_s: float = 0.0
+) -> tuple[Done, dict]:
     """Return what soak.py prints and writes, had it read `memory_bytes` (n,) a second apart."""
-    windows = [Window(1, latencies_s=np.full(5, 0.001), errors=Counter({"status 503": errors})) for _ in memory_bytes]
+    seen = {"latencies_s": np.full(5, 0.001), "connect_s": connect_s}
+    windows = [Window(1, errors=Counter({"status 503": errors}), **seen) for _ in memory_bytes]
     slices = [
         encode_window(window, at_s=float(number), server_rss_bytes=int(bytes_now))
         for number, (window, bytes_now) in enumerate(zip(windows, memory_bytes, strict=True), start=1)
@@ -89,6 +92,12 @@ def test_a_server_that_keeps_nothing_is_not_called_leaking_and_its_failures_fail
     assert sum(s["errors"].get("status 503", 0) for s in result["slices"]) == 200
     assert "200 failed, 0 wrong" in done.stdout
     assert done.returncode == 1
+    assert "listen backlog" not in done.stdout
+
+
+def test_a_server_that_takes_connections_slowly_is_told(monkeypatch, tmp_path):
+    done, _ = soak_given(monkeypatch, tmp_path, np.full(100, 200e6), connect_s=3.1)
+    assert "connections took 3.1 s to open: raise the server's listen backlog" in done.stdout
 
 
 AT_S = np.linspace(0, 1440, 288)

@@ -126,7 +126,7 @@ def test_training_without_the_data_folder_names_it(folder):
     assert_one_line(call_main(load_script(folder / "train_model.py")), "recipe.json not found", "--data-dir")
 
 
-def test_ctrl_c_during_the_training_is_one_line(tmp_path):
+def test_ctrl_c_before_the_training_is_one_line(tmp_path):
     os.mkfifo(tmp_path / "recipe.json")
     command = [sys.executable, "train_model.py", "--data-dir", tmp_path]
     training = subprocess.Popen(command, cwd=FOLDER, stderr=subprocess.PIPE, text=True)

@@ -4,15 +4,18 @@
 
 Prints its port, a free one, and serves until it is ended. Standard library only, one process, one thread. To a row
 that starts with x it answers [[x / 100, 1 - x / 100]], `delay` after its request however many are unanswered;
-`dropping` closes the connection instead of every fourth reply. `--descriptor` is a socket that listens already.
+`dropping` closes the connection instead of every fourth reply. `--descriptor` is a socket that listens already;
+from it nothing is accepted until a line comes on standard input.
 """
 
 import argparse
 import asyncio
 import json
 import socket
+import sys
 
 EVERY = 4
+LISTEN_BACKLOG = 128
 
 
 class Truth(asyncio.Protocol):
@@ -50,7 +53,8 @@ async def main() -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     if Truth.settings.descriptor is not None:
         listener = socket.socket(fileno=Truth.settings.descriptor)
-    server = await asyncio.get_running_loop().create_server(Truth, sock=listener)
+        sys.stdin.readline()
+    server = await asyncio.get_running_loop().create_server(Truth, sock=listener, backlog=LISTEN_BACKLOG)
     print(listener.getsockname()[1], flush=True)
     await server.serve_forever()
 

@@ -97,7 +97,6 @@ def main() -> None:
         sys.exit(f"train_model: {error.filename} not found; copy the data folder beside this one or give --data-dir")
 
     models_dir = arguments.output_dir / "models"
-    lines = []
     with Console(stderr=True).status("importing PyTorch") as status:
         import torch
 
@@ -112,9 +111,10 @@ def main() -> None:
             path = models_dir / f"{version}.0" / "model.pth"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(classifier.state_dict(), path)
-            lines.append(f"version {version}.0: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}")
+            status.stop()  # else the spinner would be drawn over the line
+            print(f"version {version}.0: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}", flush=True)
+            status.start()
         shutil.copyfile(models_dir / "1.0" / "model.pth", arguments.output_dir / "model.pth")
-    print(*lines, sep="\n")
     print(f"wrote models/1.0/model.pth, models/2.0/model.pth and model.pth (version 1.0) to {arguments.output_dir}")
 
 

@@ -1,12 +1,12 @@
 """latency_test.py against latencies whose truth is known."""
 
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 
 import latency_test
 import numpy as np
@@ -25,7 +25,19 @@ from latency_test import (
 )
 from rich.console import Console
 from scipy.signal import lfilter
-from scripted import MS, Closing, Dropping, Erring, Garbage, Scene, ScriptedEndpoint, Segmented, Server, exchanges
+from scripted import (
+    MS,
+    Closing,
+    Dropping,
+    Dying,
+    Erring,
+    Garbage,
+    Scene,
+    ScriptedEndpoint,
+    Segmented,
+    Server,
+    exchanges,
+)
 
 
 def parts_of(server: Server, count: int = 40) -> latency_test.Parts:
@@ -133,24 +145,41 @@ def test_a_reply_that_comes_slowly_shows_as_receiving():
 
 def test_a_listener_that_is_slow_to_take_connections_is_not_the_servers_answer():
     """The kernel connects before the program accepts: connect is the network's, the wait for it is in the request."""
+    is_asked = threading.Event()
+    now_ns = 0  # moves only when the server accepts
+
+    class Poller:
+        """Polls as select.poll does; says when a reply is waited for."""
+
+        def register(self, polled: socket.socket, events: int) -> None:
+            self.events = events
+            self.polling = select.poll()
+            self.polling.register(polled, events)
+
+        def poll(self, timeout_ms: float) -> list:
+            if self.events == select.POLLIN:
+                is_asked.set()
+            return self.polling.poll(timeout_ms)
+
+    def accept_late(listener: socket.socket) -> None:
+        nonlocal now_ns
+        is_asked.wait(DEADLINE_S)  # so the client is connected
+        for _ in range(2):
+            now_ns += 1_000 * MS
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(10_000)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listens_s = 0.3
-
-        def accept_late() -> None:
-            time.sleep(listens_s)
-            for _ in range(2):
-                connection, _ = listener.accept()
-                with connection:
-                    connection.recv(10_000)
-                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-
-        thread = threading.Thread(target=accept_late)
+        thread = threading.Thread(target=accept_late, args=(listener,), daemon=True)
         thread.start()
-        parts = measure_parts(NullEndpoint({"rest": listener.getsockname()[1]}), exchanges(), count=1)
-        thread.join()
+        endpoint = NullEndpoint({"rest": listener.getsockname()[1]})
+        parts = measure_parts(endpoint, exchanges(), count=1, poller=Poller, clock=lambda: now_ns)
+        thread.join(DEADLINE_S)
     assert parts.failed == 0
-    assert parts.connect_s[0] < parts.fresh_s[0]
-    assert parts.connect_s[0] + parts.fresh_s[0] > 0.9 * listens_s
+    assert parts.connect_s == [0]
+    assert parts.fresh_s[0] >= 1
 
 
 @pytest.mark.parametrize(
@@ -169,6 +198,14 @@ def test_the_stretches_between_which_the_progress_bar_moves_add_up():
     assert window.elapsed_s == pytest.approx(5.0, abs=0.002)
     assert window.errors == {"status 503": (len(window.latencies_s) + window.errors.total()) // 4}
     assert set(window.latencies_s) == {0.001}
+
+
+def test_a_server_that_dies_leaves_what_came_before():
+    with Scene(Dying(MS, every=3000)).load(1) as load:
+        window = latency_test.measure(load, 60.0, Console(quiet=True))
+    assert len(window.latencies_s) == 2999
+    assert window.errors["connection closed"] == 1
+    assert window.errors["reconnect: ConnectionRefusedError"] >= 1
 
 
 @pytest.mark.parametrize("name", ["null", "null-grpc"])
