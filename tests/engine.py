@@ -20,8 +20,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
-from helpers import DEADLINE_S, REPOSITORY_DIR, wait_until
 from packaging.requirements import Requirement
+
+from helpers import DEADLINE_S, REPOSITORY_DIR, wait_until
 
 PYTHON_IMAGE = "python:3.11.15-slim-bookworm"
 BASE_LABEL = "a Debian bookworm with its own Python, made by debootstrap in place of Python's image"
@@ -175,10 +176,10 @@ def make_tfserving_stand_in(engine: Engine) -> None:
         program.write_text(
             "#!/bin/sh\n"
             "export PYTHONPATH=/packages:/srv PYTHONDONTWRITEBYTECODE=1\n"
-            'exec python -c \'import local_server; local_server.HOST = "0.0.0.0"; local_server.main()\' "$@"\n'
+            'exec python -c \'import server; server.HOST = "0.0.0.0"; server.main()\' "$@"\n'
         )
         program.chmod(0o755)
-        shutil.copytree(REPOSITORY_DIR / "tfserving", Path(folder, "srv"), ignore=lambda *_: ["models"])
+        shutil.copytree(REPOSITORY_DIR / "tfserving" / "local", Path(folder, "srv"))
         Path(folder).chmod(0o755)
         copy_into(engine, container, ["tar", "-C", folder, "-c", "."])
     site_packages = Path(importlib.util.find_spec("numpy").origin).parent.parent

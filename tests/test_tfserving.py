@@ -16,12 +16,13 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import REPOSITORY_DIR, Request, load_endpoints
-from free_ports import find_free_ports
+from client.ask import ask, send
+from endpoints.base import REPOSITORY_DIR, Request, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, call_main, get, load_script, post, run_python, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask, send
+from machine.free_ports import find_free_ports
 
 FOLDER = REPOSITORY_DIR / "tfserving"
 PREDICT = "/v1/models/my_model:predict"
@@ -430,13 +431,14 @@ time.sleep(600)
 
 @pytest.fixture
 def copied_folder(tmp_path) -> Path:
-    """The launcher with an empty model, a local_server.py and a PATH of stand-ins: nothing of TensorFlow runs."""
+    """The launcher with an empty model, a local/server.py and a PATH of stand-ins: nothing of TensorFlow runs."""
     folder = tmp_path / "tfserving"
     (folder / "models" / "my_model" / "1").mkdir(parents=True)
     (folder / "models" / "my_model" / "1" / "saved_model.pb").touch()
     for name in ("serve.py", "models.config", "monitoring.config"):
         shutil.copy(FOLDER / name, folder)
-    write_stand_in(folder / "local_server.py", tmp_path)
+    (folder / "local").mkdir()
+    write_stand_in(folder / "local" / "server.py", tmp_path)
     (tmp_path / "bin").mkdir()
     return folder
 
@@ -474,10 +476,11 @@ class Launcher:
         return [line.split("|") for line in self.record.read_text().splitlines()]
 
     def stop(self, number: int, expected_errors: str = "") -> None:
-        """Send the signal; assert exit code 0, the server gone and `expected_errors` on stderr."""
+        """Send the signal; assert exit code 0, the server gone, a last line and `expected_errors` on stderr."""
         self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=DEADLINE_S)
+        output, errors = self.process.communicate(timeout=DEADLINE_S)
         assert (self.process.returncode, errors) == (0, expected_errors)
+        assert output.splitlines()[-1] == "stopped"
         assert not self.server.is_running()
 
 
@@ -546,15 +549,15 @@ def test_the_docker_image_comes_second_and_is_stopped_by_name(launch, copied_fol
 def test_the_local_server_comes_last(launch, tmp_path, fails, said):
     write_stand_in(tmp_path / "bin" / "docker", tmp_path)
     launcher = launch(docker_fails=fails)
-    assert launcher.lines[0] == "serving with local: local_server.py"
-    assert launcher.calls()[-1][0] == "local_server.py"
+    assert launcher.lines[0] == "serving with local: local/server.py"
+    assert launcher.calls()[-1][0] == "server.py"
     launcher.stop(signal.SIGTERM, said)
 
 
 def test_a_server_can_be_chosen(launch, tmp_path):
     write_stand_in(tmp_path / "bin" / "tensorflow_model_server", tmp_path)
     launcher = launch("--server", "local")
-    assert launcher.lines[0] == "serving with local: local_server.py"
+    assert launcher.lines[0] == "serving with local: local/server.py"
     launcher.stop(signal.SIGINT)
 
 
@@ -596,7 +599,7 @@ def test_a_server_that_ends_by_itself_is_an_error(launch):
     launcher.server.terminate()
     _, errors = launcher.process.communicate(timeout=DEADLINE_S)
     assert launcher.process.returncode == 1
-    assert "local_server.py ended with exit code 7" in errors
+    assert "local/server.py ended with exit code 7" in errors
 
 
 # Training and export.

@@ -7,7 +7,8 @@ from collections.abc import Coroutine
 
 import numpy as np
 import pytest
-from endpoint import REPOSITORY_DIR
+
+from endpoints.base import REPOSITORY_DIR
 from helpers import DEADLINE_S, load_script
 
 TIMEOUT_S = 0.25  # of a batch; a power of two, so that sums of it are exact
@@ -43,7 +44,7 @@ def run_on_own_clock(coroutine: Coroutine):
 
 @pytest.fixture(scope="module")
 def batching():
-    return load_script(REPOSITORY_DIR / "tfserving" / "batching.py")
+    return load_script(REPOSITORY_DIR / "tfserving" / "local" / "batching.py")
 
 
 @pytest.fixture

@@ -20,22 +20,24 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import grpc
-import grpc_connection
-import helpers
 import numpy as np
 import psutil
 import pytest
-from bad_requests import GOOD_ROW
-from endpoint import REPOSITORY_DIR, Request
-from free_ports import find_free_ports
 from google.protobuf import text_format
-from helpers import DEADLINE_S, call_main, get, load_script, run_python, wait_until
-from predict_messages import METHOD, import_messages
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import send
+
+import helpers
+from bad_requests import GOOD_ROW
+from client import grpc_connection
+from client.ask import send
+from endpoints.base import REPOSITORY_DIR, Request
+from endpoints.predict_messages import METHOD, import_messages
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from helpers import DEADLINE_S, call_main, get, load_script, wait_until
+from kept_models import find_or_make_models
+from machine.free_ports import find_free_ports
 
 FOLDER = REPOSITORY_DIR / "tfserving"
-LOCAL_SERVER = FOLDER / "local_server.py"
+LOCAL_SERVER = FOLDER / "local" / "server.py"
 MODELS = FOLDER / "models" / "my_model"
 TESTS = REPOSITORY_DIR / "tests"
 KERAS_2 = TESTS / "keras2"
@@ -79,8 +81,8 @@ def running(log: Path, *command: str | Path, env: dict[str, str] | None = None) 
 
 
 def in_background(*arguments: str | Path) -> subprocess.Popen:
-    """Start `python local_server.py`, whose output `finish` returns."""
-    command = [sys.executable, "local_server.py", *map(str, arguments)]
+    """Start `python local/server.py`, whose output `finish` returns."""
+    command = [sys.executable, "local/server.py", *map(str, arguments)]
     return subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -91,10 +93,13 @@ def finish(process: subprocess.Popen) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def toy_models(tmp_path_factory) -> Path:
-    """Return the folder that toy_saved_models.py has filled."""
+def toy_models(pytestconfig, tmp_path_factory) -> Path:
+    """Return a copy of the folder that toy_saved_models.py fills, and in it the folder `gate` of its gated graph."""
     folder = tmp_path_factory.mktemp("toy_models")
-    run_python(TESTS / "toy_saved_models.py", folder, check=True)
+    kept = find_or_make_models(pytestconfig.cache.mkdir("toy_models"))
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    (folder / "gate").mkdir()
+    (folder / "gated" / "1" / "assets" / "gated.txt").write_text(f"{folder / 'gate'}\n")
     return folder
 
 
@@ -221,11 +226,11 @@ def apis() -> SimpleNamespace:
 
 @pytest.fixture
 def local_server(monkeypatch) -> Iterator[ModuleType]:
-    """Import local_server.py here, where the files of its folder can be imported and TensorFlow cannot."""
-    names = {path.stem for path in FOLDER.glob("*.py")}
+    """Import local/server.py here, where the files of its folder can be imported and TensorFlow cannot."""
+    names = {path.stem for path in LOCAL_SERVER.parent.glob("*.py")}
     others = {name: sys.modules.pop(name) for name in names & sys.modules.keys()}
     monkeypatch.setitem(sys.modules, "tensorflow", None)
-    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.syspath_prepend(LOCAL_SERVER.parent)
     monkeypatch.chdir(FOLDER)
     yield load_script(LOCAL_SERVER)
     for name in names & sys.modules.keys():
@@ -353,7 +358,9 @@ def test_a_damaged_version_is_kept_out_and_the_others_are_served(server):
         "1": "AVAILABLE",
     }
     assert states["4"]["status"]["error_code"] == "NOT_FOUND"
-    assert all(states[version]["status"]["error_message"] for version in "2345")
+    messages = [states[version]["status"]["error_message"] for version in "2345"]
+    assert all(messages)
+    assert not [text for text in messages if "/models/" in text or "/tmp" in text], "a client learns no path"
     lines = [line for line in log.read_text().splitlines() if "not loaded" in line]
     assert [line.split()[4] for line in lines] == ["5", "4", "3", "2"], "tried again despite --max_num_load_retries=0"
     assert post(ports["rest"], "my_model:predict", {"instances": [GOOD_ROW]})[0] == 200
@@ -909,7 +916,6 @@ def test_a_stop_while_it_starts_is_no_error():
 
 def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server, gate):
     process, ports, log = server
-    assert all(line.startswith("local server: ") for line in log.read_text().splitlines()), log.read_text()
 
     def is_refused() -> bool:
         try:
@@ -929,4 +935,4 @@ def test_the_server_prints_nothing_of_tensorflow_and_ends_on_sigterm(server, gat
         gate.open()
         assert unfinished.result()[0] == 200, "a request under way was dropped"
     assert process.wait(timeout=DEADLINE_S) == 0
-    assert log.read_text().splitlines()[-1] == "local server: stopped"
+    assert all(line.startswith("local server: ") for line in log.read_text().splitlines()), log.read_text()

@@ -2,14 +2,15 @@
 
     python toy_saved_models.py <folder>
 
-All that these tests need of TensorFlow itself, in one process: importing it takes seconds.
+All that these tests need of TensorFlow itself, in one process: importing it takes seconds. kept_models.py keeps the
+folder, so nothing in it may depend on where it lies.
 """
 
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tfserving"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tfserving" / "local"))
 
 from model_config import single_model_config  # noqa: E402
 from quiet_tensorflow import tf  # noqa: E402
@@ -39,22 +40,28 @@ class Toys(tf.Module):
 
 
 class Gated(tf.Module):
-    """Doubles x, and numbers its runs. A run writes the file run-<number>, then waits until there is a file `open`."""
+    """Doubles x, and numbers its runs. A run writes the file run-<number>, then waits until there is a file `open`.
 
-    def __init__(self, folder: Path):
-        folder.mkdir()
-        self.folder = str(folder)
+    Both lie in the folder that the model's asset names, which whoever serves the model writes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = tf.saved_model.Asset(str(path))
+        index = tf.lookup.TextFileIndex
+        lines = tf.lookup.TextFileInitializer(self.path, tf.int64, index.LINE_NUMBER, tf.string, index.WHOLE_LINE)
+        self.table = tf.lookup.StaticHashTable(lines, "")
         self.runs = tf.Variable(0, dtype=tf.int64)
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
     def double(self, x):
         tf.debugging.assert_less(x, 1e6)
         run = self.runs.assign_add(1)
-        tf.io.write_file(tf.strings.join([self.folder, "/run-", tf.strings.as_string(run)]), "")
+        folder = self.table.lookup(tf.constant(0, tf.int64))
+        tf.io.write_file(tf.strings.join([folder, "/run-", tf.strings.as_string(run)]), "")
 
         def is_closed(looks):
             # The name hangs on the loop's counter by nothing, else the optimizer would look only once.
-            name = tf.strings.join([self.folder, "/open", tf.strings.substr(tf.strings.as_string(looks), 0, 0)])
+            name = tf.strings.join([folder, "/open", tf.strings.substr(tf.strings.as_string(looks), 0, 0)])
             return tf.equal(tf.size(tf.io.matching_files(name)), 0)
 
         [looks] = tf.while_loop(is_closed, lambda looks: looks + 1, [tf.constant(0)])
@@ -80,11 +87,12 @@ def save(module: tf.Module, target: Path, **signatures) -> None:
     tf.saved_model.save(module, str(target), signatures)
 
 
-def save_words(target: Path) -> None:
+def save_with_asset(module_class: type[tf.Module], verb: str, text: str, target: Path) -> None:
+    """Write a model that reads a file with this text, <name of the model>.txt, when it is loaded."""
     path = target.with_suffix(".txt")
-    path.write_text("benign\nmalignant\n")
-    words = Words(path)
-    save(words, target / "1", serving_default=words.number)
+    path.write_text(text)
+    module = module_class(path)
+    save(module, target / "1", serving_default=getattr(module, verb))
     path.unlink()  # the SavedModel has its own copy
 
 
@@ -147,9 +155,8 @@ def main() -> None:
     toys = Toys()
     signatures = {"serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole}
     save(toys, target / "toys" / "007", **signatures)
-    gated = Gated(target / "gate")
-    save(gated, target / "gated" / "1", serving_default=gated.double)
-    save_words(target / "words")
+    save_with_asset(Gated, "double", "/nowhere\n", target / "gated")
+    save_with_asset(Words, "number", "benign\nmalignant\n", target / "words")
     save_half_plus_two(target / "half_plus_two")
     save_verbs(target / "verbs")
     save_keras(target / "keras3")

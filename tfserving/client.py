@@ -2,10 +2,12 @@
 
     python client.py
 
-Sends the first rows of ../data/test.csv both ways, prints the probabilities, writes nothing. From Python:
+Sends the first rows of ../data/test.csv both ways, prints the probabilities,
+writes nothing. From Python:
 
     from client import predict
-    predict(np.array([[13.82, 24.49, 0.1162, 0.1357, 0.2275]]))   # array([[0.99914283, 0.00085716]])
+    predict(np.array([[13.82, 24.49, 0.1162, 0.1357, 0.2275]]))
+    # array([[0.99914283, 0.00085716]])
 """
 
 import argparse

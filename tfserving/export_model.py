@@ -2,8 +2,9 @@
 
     python export_model.py
 
-Reads ../data. Writes models/my_model/1 and models/my_model/2, each with its graph, its weights and
-five warm-up requests. Running it again writes the same bytes, but for fingerprint.pb, which holds a random id.
+Reads ../data. Writes models/my_model/1 and models/my_model/2, each with its
+graph, its weights and five warm-up requests. Running it again writes the same
+bytes, but for fingerprint.pb, which holds a random id.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 TensorFlow's C++ code writes to file descriptor 2 while it is being imported (no CUDA driver, oneDNN is on),
 whatever the log level. Everything here runs on the CPU, so none of it is news. Set CUDA_VISIBLE_DEVICES
-yourself to give it a GPU.
+yourself to give it a GPU. The same file is in tfserving/ and tfserving/local/.
 """
 
 import contextlib

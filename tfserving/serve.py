@@ -1,14 +1,16 @@
-"""Serve models/my_model with TensorFlow Serving, or with what is nearest to it on this machine.
+"""Serve models/my_model with TensorFlow Serving, or with what is nearest to it.
 
     python serve.py
     python serve.py --batching-config batching.config
 
 The first of these that the machine has, named in the first line of output:
   native  tensorflow_model_server on PATH
-  docker  the official image, where a Docker engine answers and has or can get the image
-  local   local_server.py, this folder's stand-in
-The same models, models.config (or --model-config), ports and requests in all three. REST on 8501, gRPC on 8500;
-Ctrl-C ends it. A models.config that is edited is taken up within seconds.
+  docker  the official image, where a Docker engine answers and has or can get
+          the image
+  local   local/server.py, the local server
+The same models, models.config (or --model-config), ports and requests in all
+three. REST on 8501, gRPC on 8500; Ctrl-C ends it. A models.config that is
+edited is taken up within seconds.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +34,18 @@ HERE = Path(__file__).resolve().parent
 CONFIG_PATH = HERE / "models.config"
 MONITORING_PATH = HERE / "monitoring.config"
 MODELS_DIR = HERE / "models"
+LOCAL_SERVER = "local/server.py"
 IMAGE = "tensorflow/serving:2.21.0"  # as in docker-compose.yml
 NATIVE_PROGRAM = "tensorflow_model_server"
 ENGINE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 10.0
+POLL_INTERVAL_S = 0.1
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Without this flag TensorFlow Serving refuses a config with labels: it reads them before any version is loaded.
 LABELS_FLAG = "--allow_version_labels_for_unavailable_models=true"
 
-stopping = threading.Event()
+stop_signals: list[int] = []  # that came; a list and no Event, whose lock the main thread may hold when one comes
 
 
 class ServeError(Exception):
@@ -63,9 +67,8 @@ def native_server(program: str, ports: dict[str, int], config_dir: Path, batchin
 
 
 def local_server(ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
-    script = HERE / "local_server.py"
-    command = [sys.executable, str(script), *port_flags(ports), *config_flags(config_dir, batching)]
-    return Server("local", script.name, command)
+    command = [sys.executable, str(HERE / LOCAL_SERVER), *port_flags(ports), *config_flags(config_dir, batching)]
+    return Server("local", LOCAL_SERVER, command)
 
 
 def port_flags(ports: dict[str, int]) -> list[str]:
@@ -212,8 +215,9 @@ def run_until_stopped(
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_launcher
     )
-    while child.poll() is None and not stopping.wait(0.1):
+    while child.poll() is None and not stop_signals:
         meanwhile()
+        time.sleep(POLL_INTERVAL_S)
     if child.poll() is None:
         if stop_command:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -246,7 +250,7 @@ def main() -> None:
     arguments = parser.parse_args()
     ports = {"rest": arguments.rest_port, "grpc": arguments.grpc_port}
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, lambda number, _: stop_signals.append(number))
 
     announced = False
 
@@ -273,8 +277,10 @@ def main() -> None:
             exit_code = run_until_stopped(server.command, server.stop_command, meanwhile=meanwhile)
     except (ServeError, OSError) as error:
         sys.exit(f"serve.py: {error}")
-    if not stopping.is_set():
+    if not stop_signals:
         sys.exit(f"serve.py: {server.what} ended with exit code {exit_code}; its last lines are above")
+    with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print to
+        print("stopped", flush=True)
 
 
 if __name__ == "__main__":

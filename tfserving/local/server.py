@@ -1,11 +1,12 @@
 #!/usr/bin/env python
-"""Serve SavedModels as tensorflow_model_server does, where that program is not to be had.
+"""Serve SavedModels as tensorflow_model_server does, where that is not to be had.
 
-    python local_server.py --rest_api_port=8501 --model_name=my_model --model_base_path=$PWD/models/my_model
+    python local/server.py --rest_api_port=8501 --model_name=my_model \\
+        --model_base_path=$PWD/models/my_model
 
-It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It writes nothing, listens on
-127.0.0.1 only, and ends on Ctrl-C. New version folders are served within a second.
-Not built: TFLite, the profiler, TLS.
+It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It
+writes nothing, listens on 127.0.0.1 only, and ends on Ctrl-C. New version
+folders are served within a second. Not built: TFLite, the profiler, TLS.
 """
 
 import argparse
@@ -65,13 +66,15 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     def add(name: str, default, text: str, kind: type = int, shown: str = "") -> None:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=f"{text} (default: {shown or default})")
+        said = f"{text} (default: {shown or default})"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="VALUE", help=said)
 
     def add_switch(name: str, default: bool, text: str) -> None:
         said = str(default).lower()
         parser.add_argument(
-            f"--{name}", type=parse_bool, nargs="?", const=True, default=default, help=f"{text} (default: {said})"
-        )
+            f"--{name}", type=parse_bool, nargs="?", const=True, default=default, metavar="BOOL",
+            help=f"{text} (default: {said})",
+        )  # fmt: skip
 
     add("port", 8500, "gRPC port, 0 for none")
     add("grpc_socket_path", "", "a unix socket for gRPC beside the port", str, "none")
@@ -338,7 +341,6 @@ async def serve(
             rest_server.should_exit = True
         if grpc_server:
             await grpc_server.stop(GRACE_S)
-    print("local server: stopped", flush=True)
 
 
 def main() -> None:

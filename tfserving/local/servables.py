@@ -415,7 +415,9 @@ class Library:
                 retry_at_s = time.monotonic() + self.settings.retry_interval_s
                 model.failures[version] = Failure(state, retries, retry_at_s)
                 if retries == self.settings.max_retries:
-                    model.set_status(version, VersionStatus("END", reason.code, reason.message))
+                    # Whoever asks for the status learns no path of this machine; the log has it.
+                    told = reason.message.replace(str(folder), f"{config.name}/{version}")
+                    model.set_status(version, VersionStatus("END", reason.code, told))
                 changes.append(f"{config.name} version {version} not loaded: {' '.join(reason.message.split())}")
         for version in model.failures.keys() - wanted.keys():  # its folder has gone: nothing to try again
             del model.failures[version]

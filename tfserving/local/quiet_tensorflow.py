@@ -1,0 +1,37 @@
+"""Import TensorFlow without its start-up noise: `from quiet_tensorflow import tf`.
+
+TensorFlow's C++ code writes to file descriptor 2 while it is being imported (no CUDA driver, oneDNN is on),
+whatever the log level. Everything here runs on the CPU, so none of it is news. Set CUDA_VISIBLE_DEVICES
+yourself to give it a GPU. The same file is in tfserving/ and tfserving/local/.
+"""
+
+import contextlib
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Send file descriptor 2 to nowhere inside the block; Python's own exceptions still reach the caller."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+try:
+    with silent_stderr():
+        import tensorflow as tf
+except ModuleNotFoundError as error:
+    sys.exit(f"{error.name} is not installed: {sys.executable}; run make setup and activate .venv")
+
+tf.get_logger().setLevel("ERROR")  # Python's side: deprecation notes
