@@ -2,8 +2,8 @@
 
     python3 doctor.py
 
-Needs nothing but Python, so it can be run before `make setup`. Exits non-zero only where the
-project cannot work here at all. Writes nothing.
+Needs nothing but Python, so it can be run before `make setup`. Exits non-zero
+only where the project cannot work here at all. Writes nothing.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from pathlib import Path
 VENV_DIR = Path(__file__).resolve().parent / ".venv"
 SUPPORTED = ((3, 11), (3, 13))
 NEEDED_BYTES = 8_000_000_000  # PyTorch with CUDA, the build PyPI offers for Linux, is the largest part
-PORTS = {
-    "torchserve": (8080, 8081, 8082, 7070, 7071),
+PORTS = {  # of the server, then of other steps in the folder's README
+    "torchserve": (8080, 8081, 8082, 7070, 7071, 9080),
     "tfserving": (8501, 8500),
-    "bentoml": (3000,),
+    "bentoml": (3000, 3001, 3002),
     "onnx": (8000,),
-    "gateway": (8443, 8404),
+    "gateway": (8443, 8404, 8100),
 }
-LEAST_CURL = (7, 83)  # its %header{…} shows which version answered
+LEAST_CURL = (7, 52)  # the first with --retry-connrefused, which waits until a server listens
 # What only some steps and tests want: the tests that do are skipped without it, and say so.
 OPTIONAL = {
     "curl": "the READMEs ask the servers with it, the gateway's tests speak HTTP/2 with it",
@@ -84,7 +84,7 @@ def check_curl() -> tuple[str, str]:
     version = answer.split()[1]
     if tuple(map(int, version.split(".")[:2])) < LEAST_CURL:
         least = ".".join(map(str, LEAST_CURL))
-        return "warn", f"{version}: older than {least}, which prints the headers that gateway/README.md shows"
+        return "warn", f"{version}: older than {least}, which waits for a server as the READMEs do"
     return "ok", f"{version}: {OPTIONAL['curl']}"
 
 
@@ -137,7 +137,8 @@ def is_taken(port: int) -> bool:
 def check_ports(folder: str) -> tuple[str, str]:
     taken = [str(port) for port in PORTS[folder] if is_taken(port)]
     if taken:
-        return "warn", f"{', '.join(taken)} in use: make {folder} cannot start; tests and benchmarks choose free ones"
+        where = f"make {folder} or a step of its README cannot start"
+        return "warn", f"{', '.join(taken)} in use: {where}; tests and benchmarks choose free ones"
     return "ok", f"{', '.join(map(str, PORTS[folder]))} free"
 
 

@@ -1,10 +1,11 @@
-"""Train the classifier in scikit-learn, twice, and save both versions to the BentoML model store.
+"""Train the classifier in scikit-learn, twice, and save both versions for BentoML.
 
     python train_and_save.py
 
-Reads train.csv, test.csv, recipe.json and initial_weights.json from ../data. Writes the tags
-my_model:v1.0.0 and my_model:v2.0.0 (which becomes my_model:latest) to the model store: the folder
-that the environment variable BENTOML_HOME names, or ~/bentoml. A tag that is there is replaced.
+Reads train.csv, test.csv, recipe.json and initial_weights.json from ../data.
+Writes the tags my_model:v1.0.0 and my_model:v2.0.0 (which becomes
+my_model:latest) to BentoML's model store: the folder that the environment
+variable BENTOML_HOME names, or ~/bentoml. A tag that is there is replaced.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Write the one classifier as files: the data split, the recipe, the initial weights and the expected answers.
+"""Write the one classifier as files: data split, recipe, first weights, answers.
 
     python make_data.py
 
-Writes train.csv, test.csv, recipe.json, initial_weights.json and expected.csv beside this script.
-It is deterministic: running it again changes no byte. The four framework folders read these files
-and share nothing else. The training below, in plain NumPy float64, is the oracle that every
-framework's own training is compared with.
+Writes train.csv, test.csv, recipe.json, initial_weights.json and expected.csv
+beside this script. It is deterministic: running it again changes no byte. The
+four framework folders read these files and share nothing else. The training
+below, in plain NumPy float64, is the oracle that every framework's own training
+is compared with.
 """
 
 import argparse

@@ -1,13 +1,17 @@
-"""One address in front of all servers: split requests between two versions, watch replicas, move the split live.
+"""Split requests between two versions behind one address, and move the split live.
 
-    python gateway.py keys add alice          make an API key
-    python gateway.py serve                   HAProxy and two replicas of each version of the ONNX server
-    python gateway.py set my_model v2=30      give version 2 to 30 % of the users, at once, without a reload
-    python gateway.py promote my_model        give it to all of them
-    python gateway.py rollback my_model       take it from all of them
-    python gateway.py status                  the split, the replicas' health, what each version answered
+    python gateway.py keys add alice      make an API key
+    python gateway.py serve               HAProxy and two replicas of each
+                                          version of the ONNX server
+    python gateway.py set my_model v2=30  give version 2 to 30 % of the users,
+                                          at once, without a reload
+    python gateway.py promote my_model    give it to all of them
+    python gateway.py rollback my_model   take it from all of them
+    python gateway.py status              the split, the replicas' health, what
+                                          each version answered
 
-Keeps the split, the keys' hashes and the certificate in its state folder (default: state).
+Keeps the split, the keys' hashes and the certificate in its state folder
+(default: state).
 """
 
 import argparse
@@ -58,7 +62,7 @@ class GatewayError(Exception):
 
 def load_servers() -> dict[str, Server]:
     """Return what is known of every server, by name: from the endpoints; in an image without them from a file."""
-    if (BENCHMARKS_DIR / "endpoint.py").is_file():
+    if (BENCHMARKS_DIR / "endpoints").is_dir():
         sys.path.append(str(BENCHMARKS_DIR))
         return pools_module.describe_servers()
     return pools_module.read_servers(SERVERS_PATH.read_text())
@@ -109,9 +113,9 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
     """
     if not names:
         return []
-    from endpoint import load_endpoints
-    from free_ports import find_free_ports
-    from server_process import ServerProcess
+    from endpoints.base import load_endpoints
+    from machine.free_ports import find_free_ports
+    from servers.process import ServerProcess
 
     servers, classes = load_servers(), load_endpoints()
     pools, started = [], []
@@ -383,12 +387,18 @@ def parse_split(text: str) -> int:
 def change_keys(arguments: argparse.Namespace) -> None:
     state = State(arguments.state)
     if arguments.action == "list":
-        rates = state.read_percents(RATES)
-        for owner in sorted(state.read(KEYS).values()):
+        owners, rates = sorted(state.read(KEYS).values()), state.read_percents(RATES)
+        for owner in owners:
             print(f"{owner}: {rates[owner]} requests/s" if owner in rates else f"{owner}: the default rate")
+        if not owners:
+            print("no API key yet: python gateway.py keys add NAME makes one", file=sys.stderr)
     elif arguments.action == "add":
         print(state.add_key(arguments.name, arguments.rate))
-        print("this is the only time it is shown; send it as the header X-API-Key", file=sys.stderr)
+        print(
+            "the key went to standard output; it is not stored and cannot be shown again\n"
+            "send it as the header X-API-Key",
+            file=sys.stderr,
+        )
     else:
         state.revoke_key(arguments.name)
         print(f"revoked: {arguments.name}")
@@ -471,7 +481,7 @@ def parse_arguments() -> argparse.Namespace:
     status.set_defaults(run=print_status)
     keys = commands.add_parser("keys", help="add, list or revoke API keys")
     actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="make a key and show it once")
+    add = actions.add_parser("add", help="make a key and print it, this once")
     add.add_argument("name", help="whose it is; stands in the access log")
     add.add_argument("--rate", type=positive, help="accepted requests per second (default: GATEWAY_RATE, else 1000)")
     actions.add_parser("list", help="whose keys there are")
@@ -488,7 +498,8 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
-        print("stopped", flush=True)
+        with suppress(OSError):  # after SIGHUP there is no terminal to print to
+            print("stopped", flush=True)
     except (GatewayError, PoolError, StateError, RuntimeError) as error:
         sys.exit(f"gateway: {error}")
     except BrokenPipeError:

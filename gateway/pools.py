@@ -122,7 +122,7 @@ def server_line(replica: Replica, name: str, grpc: bool) -> str:
 
 def describe_servers() -> dict[str, Server]:
     """Return what the gateway must know of every server, by name: from the benchmarks' Endpoint classes."""
-    from endpoint import load_endpoints
+    from endpoints.base import load_endpoints
 
     classes = [c for c in load_endpoints().values() if c.has_model and c.variant in ("", "default")]
     servers = {}

@@ -1,12 +1,14 @@
-"""Shadow traffic: version 2 gets a copy of each request that version 1 answers; the replies are compared, not returned.
+"""Send version 2 a copy of each request to version 1, and compare the replies.
 
     python shadow.py --server onnx
-    python shadow.py --server onnx --running 8101 8201 --port 8100 --rate 0 --seconds 60
+    python shadow.py --running 8101 8201 --port 8100 --rate 0 --seconds 60
 
-Starts both versions of a server and HAProxy (shadow.cfg) in front, sends the rows of test.csv to version 1 as
-users would, and tells how version 2 answered the same requests: class, probability, latency, failures.
-The second form stands before two servers that run, one version each, and watches whoever asks on port 8100;
-Ctrl-C ends it early and loses nothing.
+The first form starts both versions of a server and HAProxy (shadow.cfg) in
+front, sends the rows of test.csv to version 1 as users would, and prints how
+version 2 answered the same requests: class, probability, latency, failures.
+Users get version 1's replies.
+The second form stands before two servers that run, one version each, and
+watches whoever asks on port 8100; Ctrl-C ends it early and loses nothing.
 Writes one JSON file with every observation: results/shadow-<server>.json.
 """
 
@@ -36,12 +38,16 @@ from rich.table import Table
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 
-from endpoint import Endpoint, load_endpoints  # noqa: E402
-from free_ports import find_free_ports  # noqa: E402
-from reference import load_test_rows  # noqa: E402
-from server_process import ServerError, ServerProcess, interrupt_on_sigterm  # noqa: E402
-
+from endpoints.base import (  # noqa: E402
+    Endpoint,
+    ServerError,  # noqa: E402
+    load_endpoints,
+)
+from endpoints.reference import load_test_rows  # noqa: E402
 from gateway import GatewayError, end_with_parent, find_haproxy  # noqa: E402
+from machine.free_ports import find_free_ports  # noqa: E402
+from machine.signals import interrupt_on_sigterm  # noqa: E402
+from servers.process import ServerProcess  # noqa: E402
 
 DATAGRAM_BYTES = 65507  # the largest of UDP, and the longest line that shadow.cfg writes
 RECEIVE_BUFFER_BYTES = 4 << 20  # asked of the kernel; without privileges it gives net.core.rmem_max
@@ -401,7 +407,9 @@ def main() -> int:
     classes = load_endpoints()
     names = [name for name, value in classes.items() if value.has_model and value.protocol == "REST"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--server", choices=names, default="onnx", help="which server (default: onnx)")
+    parser.add_argument(
+        "--server", choices=names, default="onnx", metavar="NAME", help=f"one of {', '.join(names)} (default: onnx)"
+    )
     parser.add_argument("--seconds", type=float, default=10.0, help="how long users ask (default: 10)")
     parser.add_argument(
         "--rate", type=float, default=100.0, help="their requests per second; 0: none of its own (default: 100)"

@@ -1,13 +1,14 @@
-"""Train the classifier twice, in PyTorch and in scikit-learn, and convert both to ONNX.
+"""Train the classifier in PyTorch and in scikit-learn, and convert both to ONNX.
 
     python convert_to_onnx.py
 
-Each model is trained in both versions of ../data/recipe.json, converted, and compared with the model it was
-made from and with ../data/expected.csv; nothing is written unless all of them agree. Writes
+Each model is trained in both versions of ../data/recipe.json, converted, and
+compared with the model it was made from and with ../data/expected.csv; nothing
+is written unless all of them agree. Writes
 
     models/my_model/<version>/model.onnx          from PyTorch
     models/my_model_sklearn/<version>/model.onnx  from scikit-learn
-    model.onnx                                    the newest of the PyTorch versions
+    model.onnx                                    the newest PyTorch version
 """
 
 import argparse

@@ -238,7 +238,7 @@ class Repository:
         self.models: dict[str, dict[str, Model]] = {}  # by name and version, the newest version last
         self.defaults: dict[str, str] = {}  # by name, the version that answers where a request names none
         self.bad_defaults: dict[str, tuple[str, str]] = {}  # what was told of: the version named, the one kept
-        self.failures: dict[tuple[str, str], str] = {}  # what is there and cannot be loaded, and why
+        self.failures: dict[tuple[str, str], str] = {}  # what is there and cannot be loaded: the reason for clients
         self.seen: dict[tuple[str, str], tuple] = {}  # the files that were tried
 
     def scan(self) -> bool:
@@ -268,7 +268,7 @@ class Repository:
             except DeviceError:
                 raise
             except ModelError as error:
-                self.failures[key] = str(error)
+                self.failures[key] = error.reason
                 kept = "stays as it was" if key in versions else "is left out"
                 print(f"server: {name} version {version} {kept}: {error}", file=sys.stderr, flush=True)
             else:

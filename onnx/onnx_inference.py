@@ -1,4 +1,4 @@
-"""Predict in process with ONNX Runtime: the test rows of ../data/test.csv, and one row by hand.
+"""Predict in process with ONNX Runtime: the test rows of ../data, and one by hand.
 
     python onnx_inference.py [model.onnx] [--device auto|cpu|cuda]
 
@@ -44,7 +44,14 @@ CUDA_NEEDS = 'it needs an NVIDIA driver, and CUDA and cuDNN (pip install "onnxru
 
 
 class ModelError(RuntimeError):
-    """A model could not be loaded; the message is one line that says what to do."""
+    """A model could not be loaded; the message is one line that says what to do.
+
+    `reason` is for a client of a server: it names no path and no command of this machine.
+    """
+
+    def __init__(self, message: str, reason: str = "cannot be loaded"):
+        super().__init__(message)
+        self.reason = reason
 
 
 class DeviceError(ModelError):
@@ -89,14 +96,19 @@ class ONNXPredictor:
             self.output = self.session.get_outputs()[0]
             for tensor in (self.input, self.output):
                 if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
+                    wrong = (
+                        f"{tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of (batch, columns)"
+                    )
                     raise ModelError(
-                        f"{self.path}: {tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of "
-                        "(batch, columns); run python convert_to_onnx.py"
+                        f"{self.path}: {wrong}; run python convert_to_onnx.py", f"cannot be loaded ({wrong})"
                     )
             self.run(np.ones((1, self.input.shape[1]), np.float32))  # allocates, and shows that it not only loads
         except LOAD_ERRORS as error:
             reason = str(error).splitlines()[0]
-            raise ModelError(f"{self.path} cannot be loaded ({reason}); run python convert_to_onnx.py") from None
+            for folder in {str(self.path.parent), str(self.path.resolve().parent)} - {"."}:
+                reason = reason.replace(f"{folder}/", "")
+            reason = f"cannot be loaded ({reason})"
+            raise ModelError(f"{self.path} {reason}; run python convert_to_onnx.py", reason) from None
         # Without this check a missing CUDA library means a silent answer from the CPU.
         self.providers = self.session.get_providers()
         if device == "cuda" and "CUDAExecutionProvider" not in self.providers:

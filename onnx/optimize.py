@@ -4,11 +4,15 @@
 
 Writes beside this script, from model.onnx (run convert_to_onnx.py first):
 
-    model_basic.onnx, model_extended.onnx, model_all.onnx  the graph as ONNX Runtime rewrites it, per level
-    model_quantized.onnx                                   int8 weights, activations quantized as they come
-    model_quantized_static.onnx                            int8 weights and activations, calibrated on train.csv
+    model_basic.onnx, model_extended.onnx, model_all.onnx
+        the graph as ONNX Runtime rewrites it, per level
+    model_quantized.onnx
+        int8 weights, activations quantized as they come
+    model_quantized_static.onnx
+        int8 weights and activations, calibrated on train.csv
 
-and prints one table. Its last rows are a network of random weights, large enough for int8 to pay.
+and prints one table. Its last rows are a network of random weights, large
+enough for int8 to pay.
 """
 
 import argparse

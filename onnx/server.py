@@ -1,18 +1,23 @@
-"""Serve a repository of ONNX models over HTTP: ONNX Runtime is a library and brings no server.
+"""Serve a repository of ONNX models over HTTP; ONNX Runtime brings no server.
 
-    python server.py [--config tuned.toml] [--port 8000] [--model-repository models] [--device cpu|cuda|auto]
+    python server.py
+    python server.py --config tuned.toml --port 8000 --device cpu
 
-POST /predict             {"data": [[5 numbers], ...]} -> {"predictions": [[P(malignant), P(benign)], ...]}
-POST /predict/<version>   the same with that version; without one the default answers, mostly the newest
-GET  /v2...               the Open Inference Protocol: health, metadata and POST .../infer for every model
-GET  /metrics, /docs      Prometheus metrics; the OpenAPI page
+POST /predict            {"data": [[5 numbers], ...]}
+                         -> {"predictions": [[P(malignant), P(benign)], ...]}
+POST /predict/<version>  the same with that version; without one the default
+                         answers, mostly the newest
+GET  /v2...              the Open Inference Protocol: health, metadata and
+                         POST .../infer for every model
+GET  /metrics, /docs     Prometheus metrics; the OpenAPI page
 
-Serves models/<name>/<version>/model.onnx, as convert_to_onnx.py writes them, and follows changes there. Writes
-nothing. Ctrl-C stops it.
+Serves models/<name>/<version>/model.onnx, as convert_to_onnx.py writes them,
+and follows changes there. Writes nothing. Ctrl-C stops it.
 """
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import gc
 import os
@@ -223,7 +228,7 @@ class Application:
         name, version = (found[1] or self.model_name, found[2]) if found else (None, None)
         models = self.repository.models
         if reason := self.repository.failures.get((name, version)):
-            return f"version {version!r} of {name} is there and cannot be loaded: {reason}"
+            return f"version {version!r} of {name} is there and {reason}"
         if name is not None and name not in models:
             return f"model {name!r} is not served; there are {', '.join(models) or 'none'}"
         if version is not None and version not in models[name]:
@@ -262,7 +267,19 @@ def stop(*_) -> None:
 
     Raising SystemExit instead would be lost now and then: Python ignores what is raised inside a destructor.
     """
+    tell_stopped()
     os._exit(0)
+
+
+def stop_worker(*_) -> None:
+    """The same without the line: the supervisor prints it once."""
+    os._exit(0)
+
+
+def tell_stopped() -> None:
+    """Print the last line; not by `print`, which a signal may have interrupted."""
+    with contextlib.suppress(OSError):  # the terminal has gone
+        os.write(sys.stdout.fileno(), b"stopped\n")
 
 
 def main() -> int:
@@ -298,7 +315,7 @@ def main() -> int:
     except SettingsError as error:
         parser.error(str(error))
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, stop_worker if arguments.worker else stop)
 
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     if settings.workers > 1 and not arguments.worker:
@@ -361,7 +378,10 @@ def start_workers(host: str, port: int, family: socket.AddressFamily, workers: i
     with shared:
         print(f"{workers} workers on http://{host}:{port}, Ctrl-C to stop", flush=True)
         command = [sys.executable, str(FOLDER / "server.py"), *sys.argv[1:], "--port", str(port), "--worker"]
-        return supervise(command, workers)
+        code = supervise(command, workers)
+    if code == 0:
+        tell_stopped()
+    return code
 
 
 def tell_unusable(host: str, port: int, error: OSError) -> None:

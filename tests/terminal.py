@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import psutil
+
 from helpers import DEADLINE_S, wait_until
 
 # What bash shows where a reader sees `$ `, `> ` and, in place of nothing, that a command failed.
@@ -59,6 +60,11 @@ class Terminal:
         """Return the lines on the screen after its first `start` characters, without colours and prompts."""
         text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.screen[start:])
         return re.sub(r"\x1e[^\x1f]*\x1f", "\n", text)
+
+    def find_unfinished_line(self, start: int) -> str | None:
+        """Return the last line before a prompt that has come since `start` and does not begin a line; None for none."""
+        found = re.compile(r"([^\r\n\x1e\x1f]+)\x1e\d+\x1f").search(self.screen, start)
+        return found and found[1]
 
     def press(self, keys: bytes) -> None:
         os.write(self.keyboard, keys)

@@ -28,18 +28,18 @@ import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
-from endpoint import load_endpoints
-from free_ports import find_free_ports
+
+from endpoints.base import load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, skip_without_haproxy, start, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
+from machine.free_ports import find_free_ports
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
 sys.path.insert(0, str(GATEWAY.parent))
 
+import gateway as script  # noqa: E402
 import pools  # noqa: E402
 from state import KEYS, SPLIT, State, StateError  # noqa: E402
-
-import gateway as script  # noqa: E402
 
 USERS, RATE, CONNECTIONS = 2000, 300, 16
 ADDED_MS = 1.0
@@ -498,12 +498,16 @@ def test_a_key_that_asks_too_often_gets_429_and_still_its_share(gateway, user_ke
 
 
 def test_a_revoked_key_is_worthless_at_once_and_keys_are_stored_as_hashes(gateway):
-    key = gateway.command("keys", "add", "leaver").stdout.strip()
+    added = gateway.command("keys", "add", "leaver")
+    key = added.stdout.strip()
+    assert "cannot be shown again" in added.stderr
     assert gateway.ask(key=key)[0] == 200
     assert gateway.command("keys", "add", "leaver", check=False).returncode == 1
     assert "leaver: the default rate" in gateway.command("keys", "list").stdout
     gateway.command("keys", "revoke", "leaver")
-    assert gateway.ask(key=key)[0] == 401
+    status, _, refusal = gateway.ask(key=key)
+    assert status == 401
+    assert b"python" not in refusal, "a client cannot make a key"
     for path in gateway.state.rglob("*"):
         if path.is_file():
             assert gateway.key.encode() not in path.read_bytes(), path
@@ -607,6 +611,12 @@ def test_a_reload_that_haproxy_refuses_is_told_with_its_reason_and_changes_nothi
     assert every_haproxy.command("reload").stdout == "reloaded\n"
     assert script.worker_pid(State(every_haproxy.state)) != worker
     assert every_haproxy.ask(FLOOR)[0] == 200
+
+
+def test_a_list_of_no_keys_says_how_to_make_one(tmp_path):
+    listed = call_main(script, "--state", tmp_path, "keys", "list")
+    assert (listed.returncode, listed.stdout) == (0, "")
+    assert listed.stderr == "no API key yet: python gateway.py keys add NAME makes one\n"
 
 
 def test_a_slow_body_is_given_up(tmp_path, floors):

@@ -17,8 +17,10 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+
 from bad_requests import GOOD_ROW, bad_requests
-from free_ports import find_free_ports
+from client.ask import ask, send
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import (
     DEADLINE_S,
     REPOSITORY_DIR,
@@ -31,8 +33,7 @@ from helpers import (
     run_python,
     wait_until,
 )
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask, send
+from machine.free_ports import find_free_ports
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
 COLUMNS = 80
@@ -446,17 +447,31 @@ def test_a_taken_port_is_one_line_and_the_first_server_serves_on(onnx_server, st
     assert ask(onnx_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGHUP, -1)])
-def test_a_signal_ends_the_server_at_once_and_wholly(start_server, number, status):
+@pytest.mark.parametrize(
+    ("number", "status", "last"),
+    [(signal.SIGTERM, 0, "stopped\n"), (signal.SIGINT, 0, "stopped\n"), (signal.SIGHUP, -1, "")],
+)
+def test_a_signal_ends_the_server_at_once_and_wholly(start_server, number, status, last):
     process = start_server("--port", "0")
     port = wait_until_serving(process)
     idle = socket.create_connection(("127.0.0.1", port))  # a kept connection does not hold it up
     assert post(port, "/predict", {"data": [GOOD_ROW]})[0] == 200
     assert psutil.Process(process.pid).children(recursive=True) == []
     process.send_signal(number)
-    errors = process.communicate(timeout=60)[1]  # before the 75 s after which the server closes an idle connection
+    # Before the 75 s after which the server closes an idle connection.
+    output, errors = process.communicate(timeout=60)
     idle.close()
-    assert (process.returncode, errors) == (status, "")
+    assert (process.returncode, output, errors) == (status, last, "")
+
+
+def test_ctrl_c_ends_all_workers_with_one_line(start_server):
+    process = start_server("--port", "0", "--workers", "2")
+    wait_until_serving(process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, errors) == (0, "")
+    assert output.splitlines()[-1] == "stopped"
+    assert output.count("stopped") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--port", "70000"], ["--intra-op-threads", "-1"], ["--device", "tpu"]])
@@ -603,8 +618,9 @@ def test_a_model_of_another_shape_is_refused(inference, tmp_path):
     graph = onnx.helper.make_graph([node], "labels", [number], [same])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, tmp_path / "labels.onnx")
-    with pytest.raises(inference.ModelError, match="'label' is tensor"):
+    with pytest.raises(inference.ModelError, match="'label' is tensor") as caught:
         inference.ONNXPredictor(tmp_path / "labels.onnx", "cpu")
+    assert caught.value.reason.startswith("cannot be loaded ('label' is tensor")
 
 
 # Optimisation

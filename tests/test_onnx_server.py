@@ -18,8 +18,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
 from bad_requests import GOOD_ROW
-from endpoint import Request, load_endpoints
+from client.ask import ask, send
+from client.load_generator import LoadGenerator, make_exchanges
+from endpoints.base import Request, ServerError, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import (
     DEADLINE_S,
     REPOSITORY_DIR,
@@ -32,9 +36,7 @@ from helpers import (
     start,
     wait_until,
 )
-from load_generator import LoadGenerator, make_exchanges
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, send
+from servers.process import ServerProcess
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
 GOOD_BODY = {"data": [GOOD_ROW]}
@@ -451,6 +453,11 @@ def test_a_new_version_is_served_and_an_old_one_goes_without_a_failed_request(fo
         assert "".join(answers).strip("1").strip("2") == "", "versions changed more than once each way"
 
 
+def assert_for_a_client(message: str, folder: Path) -> None:
+    """A client learns neither where the server's files are nor what its operator types."""
+    assert not any(part in message for part in (str(folder), str(REPOSITORY_DIR), "/models/", "python "))
+
+
 def test_a_corrupt_version_never_replaces_a_good_one(following):
     server = following.server
     for version, content in (("3", read_model("1")[:-100]), ("4", b""), ("1", b"junk")):
@@ -460,7 +467,10 @@ def test_a_corrupt_version_never_replaces_a_good_one(following):
     status, reply = post(server, "/predict/3", b"{}")
     assert status == 404
     assert "is there and cannot be loaded" in reply["error"]
+    assert_for_a_client(reply["error"], following.folder)
     assert get(server, "/v2/models/my_model")[1]["versions"] == ["1"]
+    assert f"{following.folder / '3'}" in following.log(), "the operator learns the path"
+    assert "run python convert_to_onnx.py" in following.log(), "and the remedy"
     assert "version 1 stays as it was" in following.log()
     assert following.log().count("version 3 is left out") == 1, "reported once, not at every look"
 
@@ -515,6 +525,7 @@ def test_the_repository_index_lists_a_version_that_cannot_be_loaded(following):
     entries = following.entries()
     assert (entries["1"]["state"], entries["7"]["state"]) == ("READY", "UNAVAILABLE")
     assert "cannot be loaded" in entries["7"]["reason"]
+    assert_for_a_client(entries["7"]["reason"], following.folder)
     status, reply = post(following.server, "/v2/repository/index", b'{"ready": true}')
     assert (status, [entry["version"] for entry in reply]) == (200, ["1"])
 

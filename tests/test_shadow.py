@@ -18,20 +18,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from endpoint import Request
-from free_ports import find_free_ports
+
+from client.ask import send
+from endpoints.base import Request, ServerError
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, skip_without_haproxy, start
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, send
+from machine.free_ports import find_free_ports
+from servers.process import ServerProcess
 
 GATEWAY_DIR = REPOSITORY_DIR / "gateway"
 sys.path.insert(0, str(GATEWAY_DIR))
 
-import shadow  # noqa: E402
-from shadow import Shadow  # noqa: E402
-
 import gateway as script  # noqa: E402
+import shadow  # noqa: E402
 from gateway import GatewayError  # noqa: E402
+from shadow import Shadow  # noqa: E402
 
 ROWS = load_test_rows()[0]
 SLOW_S = 2.0

@@ -2,9 +2,10 @@
 
     python archive.py
 
-Runs torch-model-archiver on models/1.0/model.pth and models/2.0/model.pth, as the README's command does for
-model.pth, and writes model_store/model_v1.mar and model_store/model_v2.mar. Both say "my_model" in their
-manifest, so that TorchServe takes them for versions 1.0 and 2.0 of one model.
+Runs torch-model-archiver on models/1.0/model.pth and models/2.0/model.pth, as
+the README's command does for model.pth, and writes model_store/model_v1.mar and
+model_store/model_v2.mar. Both say "my_model" in their manifest, so that
+TorchServe takes them for versions 1.0 and 2.0 of one model.
 """
 
 import argparse

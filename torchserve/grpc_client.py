@@ -3,8 +3,9 @@
     python grpc_client.py
     python grpc_client.py 13.82 24.49 0.1162 0.1357 0.2275
 
-Sends one row of five raw features to both versions and prints their probabilities; writes nothing. Where serve.py has
-left keys/8080.json, the server wants tokens, and gets one.
+Sends one row of five raw features to both versions and prints their
+probabilities; writes nothing. Where serve.py has left keys/8080.json, the
+server wants tokens, and gets one.
 """
 
 import argparse

@@ -1,11 +1,14 @@
-"""Serve both versions of my_model with TorchServe, in the foreground, until Ctrl-C.
+"""Serve both versions of my_model with TorchServe in the foreground until Ctrl-C.
 
     python serve.py
-    OMP_NUM_THREADS=1 python serve.py --config config-tuned.properties --log-config log4j2-tuned.xml
+    OMP_NUM_THREADS=1 python serve.py --config config-tuned.properties \\
+        --log-config log4j2-tuned.xml
 
-Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties; requests that name no version get 2.0.
-This TorchServe has a temporary folder of its own, so it never meets another one on the machine. Where the configuration
-asks for tokens, keys/8080.json (after the REST port) leads to them while it runs; nothing else is written here.
+Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties;
+requests that name no version get 2.0. This TorchServe has a temporary folder of
+its own, so it never meets another one on the machine. Where the configuration
+asks for tokens, keys/8080.json (after the REST port) leads to them while it
+runs; nothing else is written here.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python train_model.py
 
-Reads recipe.json, initial_weights.json, train.csv and test.csv of ../data. Writes models/1.0/model.pth,
-models/2.0/model.pth, and model.pth, a copy of version 1.0, which the archiver command of the README reads.
+Reads recipe.json, initial_weights.json, train.csv and test.csv of ../data.
+Writes models/1.0/model.pth, models/2.0/model.pth, and model.pth, a copy of
+version 1.0, which the archiver command of the README reads.
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+"""The help text of every script is whole in a terminal of 80 columns."""
+
+from pathlib import Path
+
+import pytest
+
+from conftest import REPOSITORY_DIR
+from helpers import call_main, load_together, run
+
+COLUMNS = 80
+SUBCOMMANDS = {
+    "gateway/gateway.py": [
+        *("serve", "set", "promote", "rollback", "status", "keys", "servers", "reload"),
+        *("keys add", "keys list", "keys revoke"),
+    ]
+}
+
+
+def list_commands() -> list[tuple[str, str]]:
+    """Return every script outside benchmarks/ that has a command line, with "" and with each of its subcommands."""
+    paths = run("git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py", check=True).stdout.splitlines()
+    scripts = [
+        path
+        for path in paths
+        if not path.startswith(("benchmarks/", "tests/"))
+        and (REPOSITORY_DIR / path).is_file()
+        and "ArgumentParser(" in (REPOSITORY_DIR / path).read_text()
+    ]
+    return [(script, words) for script in scripts for words in ["", *SUBCOMMANDS.get(script, [])]]
+
+
+@pytest.mark.parametrize(("script", "words"), list_commands())
+def test_the_help_text_is_whole_at_80_columns(script, words):
+    path = REPOSITORY_DIR / script
+    (module,) = load_together(path.parent, Path(script).stem)
+    done = call_main(module, *words.split(), "--help", columns=COLUMNS)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("usage: ")
+    assert [line for line in lines if len(line) > COLUMNS] == []
+
+
+def test_the_commands_are_found():
+    scripts = {script for script, _ in list_commands()}
+    assert SUBCOMMANDS.keys() | {"onnx/server.py", "doctor.py", "tfserving/local/server.py"} <= scripts
