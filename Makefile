@@ -22,7 +22,7 @@ TEST_WORKERS ?= 2
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
-        report compare calibrate shadow ab-test canary readme test test-readmes test-slow test-containers \
+        report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
         docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean
 
 help: ## list the targets
@@ -99,6 +99,21 @@ verify: train ## start each server and prove that all give the same answers
 benchmark: train ## verify, then measure all four side by side
 	python benchmarks/benchmark_all.py $(BENCHMARK_OPTIONS)
 
+# Servers that others wrote, each in an environment of its own: their requirements conflict.
+PEERS := triton kserve mlserver litserve ray
+PEER_ENVIRONMENTS := $(PEERS:%=.venv-peers/%/requirements.txt)
+
+.venv-peers/%/requirements.txt: benchmarks/peers/requirements-%.txt | setup
+	@$(VENV)/bin/uv venv --quiet --clear --python $(VENV)/bin/python .venv-peers/$*
+	@$(VENV)/bin/uv pip install --quiet --compile-bytecode --system-certs --python .venv-peers/$*/bin/python -r $<
+	@cp $< $@
+	@echo "$*: installed in .venv-peers/$*"
+
+peers: $(PEER_ENVIRONMENTS) ## install NVIDIA Triton, KServe, MLServer, LitServe and Ray Serve, for comparison
+
+benchmark-peers: train peers ## measure them beside the ONNX server
+	python benchmarks/benchmark_all.py --endpoints null onnx onnx-tuned $(PEERS) $(BENCHMARK_OPTIONS)
+
 latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
 
@@ -169,9 +184,10 @@ test-slow: train ## run what takes long or needs a quiet machine: timing, overlo
 test-containers: train ## run the tests that need a Docker engine, on one of their own
 	python -m pytest -m containers $(PYTEST_OPTIONS)
 
-lint: setup ## check style
+lint: setup ## check style and types
 	ruff check .
 	ruff format --check .
+	mypy
 
 requirements: setup ## pin requirements.txt again from requirements.in, keeping the pins that still fit
 	cp requirements.txt $(VENV)/all-pins.txt
@@ -184,4 +200,4 @@ requirements: setup ## pin requirements.txt again from requirements.in, keeping 
 clean: ## remove what was trained, exported and archived; .venv and results stay
 	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs torchserve/start.log torchserve/keys \
 		tfserving/models/my_model/[0-9]* bentoml/store bentoml/monitoring onnx/models/my_model* onnx/*.onnx onnx/.writing-*
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -5,11 +5,12 @@
     python benchmark_all.py --containers          the servers that docker compose runs
 
 Starts every server with its README's command, proves |p - expected| <= 1e-5 on all test rows of both
-versions, then runs interleaved rounds of load: closed loop by connections and by rows a request, and
-open loop at rising rates until each server breaks. A server that does not start or answers wrongly is
-reported and left out; the others go on and the exit code is 1. Writes results/<utc>.json (raw
-observations), results/<utc>.md (tables) and results/<utc>/report.html with its plots. Ctrl-C writes
-nothing and stops every server.
+versions, then runs many short rounds of load, all servers in random order in each: closed loop by
+connections and by rows a request, until the ratios are known well enough or the time is up, and open
+loop at rising rates until each server breaks. A server that does not start or answers wrongly is reported
+and left out; the others go on and the exit code is 1. Writes results/<utc>.json (raw observations),
+results/<utc>.md (tables) and results/<utc>/report.html with its plots. Ctrl-C stops every server and keeps
+what was measured.
 """
 
 import argparse
@@ -21,30 +22,38 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import psutil
-from containers import ContainerServer, list_container_endpoints
-from endpoint import Endpoint, load_endpoints
-from environment import describe_environment, split_cpus
-from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
-from machine_load import MachineLoad
-from reference import TOLERANCE, load_expected, load_test_rows
-from results import RESULTS_DIR, SCHEMA_VERSION, encode_window, format_markdown, print_result, write_result, write_whole
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from server_process import ServerError, ServerProcess, interrupt_on_sigterm
-from verify import max_abs_difference
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-VERSION = "1"
+from drawing.tables import format_markdown, print_result
+from endpoints.base import Endpoint, ServerError, load_endpoints
+from endpoints.reference import TOLERANCE
+from figures.measured import Measured, list_wide_rows
+from figures.result_file import RESULTS_DIR, SCHEMA_VERSION, write_result, write_whole
+from figures.words import describe_closed_load, format_count
+from machine.environment import describe_environment, split_cpus
+from machine.priority import lift_priority
+from machine.signals import interrupt_on_sigterm
+from servers.containers import ContainerServer, list_container_endpoints
+from servers.parity import max_abs_difference
+from servers.process import ServerProcess
+from servers.under_test import OPEN_CONNECTIONS, VERSION, ServerUnderTest
+
 SHUFFLE_SEED = 0
-WARMUP_CONNECTIONS = 16
-WARMUP_WINDOW_S = 0.5
-WARMUP_CHANGE = 0.1
-OPEN_CONNECTIONS = 64  # what an open loop may have under way; a request that finds none free waits, and that counts
+LOOK_EVERY = 4  # rounds between two looks at how well the ratios are known
+REPEAT_ROUNDS = 2  # rows with many rows a request are measured in every second round
+DISTURBED_SHARE = 0.2  # of a window's CPU time taken by others, or waited for a core: it is measured once more
+MOST_REPEATED = 0.25  # of all windows
+RAISE = 1.3  # the next offered rate, as a multiple of one that did not break the server
+MOST_RAISES = 8
+SAVE_EVERY_S = 10.0
+OVERHEAD_S = 0.03  # of a window beside its load: connecting, reading the processes' state, checking the answers
+REPORT_S = 25.0  # to end the servers, write and draw
 # MLPerf Inference asks for so many queries that a 99th percentile is known to a twentieth of its distance
 # from 100 % with 99 % confidence: 0.99 * 0.01 * (2.576 / 0.0005)**2 = 262,742, in whole multiples of 2**13
 # (mlcommons/inference_policies, inference_rules.adoc, "Number of queries").
@@ -52,235 +61,145 @@ MLPERF_QUERIES = 270_336
 
 
 @dataclass(frozen=True)
-class Profile:
-    """How much is measured."""
+class Plan:
+    """How much one run measures: a profile with what the command line changed."""
 
     starts: int  # cold starts of each server
-    rounds: int  # over all servers
-    open_rounds: int  # of these, how many also sweep the offered rates
-    seconds: float  # least length of one window
-    queries: int  # least requests in all rounds of a window together; lengthens the window where it is too short
-    warmup_seconds: float
+    rounds: int  # least, over all servers
+    most_rounds: int  # for rows whose ratio is not known well enough before
+    precision: float  # well enough: the 95 % interval is within this share of the estimate
+    limit_seconds: float  # of the whole command, as far as the least rounds allow; 0: none
+    seconds: float  # least length of a closed-loop window
+    requests: int  # least in a closed-loop window; lengthens that of a slow server
+    queries: int  # least in all least rounds of a row together; lengthens its windows
+    warmup_seconds: float  # dropped before each window
     connections: tuple[int, ...]
     rows_per_request: tuple[int, ...]
+    open_rounds: int  # sweeps of the offered rates
+    open_seconds: float  # length of an open-loop window
     rate_shares: tuple[float, ...]  # offered rates, as shares of the server's fastest closed-loop rate
     settle_seconds: float  # longest warm-up of a server after its check
     defaults_in_full: bool  # False: a default beside its tuned set-up by connections only, and over gRPC not at all
+    rates: tuple[float, ...] = ()  # offered rates instead of shares; then they are not raised
+    arrivals: str = "poisson"
+    objective_ms: float = 50.0
+
+    def turns(self, in_brief: bool) -> list[tuple[int, int]]:
+        """(connections, rows a request): every number of connections with one row, the fewest with more."""
+        return [(count, 1) for count in self.connections] + [
+            (self.connections[0], size) for size in self.rows_per_request if size > 1 and not in_brief
+        ]
+
+    def least_requests(self, connections: int) -> int:
+        """Of a closed-loop window: enough for its start and its end, when not all connections ask, to count little."""
+        return max(self.requests, 4 * connections) if self.requests else 0
 
 
 PROFILES = {
-    "quick": Profile(1, 5, 2, 0.25, 0, 0.1, (1, 16, 64), (1, 32, 1024), (0.25, 0.5, 0.75, 1.1), 3.0, False),
-    "rigorous": Profile(
-        3, 10, 10, 5.0, MLPERF_QUERIES, 1.0, (1, 4, 16, 64), (1, 8, 32, 128, 1024),
-        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), 30.0, True,
+    "quick": Plan(
+        starts=1, rounds=12, most_rounds=60, precision=0.1, limit_seconds=290.0, seconds=0.08, requests=30, queries=0,
+        warmup_seconds=0.05, connections=(1, 16, 64), rows_per_request=(1, 32, 1024), open_rounds=3, open_seconds=0.4,
+        rate_shares=(0.3, 0.6, 0.9, 1.2), settle_seconds=3.0, defaults_in_full=False,
+    ),
+    "rigorous": Plan(
+        starts=3, rounds=40, most_rounds=80, precision=0.02, limit_seconds=0.0, seconds=1.0, requests=100,
+        queries=MLPERF_QUERIES, warmup_seconds=0.5, connections=(1, 4, 16, 64), rows_per_request=(1, 8, 32, 128, 1024),
+        open_rounds=10, open_seconds=5.0, rate_shares=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
+        settle_seconds=30.0, defaults_in_full=True,
     ),
 }  # fmt: skip
 
 
-def parse_arguments(classes: dict[str, type[Endpoint]]) -> argparse.Namespace:
+def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namespace, Plan]:
     names = list(classes)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--profile", choices=PROFILES, default="quick", help="how much is measured (default: quick)")
+    add(
         "--endpoints",
         nargs="+",
         choices=names,
-        help="which servers (default: all; quick: no default over gRPC that has a tuned set-up)",
+        help="which servers (default: all of this repository; quick: no default over gRPC that has a tuned set-up)",
     )
-    parser.add_argument(
+    add(
         "--containers",
         action="store_true",
-        help="make the containers of docker-compose.yml anew and measure those (default: start each server)",
+        help="recreate the containers of docker-compose.yml and measure those (default: start each server)",
     )
-    parser.add_argument("--connections", type=int, nargs="+", help="numbers of connections (default: the profile's)")
-    parser.add_argument("--rows", type=int, nargs="+", help="rows a request, 1 to 1024 (default: the profile's)")
-    parser.add_argument(
-        "--rates", type=float, nargs="+", help="offered requests per second (default: shares of each server's fastest)"
-    )
-    parser.add_argument(
-        "--arrivals",
-        choices=("poisson", "constant"),
-        default="poisson",
-        help="how the requests of an offered rate arrive: at random or evenly (default: poisson)",
-    )
-    parser.add_argument(
-        "--objective-ms", type=float, default=50.0, help="p99 beyond which a server counts as broken (default: 50)"
-    )
-    parser.add_argument("--rounds", type=int, help="rounds over all servers (default: the profile's)")
-    parser.add_argument("--seconds", type=float, help="length of one window (default: the profile's)")
-    parser.add_argument("--warmup-seconds", type=float, help="dropped before each window (default: the profile's)")
-    parser.add_argument(
+    add("--no-report", action="store_true", help="draw no report; report.py can later (default: draw it)")
+    add("--output", type=Path, help="the result file (default: results/<utc>.json)")
+    add(
         "--server-options",
         nargs="+",
         default=[],
         metavar="NAME=OPTIONS",
         help='added to a server\'s command, e.g. "onnx=--intra-op-threads 2" (default: none)',
     )
-    parser.add_argument(
-        "--settle-seconds", type=float, help="longest warm-up of a server after its check (default: the profile's)"
+    plan = parser.add_argument_group("what is measured", "each default is the profile's")
+    add = plan.add_argument
+    add("--connections", type=int, nargs="+", metavar="N", help="numbers of connections")
+    add("--rows", type=int, nargs="+", metavar="N", dest="rows_per_request", help="rows a request, 1 to 1024")
+    add("--rounds", type=int, help="rounds over all servers, this many and no more")
+    add("--precision", type=float, help="measure on until the interval of each ratio is within this share of it")
+    add("--limit-seconds", type=float, help="of the whole command, 0: none; the least rounds are always measured")
+    add("--seconds", type=float, help="least length of one closed-loop window")
+    add("--warmup-seconds", type=float, help="dropped before each window")
+    add("--settle-seconds", type=float, help="longest warm-up of a server after its check")
+    add("--open-rounds", type=int, help="sweeps of the offered rates, 0: none")
+    add(
+        "--rates",
+        type=float,
+        nargs="+",
+        metavar="R",
+        help="offered requests per second (default: shares of each server's fastest, raised until it breaks)",
     )
-    parser.add_argument(
-        "--no-report",
-        action="store_true",
-        help="draw no report; report.py can later (default: draw it)",
+    add(
+        "--arrivals",
+        choices=("poisson", "constant"),
+        help="how the requests of an offered rate arrive: at random or evenly (default: poisson)",
     )
-    parser.add_argument("--output", type=Path, help="the result file (default: results/<utc>.json)")
+    add("--objective-ms", type=float, help="p99 beyond which a server counts as broken (default: 50)")
     arguments = parser.parse_args()
+    plan = make_plan(parser, arguments)
     if arguments.containers:
         inside = list_container_endpoints(classes)
         names = [name for name in names if name in inside or not classes[name].has_model]
-    profile = PROFILES[arguments.profile]
     if not arguments.endpoints:
-        beside = set() if profile.defaults_in_full else defaults_beside_tuned(names)
-        arguments.endpoints = [name for name in names if name not in beside or classes[name].protocol == "REST"]
+        in_brief = set() if plan.defaults_in_full else defaults_beside_tuned(names)
+        arguments.endpoints = [
+            name
+            for name in names
+            if classes[name].kind != "peer" and (name not in in_brief or classes[name].protocol == "REST")
+        ]
     if unknown := set(arguments.endpoints) - set(names):
         parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    for name in ("connections", "rounds", "seconds", "warmup_seconds", "settle_seconds"):
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, getattr(profile, name))
-    arguments.rows = sorted({1, *(arguments.rows or profile.rows_per_request)})
-    arguments.connections = sorted(set(arguments.connections))
-    if min(*arguments.connections, *arguments.rows, arguments.rounds) < 1 or max(arguments.rows) > 1024:
-        parser.error("connections and rounds must be positive, rows 1 to 1024")
-    if arguments.seconds <= 0 or arguments.warmup_seconds < 0 or min(arguments.rates or [1]) <= 0:
-        parser.error("seconds and rates must be positive")
-    if not arguments.objective_ms > 0:
-        parser.error("--objective-ms must be positive")
     if arguments.output and arguments.output.suffix != ".json":
         parser.error("--output must end in .json; tables and report are written beside it")
     options = dict(option.partition("=")[::2] for option in arguments.server_options)
     if unknown := set(options) - set(names):
         parser.error(f"--server-options: no server called {', '.join(sorted(unknown))}")
     arguments.server_options = {name: shlex.split(text) for name, text in options.items()}
-    return arguments
+    return arguments, plan
 
 
-class ServerUnderTest:
-    """A started and verified server, and the requests that it is asked."""
-
-    def __init__(self, server: ServerProcess | ContainerServer, cpus: set[int] | None):
-        """`cpus` are the cores of server and client together, None where they are not pinned."""
-        self.server = server
-        self.cpus = cpus
-        self.endpoint = server.endpoint
-        self.name = server.endpoint.name
-        self.fastest = 0.0  # requests per second seen in a closed loop, one row a request
-        rows, _ = load_test_rows()
-        self.rows, self.expected = rows, load_expected(VERSION)
-
-    def exchanges(self, rows_per_request: int) -> list:
-        """Requests of so many rows; the 114 test rows are repeated where one request needs more."""
-        times = -(-rows_per_request // len(self.rows))
-        rows, expected = self.rows * times, np.concatenate([self.expected] * times)
-        return make_exchanges(self.endpoint, VERSION, rows, expected, rows_per_request)
-
-    def cpu_s(self) -> float:
-        """CPU seconds, user and system, that the server's process tree has used so far."""
-        total_s = 0.0
-        for process in self.server.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = process.cpu_times()
-                total_s += times.user + times.system
-        return total_s
-
-    def rss_bytes(self) -> int:
-        """Resident memory of the server's process tree; pages that processes share count in each."""
-        total = 0
-        for process in self.server.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        return total
-
-    def observe(self, run: Callable[[], Window], **about) -> dict:
-        """Do one `run` of the load generator and return its window for the result file."""
-        cpu_before_s = self.cpu_s()
-        with MachineLoad(self.cpu_s, self.cpus) as machine:
-            window = run()
-        return encode_window(
-            window,
-            endpoint=self.name,
-            server_cpu_s=self.cpu_s() - cpu_before_s,
-            server_rss_bytes=self.rss_bytes(),
-            foreign_share=machine.foreign_share,
-            **about,
-        )
-
-    def warm_up(self, limit_s: float) -> float:
-        """Load the server until it is as fast as it gets; return the seconds that took.
-
-        A Java server compiles itself while it runs and speeds up for seconds. The rule: stop when three
-        windows of WARMUP_WINDOW_S in a row differ by less than WARMUP_CHANGE, at the latest after `limit_s`.
-        """
-        started_s = time.perf_counter()
-        rates: list[float] = []
-        with LoadGenerator(self.endpoint, self.exchanges(1), WARMUP_CONNECTIONS) as load:
-            while time.perf_counter() - started_s < limit_s:
-                rates.append(load.run_closed(WARMUP_WINDOW_S).rate)
-                if len(rates) > 2 and max(rates[-3:]) < (1 + WARMUP_CHANGE) * min(rates[-3:]):
-                    break
-        return time.perf_counter() - started_s
-
-    def measure_closed(self, connections: int, rows: int, round_number: int, plan: "Plan") -> dict:
-        with LoadGenerator(self.endpoint, self.exchanges(rows), connections) as load:
-            rate = load.run_closed(plan.warmup_seconds).rate if plan.warmup_seconds else 0.0
-            seconds = max(plan.seconds, plan.queries / plan.rounds / rate) if rate else plan.seconds
-            window = self.observe(
-                lambda: load.run_closed(seconds),
-                load="closed",
-                round=round_number,
-                rows_per_request=rows,
-                nominal_rate=0.0,
-            )
-        if rows == 1:
-            answers = sum(count for _, count in window["latency_us_counts"])
-            self.fastest = max(self.fastest, answers / window["elapsed_s"])
-        return window
-
-    def measure_open(self, rate: float, round_number: int, plan: "Plan") -> dict:
-        with LoadGenerator(self.endpoint, self.exchanges(1), OPEN_CONNECTIONS) as load:
-            if plan.warmup_seconds:
-                load.run_closed(plan.warmup_seconds)
-            seconds = max(2 * plan.seconds, plan.queries / plan.open_rounds / rate)
-            seconds = max(seconds, 1 / rate)
-            due_s = (
-                poisson_arrivals(rate, seconds, seed=round_number)
-                if plan.arrivals == "poisson"
-                else constant_arrivals(rate, seconds)
-            )
-            return self.observe(
-                lambda: load.run_open(due_s), load="open", round=round_number, rows_per_request=1, nominal_rate=rate
-            )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one run measures: the profile with what the command line changed."""
-
-    rounds: int
-    open_rounds: int
-    seconds: float
-    warmup_seconds: float
-    queries: int
-    connections: list[int]
-    rows: list[int]
-    rates: list[float] | None
-    rate_shares: tuple[float, ...]
-    arrivals: str
-    in_brief: frozenset[str] = frozenset()  # servers that are measured by connections only
-
-    def closed_turns(self, name: str) -> list[tuple[int, int]]:
-        """(connections, rows a request): every number of connections with one row, the fewest with more."""
-        return [(count, 1) for count in self.connections] + [
-            (self.connections[0], size) for size in self.rows if size > 1 and name not in self.in_brief
-        ]
-
-    def rates_of(self, server: ServerUnderTest) -> list[float]:
-        """The offered rates: those asked for, or shares of what the server reached, to two digits."""
-        if server.name in self.in_brief:
-            return []
-        if self.rates:
-            return sorted(set(self.rates))
-        return sorted({float(f"{share * server.fastest:.2g}") for share in self.rate_shares if server.fastest > 1})
+def make_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Plan:
+    """The profile with the options that were given; those have the names of the plan's fields."""
+    profile = PROFILES[arguments.profile]
+    given = {name: value for name in asdict(profile) if (value := getattr(arguments, name, None)) is not None}
+    if "rounds" in given:
+        given["most_rounds"] = given["rounds"]
+        given["open_rounds"] = min(given["rounds"], given.get("open_rounds", profile.open_rounds))
+    for name in ("connections", "rows_per_request", "rates"):
+        if name in given:
+            given[name] = tuple(sorted({*given[name], *((1,) if name == "rows_per_request" else ())}))
+    plan = replace(profile, **given)
+    if min(*plan.connections, *plan.rows_per_request, plan.rounds) < 1 or max(plan.rows_per_request) > 1024:
+        parser.error("connections and rounds must be positive, rows 1 to 1024")
+    if plan.seconds <= 0 or plan.precision <= 0 or min(plan.rates or (1.0,)) <= 0 or not plan.objective_ms > 0:
+        parser.error("--seconds, --precision, --rates and --objective-ms must be positive")
+    if min(plan.warmup_seconds, plan.settle_seconds, plan.limit_seconds, plan.open_rounds) < 0:
+        parser.error("--warmup-seconds, --settle-seconds, --limit-seconds and --open-rounds must not be negative")
+    return plan
 
 
 def defaults_beside_tuned(names: list[str]) -> frozenset[str]:
@@ -290,14 +209,14 @@ def defaults_beside_tuned(names: list[str]) -> frozenset[str]:
 
 def start_and_verify(
     start: Callable[[], ServerProcess | ContainerServer], starts: int, stack: contextlib.ExitStack
-) -> tuple[ServerProcess | ContainerServer | None, dict]:
+) -> tuple[ServerProcess | ContainerServer | None, dict[str, Any]]:
     """Start one server and check it; return it with its entry for the result file, or None with the failure in it.
 
     `start` returns it, not yet entered. It is started `starts` times, and left running the last time.
     """
     server = start()
     endpoint = server.endpoint
-    about = {
+    entry: dict[str, Any] = {
         "kind": endpoint.kind,
         "variant": endpoint.variant,
         "protocol": endpoint.protocol,
@@ -310,183 +229,285 @@ def start_and_verify(
             server = server if number == 0 else start()
             with contextlib.ExitStack() as attempt:
                 attempt.enter_context(server)
-                about["starts"].append({"listens_s": server.listens_s, "ready_s": server.ready_s})
+                entry["starts"].append({"listens_s": server.listens_s, "ready_s": server.ready_s})
                 if number == starts - 1:
                     stack.push(attempt.pop_all())
-        about["kind"] = server.kind
-        about["is_seen"] = server.is_seen
+        entry["kind"] = server.kind
+        entry["is_seen"] = server.is_seen
         if endpoint.has_model:
-            about["max_abs_difference"] = {
+            entry["max_abs_difference"] = {
                 version: max_abs_difference(endpoint, version) for version in endpoint.versions
             }
-            if max(about["max_abs_difference"].values()) > TOLERANCE:
+            if max(entry["max_abs_difference"].values()) > TOLERANCE:
                 raise ServerError(f"{endpoint.name}: breaks the parity contract, so it is not timed")
     except (ServerError, OSError, ValueError) as error:
-        about["failure"] = str(error)
-        return None, about
-    return server, about
+        entry["failure"] = str(error)
+        return None, entry
+    return server, entry
 
 
-def list_failures(result: dict) -> list[str]:
+def list_failures(result: dict[str, Any]) -> list[str]:
     """Return what went wrong, a sentence each: servers that failed, and failed or wrong answers while timing."""
-    failures = [about["failure"] for about in result["endpoints"].values() if about.get("failure")]
+    failures = [entry["failure"] for entry in result["endpoints"].values() if entry.get("failure")]
     for window in result["windows"]:
         if window["wrong"] or (window["errors"] and window["load"] == "closed"):
             failures.append(
-                f"{window['endpoint']}: round {window['round']}, {window['connections']} connections: "
+                f"{window['endpoint']}: round {window['round']}, {format_count(window['connections'], 'connection')}: "
                 f"errors {window['errors']}, wrong answers {window['wrong']}"
             )
     return failures
 
 
-def measure_all(
-    servers: dict[str, ServerUnderTest], plan: Plan, abouts: dict[str, dict], progress: Progress
-) -> list[dict]:
-    """Run every round; return the windows. A server that stops answering gets a "failure" and is left out from then."""
-    windows: list[dict] = []
-    shuffle = random.Random(SHUFFLE_SEED)
-    task = progress.add_task("", total=plan.rounds * sum(len(plan.closed_turns(name)) for name in servers))
+@dataclass
+class Run:
+    """The measurement: fills `result` window by window, and saves it as it goes."""
 
-    def run_round(turns: list[tuple[str, str, Callable[[], dict]]]) -> None:
-        shuffle.shuffle(turns)
-        for name, what, measure in turns:
-            if "failure" not in abouts[name]:
-                progress.update(task, description=f"{name}: {what}", refresh=True)
-                try:
-                    windows.append(measure())
-                except OSError as error:
-                    abouts[name]["failure"] = f"{name}: stopped answering, {what} ({error})"
-            progress.advance(task)
+    plan: Plan
+    servers: dict[str, ServerUnderTest]
+    result: dict[str, Any]
+    progress: Progress
+    save: Callable[[], None]
+    deadline_s: float  # by time.perf_counter: when the closed loop must be over; inf: never
+    shuffle: random.Random = field(default_factory=lambda: random.Random(SHUFFLE_SEED))
+    windows: int = 0  # measured, repeated ones included
+    repeated: int = 0
 
-    for number in range(1, plan.rounds + 1):
-        run_round(
-            [
+    def __post_init__(self) -> None:
+        self.task = self.progress.add_task("", total=None)
+        self.saved_s = time.perf_counter()
+        in_brief = frozenset[str]() if self.plan.defaults_in_full else defaults_beside_tuned(list(self.servers))
+        self.turns = {name: self.plan.turns(name in in_brief) for name in self.servers}
+        self.swept = [
+            name for name, server in self.servers.items() if server.endpoint.has_model and name not in in_brief
+        ]
+
+    def measure(self) -> None:
+        self.measure_closed()
+        self.measure_open()
+
+    def is_lost(self, name: str) -> bool:
+        return "failure" in self.result["endpoints"][name]
+
+    def measure_closed(self) -> None:
+        """Run the least rounds, then rounds of the rows that are not known well enough, until all are or time is up."""
+        wide: set[tuple[str, int]] = set()
+        round_s = 0.0
+        for number in range(1, self.plan.most_rounds + 1):
+            is_extra = number > self.plan.rounds
+            if is_extra:
+                if (number - self.plan.rounds) % LOOK_EVERY == 1:
+                    wide = list_wide_rows(Measured(self.result), self.plan.precision)
+                if not wide or time.perf_counter() + round_s > self.deadline_s:
+                    break
+            started_s = time.perf_counter()
+            turns = [
                 (
                     name,
-                    f"round {number}, {count} connections, {rows} rows",
-                    lambda s=server, c=count, r=rows, n=number: s.measure_closed(c, r, n, plan),
+                    describe_closed_load(count, rows),
+                    functools.partial(self._measure_closed, name, count, rows, number),
                 )
-                for name, server in servers.items()
-                for count, rows in plan.closed_turns(name)
-            ]  # fmt: skip
+                for name in self.servers
+                for count, rows in self.turns[name]
+                if ((name, count) in wide and rows == 1 if is_extra else rows == 1 or number % REPEAT_ROUNDS)
+            ]
+            self._run_round(f"round {number} of {self.plan.rounds} to {self.plan.most_rounds}", turns)
+            round_s = time.perf_counter() - started_s
+
+    def _measure_closed(self, name: str, connections: int, rows: int, number: int) -> dict[str, Any]:
+        plan, server = self.plan, self.servers[name]
+        seconds = plan.seconds
+        if plan.queries and server.fastest:
+            seconds = max(seconds, plan.queries / plan.rounds / server.fastest)
+        return server.measure_closed(
+            connections, rows, number, seconds, plan.least_requests(connections), plan.warmup_seconds
         )
-    rates = {name: plan.rates_of(server) for name, server in servers.items()}
-    progress.update(task, completed=0, total=plan.open_rounds * sum(map(len, rates.values())))
-    for number in range(1, plan.open_rounds + 1):
-        run_round(
-            [
-                (
-                    name,
-                    f"sweep {number}, {rate:,.0f} requests per second",
-                    lambda s=server, r=rate, n=number: s.measure_open(r, n, plan),
-                )
-                for name, server in servers.items()
+
+    def measure_open(self) -> None:
+        """Sweep the offered rates, then raise them for each server that none of them broke."""
+        rates = {name: self._first_rates(name) for name in self.swept}
+        self._sweep(rates)
+        raises = 0
+        while not self.plan.rates and raises < MOST_RAISES:
+            knees = Measured(self.result).knees
+            rates = {
+                name: [_round(RAISE * self._highest(name))]
+                for name in self.swept
+                if name in knees and knees[name].broken_rate is None
+            }
+            if not rates:
+                break
+            self._sweep(rates)
+            raises += 1
+
+    def _first_rates(self, name: str) -> list[float]:
+        """The offered rates: those asked for, or shares of what the server reached."""
+        fastest = self.servers[name].fastest
+        shares = {_round(share * fastest) for share in self.plan.rate_shares} if fastest > 1 else set[float]()
+        return sorted(self.plan.rates or shares)
+
+    def _highest(self, name: str) -> float:
+        return max(cell.nominal_rate for cell in Measured(self.result).open(name))
+
+    def _sweep(self, rates: dict[str, list[float]]) -> None:
+        for number in range(1, self.plan.open_rounds + 1):
+            turns = [
+                (name, f"{rate:,.0f} requests/s offered", functools.partial(self._measure_open, name, rate, number))
+                for name in rates
                 for rate in rates[name]
-            ]  # fmt: skip
-        )
-    return windows
+            ]
+            self._run_round(f"sweep {number} of {self.plan.open_rounds}", turns)
+
+    def _measure_open(self, name: str, rate: float, number: int) -> dict[str, Any]:
+        plan = self.plan
+        seconds = max(plan.open_seconds, plan.queries / max(plan.open_rounds, 1) / rate)
+        return self.servers[name].measure_open(rate, number, seconds, plan.arrivals, plan.warmup_seconds)
+
+    def _run_round(self, title: str, turns: list[tuple[str, str, Callable[[], dict[str, Any]]]]) -> None:
+        """Take the turns in random order. A server that stops answering gets a "failure" and no turn from then on."""
+        self.shuffle.shuffle(turns)
+        self.progress.reset(self.task, total=len(turns))
+        for name in {name for name, _, _ in turns}:
+            self.servers[name].look_again()
+        for name, load, measure in turns:
+            if not self.is_lost(name):
+                self.progress.update(self.task, description=f"{title}: {name}, {load}", refresh=True)
+                try:
+                    self.result["windows"].append(self._measure_undisturbed(measure))
+                except OSError as error:
+                    self.result["endpoints"][name]["failure"] = f"{name}: stopped answering, {load} ({error})"
+            self.progress.advance(self.task)
+        if time.perf_counter() - self.saved_s > SAVE_EVERY_S:
+            self.save()
+            self.saved_s = time.perf_counter()
+
+    def _measure_undisturbed(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Measure a window, and once more if others disturbed it; return the less disturbed, whatever its figures."""
+        window = measure()
+        self.windows += 1
+        if disturbed_share(window) > DISTURBED_SHARE and self.repeated < MOST_REPEATED * self.windows:
+            self.repeated += 1
+            self.windows += 1
+            window = min(window, measure(), key=disturbed_share)
+        return window
+
+
+def disturbed_share(window: dict[str, Any]) -> float:
+    """How far others disturbed a window: the share of its CPU time that they took or that the client waited for."""
+    return float(window["disturbed_share"])
+
+
+def _round(rate: float) -> float:
+    """A rate to two digits."""
+    return float(f"{rate:.2g}")
+
+
+def seconds_of_sweeps(plan: Plan, servers: int) -> float:
+    """About how long the sweeps of so many servers take, raised twice."""
+    rates = len(plan.rates) or len(plan.rate_shares) + 2
+    return servers * plan.open_rounds * rates * (plan.open_seconds + plan.warmup_seconds + OVERHEAD_S)
 
 
 def main() -> int:
+    started_s = time.perf_counter()
     interrupt_on_sigterm()
-    classes = load_endpoints()
-    arguments = parse_arguments(classes)
-    profile = PROFILES[arguments.profile]
-    plan = Plan(
-        rounds=arguments.rounds,
-        open_rounds=min(arguments.rounds, profile.open_rounds),
-        seconds=arguments.seconds,
-        warmup_seconds=arguments.warmup_seconds,
-        queries=profile.queries,
-        connections=list(arguments.connections),
-        rows=arguments.rows,
-        rates=arguments.rates,
-        rate_shares=profile.rate_shares,
-        arrivals=arguments.arrivals,
-        in_brief=frozenset() if profile.defaults_in_full else defaults_beside_tuned(arguments.endpoints),
-    )
+    classes = load_endpoints(with_peers=True)
+    arguments, plan = parse_arguments(classes)
     console = Console(highlight=False)
+    goes_first = not arguments.containers and lift_priority()  # a container has its own priority
     environment = describe_environment({package for name in arguments.endpoints for package in classes[name].packages})
     server_cpus, client_cpus = split_cpus()
     if server_cpus is None:
         console.print("warning: one usable core: servers and client slow each other; use a machine with two or more")
-
-    abouts: dict[str, dict] = {}
-    made: dict[str, ContainerServer] = {}  # by service: two endpoints of one server share its container
+    path = arguments.output or RESULTS_DIR / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+    result: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "complete": False,
+        "environment": environment,
+        "settings": {
+            **asdict(plan),
+            "profile": arguments.profile,
+            "version": VERSION,
+            "open_connections": OPEN_CONNECTIONS,
+            "objective_p99_s": plan.objective_ms / 1000,
+            "server_cpus": sorted(server_cpus) if server_cpus else None,
+            "client_cpus": sorted(client_cpus) if client_cpus else None,
+            "priority": "before other programs" if goes_first else "as other programs",
+        },
+        "endpoints": {},
+        "windows": [],
+    }
+    containers: dict[str, ContainerServer] = {}  # by service: two endpoints of one server share its container
 
     def start(name: str) -> ServerProcess | ContainerServer:
         endpoint_class = classes[name]
         if arguments.containers and endpoint_class.has_model:
-            server = ContainerServer(endpoint_class(), server_cpus, made.get(endpoint_class.folder.name))
-            made[server.service] = server
+            server = ContainerServer(endpoint_class(), server_cpus, containers.get(endpoint_class.folder.name))
+            containers[server.service] = server
             return server
         endpoint = endpoint_class.on_free_ports()
         endpoint.extra_options = arguments.server_options.get(name, [])
-        return ServerProcess(endpoint, server_cpus)
+        return ServerProcess(endpoint, server_cpus, goes_first)
 
-    with contextlib.ExitStack() as stack:
-        servers: dict[str, ServerUnderTest] = {}
-        for name in arguments.endpoints:
-            with console.status(f"{name}: starting, then comparing its answers with the reference"):
-                server, abouts[name] = start_and_verify(functools.partial(start, name), profile.starts, stack)
-            if server is None:
-                console.print(f"FAILED: {abouts[name]['failure']}", markup=False, soft_wrap=True)
-                continue
-            servers[name] = ServerUnderTest(server, server_cpus and server_cpus | client_cpus)
-            try:
-                with console.status(f"{name}: warming up"):
-                    abouts[name]["warmup_s"] = servers[name].warm_up(arguments.settle_seconds)
-            except OSError as error:
-                abouts[name]["failure"] = f"{name}: stopped answering while warming up ({error})"
-            differences = abouts[name].get("max_abs_difference", {})
-            verdict = f"max |Δp| {max(differences.values()):.1e}" if differences else "no model: the floor"
-            console.print(f"{name} ({server.kind}): ready after {server.ready_s:.1f} s, {verdict}")
+    try:
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, ServerUnderTest] = {}
+            for name in arguments.endpoints:
+                with console.status(f"{name}: starting, then comparing its answers with the reference"):
+                    started, entry = start_and_verify(functools.partial(start, name), plan.starts, stack)
+                result["endpoints"][name] = entry
+                if started is None:
+                    console.print(f"FAILED: {entry['failure']}", markup=False, soft_wrap=True)
+                    continue
+                server = ServerUnderTest(started, server_cpus and client_cpus and server_cpus | client_cpus, goes_first)
+                try:
+                    with console.status(f"{name}: warming up"):
+                        entry["warmup_s"] = server.warm_up(plan.settle_seconds)
+                except OSError as error:
+                    entry["failure"] = f"{name}: stopped answering while warming up ({error})"
+                servers[name] = server
+                differences = entry.get("max_abs_difference", {})
+                verdict = f"max |Δp| {max(differences.values()):.1e}" if differences else "no model: the floor"
+                console.print(f"{name} ({started.kind}): ready after {started.ready_s:.1f} s, {verdict}")
 
-        if client_cpus is not None:
-            os.sched_setaffinity(0, client_cpus)
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-            try:
-                windows = measure_all(servers, plan, abouts, progress)
-            finally:
-                for server in servers.values():
-                    server.server.ask_to_end()
+            if client_cpus is not None:
+                os.sched_setaffinity(0, client_cpus)
+            columns = BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}")
+            with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
+                deadline_s = float("inf")
+                run = Run(plan, servers, result, progress, functools.partial(write_result, result, path), deadline_s)
+                if plan.limit_seconds:
+                    run.deadline_s = started_s + plan.limit_seconds - seconds_of_sweeps(plan, len(run.swept)) - REPORT_S
+                try:
+                    run.measure()
+                finally:
+                    for server in servers.values():
+                        server.server.ask_to_end()
+        result["complete"] = True
+    except KeyboardInterrupt:
+        if not result["windows"]:
+            raise
+        console.print("interrupted: the servers are stopped, and what was measured is kept")
+    return finish(arguments, result, path, console)
 
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "environment": environment,
-        "settings": {
-            "profile": arguments.profile,
-            "version": VERSION,
-            "connections": plan.connections,
-            "open_connections": OPEN_CONNECTIONS,
-            "rows_per_request": plan.rows,
-            "rounds": plan.rounds,
-            "open_rounds": plan.open_rounds,
-            "seconds": plan.seconds,
-            "queries": plan.queries,
-            "warmup_seconds": plan.warmup_seconds,
-            "arrivals": plan.arrivals,
-            "objective_p99_s": arguments.objective_ms / 1000,
-            "server_cpus": sorted(server_cpus) if server_cpus else None,
-            "client_cpus": sorted(client_cpus) if client_cpus else None,
-        },
-        "endpoints": abouts,
-        "windows": windows,
-    }
-    path = arguments.output or RESULTS_DIR / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}.json"
+
+def finish(arguments: argparse.Namespace, result: dict[str, Any], path: Path, console: Console) -> int:
+    """Write the result, its tables and its report; return the exit code."""
     write_result(result, path)
-    write_whole(path.with_suffix(".md"), format_markdown(result))
+    measured = Measured(result)
+    write_whole(path.with_suffix(".md"), format_markdown(measured))
     written = [str(path), path.with_suffix(".md").name]
     if not arguments.no_report:
-        from report import write_report  # only here: matplotlib takes seconds to import
+        from drawing.page import write_report  # only here: matplotlib takes seconds to import
 
-        written.append(str(write_report(result, path.with_suffix(""))))
-    print_result(result, console)
-    for failure in list_failures(result):
+        written.append(str(write_report(measured, path.with_suffix(""))))
+    print_result(measured, console)
+    failures = list_failures(result)
+    for failure in failures:
         console.print(f"FAILED: {failure}", markup=False, soft_wrap=True)
     console.print(f"wrote {', '.join(written[:-1])} and {written[-1]}", soft_wrap=True)
-    return 1 if list_failures(result) else 0
+    if not result["complete"]:
+        return 130
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

@@ -18,9 +18,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ab_decision import PROMOTE, ROLL_BACK, Judgement, Plan, make_plan
-from ab_plot import draw
-from ab_test import (
+from rich.console import Console
+
+from endpoints.base import load_endpoints
+from figures.result_file import RESULTS_DIR, write_result
+from machine.signals import deferred_interrupts, interrupt_on_sigterm
+from rollout.decision import PROMOTE, ROLL_BACK, Judgement, Plan, make_plan
+from rollout.experiment import (
     add_user_options,
     baseline_accuracy,
     decode_users,
@@ -31,12 +35,9 @@ from ab_test import (
     start_result,
     tell_look,
 )
-from endpoint import load_endpoints
-from gateway_cli import MODEL, GatewayError, call_gateway, count_replicas
-from results import RESULTS_DIR, write_result
-from rich.console import Console
-from server_process import deferred_interrupts, interrupt_on_sigterm
-from split_users import Crowd, SplitError
+from rollout.gateway_cli import MODEL, GatewayError, call_gateway, count_replicas
+from rollout.plot import draw
+from rollout.split_users import Crowd, SplitError
 
 SHARES = (0.05, 0.25, 0.5, 1.0)
 LOOKS_PER_STEP = 4

@@ -3,85 +3,75 @@
     python compare.py BEFORE.json AFTER.json
 
 For every server and load that is in both files: requests per second and median latency, after as a
-multiple of before. Where the interval holds 1, no difference is shown. Measure both on the same
-machine; the floor's rows say whether the machine itself changed. Writes nothing.
+multiple of before. If the interval holds 1, no difference is shown. Measure both on the same machine;
+the floor's rows show whether the machine itself changed. Writes nothing.
 """
 
 import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from intervals import Interval, mean_interval, ratio_interval
-from measured import format_count
-from results import Cell, ResultError, list_cells, read_result
 from rich.console import Console
-from rich.table import Table
+
+from drawing.tables import TextTable, print_table
+from figures.cells import Cell
+from figures.intervals import Interval, median_interval, shift_interval
+from figures.measured import Measured
+from figures.result_file import ResultError, read_result
+from figures.words import describe_load, format_interval
 
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one endpoint under one load, after as a multiple of before."""
+    """One figure of one server under one load, after as a multiple of before."""
 
-    endpoint: str
+    server: str
+    kind: str
     load: str
     figure: str
-    before: float
-    after: float
-    overlaps: bool  # whether the intervals of before and after, each from its own rounds, overlap
+    before: Interval
+    after: Interval
     ratio: Interval
     more_is_better: bool
 
     @property
     def verdict(self) -> str:
+        if not self.ratio.is_closed:
+            return "too few rounds"
         if self.ratio.low <= 1 <= self.ratio.high:
-            return "no significant difference"
+            return "no difference"
         return "better" if (self.ratio.estimate > 1) == self.more_is_better else "worse"
 
 
-def list_changes(before: dict, after: dict) -> list[Change]:
+def list_changes(before: Measured, after: Measured) -> list[Change]:
     """Return the changes of every closed-loop cell that both results hold."""
     changes = []
-    for name in before["endpoints"]:
-        if name not in after["endpoints"]:
-            continue
-        cells = {(c.connections, c.rows_per_request): c for c in list_cells(before, name, "closed")}
-        for new in list_cells(after, name, "closed"):
-            old = cells.get((new.connections, new.rows_per_request))
-            if old is None or not len(old.latencies_s) or not len(new.latencies_s):
+    for name in before.names:
+        for new in after.closed(name) if name in after.servers else []:
+            old = before.cell(name, new.connections, new.rows_per_request)
+            if old is None or not len(new.latencies_s):
                 continue
-            load = f"{format_count(new.connections, 'connection')}, {format_count(new.rows_per_request, 'row')}"
-            rates = ratio_interval(new.rates, old.rates)
-            medians = ratio_interval(_medians(new), _medians(old))
-            changes.append(
-                Change(
-                    name,
-                    load,
-                    "requests/s",
-                    old.rate.estimate,
-                    new.rate.estimate,
-                    old.rate.overlaps(new.rate),
-                    rates,
-                    more_is_better=True,
-                )  # fmt: skip
-            )
-            changes.append(
-                Change(
-                    name,
-                    load,
-                    "p50 ms",
-                    float(np.median(old.latencies_s)) * 1000,
-                    float(np.median(new.latencies_s)) * 1000,
-                    mean_interval(_medians(old)).overlaps(mean_interval(_medians(new))),
-                    medians,
-                    more_is_better=False,
-                )  # fmt: skip
-            )
+            load = describe_load(new)
+            for figure, values, more_is_better in (("requests/s", _rates, True), ("p50 ms", _medians_ms, False)):
+                figures = values(old), values(new)
+                intervals = map(median_interval, figures)
+                ratio = shift_interval(figures[1], figures[0])
+                changes.append(Change(name, after.kind(name), load, figure, *intervals, ratio, more_is_better))
     return changes
 
 
-def list_machine_differences(before: dict, after: dict) -> list[str]:
+def _rates(cell: Cell) -> list[float]:
+    return cell.rates
+
+
+def _medians_ms(cell: Cell) -> list[float]:
+    return [float(np.median(part)) * 1e3 for part in cell.rounds_s if len(part)]
+
+
+def list_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Return in what the two environments and settings differ, a sentence each."""
     differences = []
     for part, keys in (
@@ -99,8 +89,20 @@ def format_figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _medians(cell: Cell) -> list[float]:
-    return [float(np.median(part)) for part in cell.rounds_s if len(part)]
+def make_table(changes: list[Change]) -> TextTable:
+    table = TextTable(
+        "Changes",
+        ["server", "load", "figure", "before", "after", "after / before", "verdict"],
+        "Medians of the rounds; the ratio with its 95 % interval (Hodges and Lehmann).",
+        words={0, 1, 2, 6},
+    )
+    for change in changes:
+        table.kinds.append(change.kind)
+        table.rows.append([
+            f"{change.server} ({change.kind})", change.load, change.figure, format_figure(change.before.estimate),
+            format_figure(change.after.estimate), format_interval(change.ratio, ".2f"), change.verdict,
+        ])  # fmt: skip
+    return table
 
 
 def main() -> None:
@@ -109,28 +111,17 @@ def main() -> None:
     parser.add_argument("after", type=Path, help="another, measured later")
     arguments = parser.parse_args()
     try:
-        before, after = read_result(arguments.before), read_result(arguments.after)
+        before, after = Measured(read_result(arguments.before)), Measured(read_result(arguments.after))
     except ResultError as error:
         sys.exit(f"compare: {error}")
     changes = list_changes(before, after)
     if not changes:
         sys.exit("compare: the two files have no server and load in common; measure the same ones")
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title, justify in (
-        ("server", "left"), ("load", "left"), ("figure", "left"), ("before", "right"), ("after", "right"),
-        ("after / before", "right"), ("verdict", "left"),
-    ):  # fmt: skip
-        table.add_column(title, justify=justify)
-    for change in changes:
-        table.add_row(
-            change.endpoint, change.load, change.figure, format_figure(change.before), format_figure(change.after),
-            f"{change.ratio.estimate:.2f} ({change.ratio.low:.2f}–{change.ratio.high:.2f})", change.verdict,
-        )  # fmt: skip
-    console.print(table)
-    for difference in list_machine_differences(before, after):
-        console.print(f"differs: {difference}", markup=False)
-    overlap = [change.overlaps for change in changes if change.figure == "requests/s"]
+    console = Console(highlight=False)
+    print_table(make_table(changes), console)
+    for difference in list_differences(before.result, after.result):
+        console.print(f"differs: {difference}", markup=False, soft_wrap=True)
+    overlap = [change.before.overlaps(change.after) for change in changes if change.figure == "requests/s"]
     console.print(f"requests/s: the intervals of before and after overlap in {sum(overlap)} of {len(overlap)} rows")
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ("better", "worse")}
     console.print(f"{counts['better']} better, {counts['worse']} worse, {len(changes)} figures compared")

@@ -15,14 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-from containers import ContainerServer, list_container_endpoints, run_docker
-from endpoint import load_endpoints
-from environment import describe_environment
-from reference import TOLERANCE
-from results import README_PATH, RESULTS_DIR, ResultError, write_whole
 from rich.console import Console
-from server_process import ServerError, interrupt_on_sigterm
-from verify import max_abs_difference
+
+from drawing.readme import README_PATH, replace_part
+from endpoints.base import ServerError, load_endpoints
+from endpoints.reference import TOLERANCE
+from figures.result_file import RESULTS_DIR, ResultError, write_whole
+from machine.environment import describe_environment
+from machine.signals import interrupt_on_sigterm
+from servers.containers import ContainerServer, list_container_endpoints, run_docker
+from servers.parity import max_abs_difference
 
 PATH = RESULTS_DIR / "containers.json"
 BEGIN = "<!-- made by `make docker-measure` from benchmarks/results/containers.json: do not edit -->"
@@ -94,12 +96,8 @@ def describe_base() -> str:
 
 
 def update_readme(readme: str, result: dict) -> str:
-    """Return `readme` with the table between the two marks made anew from `result`."""
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ResultError(f"README.md: the marks {BEGIN!r} and {END!r} are not both there")
-    return f"{before}{begin}\n\n{format_table(result)}\n\n{end}{after}"
+    """Return `readme` with the table between the two marks made again from `result`."""
+    return replace_part(readme, BEGIN, END, f"\n{format_table(result)}\n\n")
 
 
 def main() -> None:

@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from endpoint import load_endpoints
-from environment import split_cpus
-from load_generator import LoadGenerator, make_exchanges
-from load_record import LoadRecord
-from locust_process import run_locust
-from reference import load_expected, load_test_rows
 from rich.console import Console
 from rich.table import Table
-from server_process import ServerError, ServerProcess, interrupt_on_sigterm
+
+from client.load_generator import LoadGenerator, make_exchanges
+from client.load_record import LoadRecord
+from client.locust_process import run_locust
+from endpoints.base import ServerError, load_endpoints
+from endpoints.reference import load_expected, load_test_rows
+from machine.environment import split_cpus
+from machine.signals import interrupt_on_sigterm
+from servers.process import ServerProcess
 
 VERSION = "1"
 BUSY_SHARE = 0.9  # of its core; above it the client sets the pace

@@ -19,23 +19,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-from connection import Connection, begin_connecting
-from endpoint import Endpoint, load_endpoints
-from environment import split_cpus
-from intervals import Interval, mean_interval, percentile_interval
-from load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, Window, make_exchanges
-from reference import load_expected, load_test_rows
-from results import SAMPLES_BEYOND_PERCENTILE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from scipy import stats
-from server_process import ServerError, ServerProcess, ask, interrupt_on_sigterm
+
+from client.ask import ask
+from client.connection import Connection, begin_connecting
+from client.load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, make_exchanges
+from endpoints.base import Endpoint, ServerError, load_endpoints
+from endpoints.reference import load_expected, load_test_rows
+from figures.cells import SAMPLES_BEYOND_PERCENTILE
+from figures.intervals import Interval, percentile_interval
+from figures.result_file import Window
+from machine.environment import split_cpus
+from machine.signals import interrupt_on_sigterm
+from servers.process import ServerProcess
 
 PERCENTILES = (50, 90, 95, 99, 99.9)
 HISTOGRAM_BINS = 12
 BAR_WIDTH = 44  # with the bounds and the count 80 columns
 BATCHES = 20  # stretches of time whose percentiles are compared to see how far one lies from the truth
-LEAST_BATCHES = 5  # with fewer, Student's t is too wide to say anything
 THIRDS = ("first", "middle", "last")
 PIECES_PER_THIRD = 10
 SIGNIFICANCE = 0.01  # chance of calling a steady server unsteady, each for p50 and p99
@@ -48,22 +51,13 @@ PROGRESS_SECONDS = 2.0  # how often the progress bar moves: between two stretche
 def find_interval(latencies_s: np.ndarray, percent: float) -> Interval | None:
     """Return a percentile in seconds with its 95 % interval; None where fewer than 10 observations lie beyond it.
 
-    `latencies_s` (n,) are in order of time. The interval is the wider of two: from order statistics,
-    as if requests were independent, and from the percentiles of consecutive batches, which also holds
-    what comes and goes (batch means: Law, "Simulation Modeling and Analysis", 5th ed., section 9.5.3).
+    `latencies_s` (n,) are in order of time. Consecutive batches are the clusters of `percentile_interval`,
+    so that it also holds what comes and goes.
     """
     beyond = round(len(latencies_s) * (1 - percent / 100), 6)
     if beyond < SAMPLES_BEYOND_PERCENTILE:
         return None
-    pooled = percentile_interval(np.sort(latencies_s), percent)
-    batches = min(BATCHES, int(beyond // SAMPLES_BEYOND_PERCENTILE))
-    if batches < LEAST_BATCHES:
-        return pooled
-    between = mean_interval([float(np.percentile(part, percent)) for part in np.array_split(latencies_s, batches)])
-    factor = between.high / between.estimate
-    return Interval(
-        pooled.estimate, min(pooled.low, pooled.estimate / factor), max(pooled.high, pooled.estimate * factor)
-    )
+    return percentile_interval(np.array_split(latencies_s, BATCHES), percent)
 
 
 def format_percentiles(latencies_s: np.ndarray) -> list[str]:
@@ -269,7 +263,7 @@ def measure(load: LoadGenerator, seconds: float, console: Console) -> Window:
 
 def main() -> int:
     interrupt_on_sigterm()
-    classes = load_endpoints()
+    classes = load_endpoints(with_peers=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--version", choices=("1", "2"), default="1", help="the model's version (default: 1)")

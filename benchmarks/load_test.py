@@ -28,18 +28,20 @@ import gevent
 import locust.argument_parser
 import locust.stats
 import numpy as np
-from endpoint import Endpoint, Request, load_endpoints
-from environment import split_cpus, usable_cpus
-from free_ports import find_free_ports
 from gevent.hub import Hub
-from load_record import LoadRecord
 from locust import FastHttpUser, LoadTestShape, constant, events, task
 from locust.exception import CatchResponseError
 from locust.runners import MasterRunner, WorkerRunner
-from locust_process import run_locust
-from reference import TOLERANCE, load_expected, load_test_rows
 from rich.console import Console
-from server_process import ServerError, ServerProcess, interrupt_on_sigterm
+
+from client.load_record import LoadRecord
+from client.locust_process import run_locust
+from endpoints.base import Endpoint, Request, ServerError, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from machine.environment import split_cpus, usable_cpus
+from machine.free_ports import find_free_ports
+from machine.signals import interrupt_on_sigterm
+from servers.process import ServerProcess
 
 ENDPOINTS = {name: value for name, value in load_endpoints().items() if value.protocol == "REST"}  # what Locust speaks
 VERSION = "1"

@@ -20,15 +20,18 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from endpoint import load_endpoints
-from environment import describe_environment, split_cpus
-from intervals import CONFIDENCE, Interval
-from load_generator import LoadGenerator, make_exchanges, poisson_arrivals
-from reference import load_expected, load_test_rows
-from results import RESULTS_DIR, SLOW_CONNECT_S, encode_window, write_result
 from rich.console import Console
 from scipy import stats
-from server_process import ServerError, ServerProcess, interrupt_on_sigterm
+
+from client.load_generator import LoadGenerator, make_exchanges, poisson_arrivals
+from endpoints.base import ServerError, load_endpoints
+from endpoints.reference import load_expected, load_test_rows
+from figures.intervals import CONFIDENCE, Interval
+from figures.result_file import RESULTS_DIR, encode_window, write_result
+from figures.verdicts import SLOW_CONNECT_S
+from machine.environment import describe_environment, split_cpus
+from machine.signals import interrupt_on_sigterm
+from servers.process import ServerProcess
 
 VERSION = "1"
 LONGEST_SLICE_S = 5.0
@@ -155,7 +158,7 @@ def describe_drift(windows: list) -> str:
 
 def main() -> int:
     interrupt_on_sigterm()
-    classes = load_endpoints()
+    classes = load_endpoints(with_peers=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--seconds", type=float, default=1800.0, help="how long (default: 1800, half an hour)")

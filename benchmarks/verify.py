@@ -11,42 +11,30 @@ Writes nothing.
 import argparse
 import sys
 
-import numpy as np
-from containers import ContainerServer, list_container_endpoints
-from endpoint import Endpoint, load_endpoints
-from reference import TOLERANCE, load_expected, load_test_rows
 from rich.console import Console
-from server_process import ServerError, ServerProcess, ask, interrupt_on_sigterm
 
-
-def max_abs_difference(endpoint: Endpoint, version: str) -> float:
-    """Return max |p - expected| of a running server over all test rows, asked one by one and all at once.
-
-    Raises ServerError where an answer is not a probability pair per row.
-    """
-    rows, _ = load_test_rows()
-    expected = load_expected(version)
-    one_by_one = np.concatenate([ask(endpoint, [row], version) for row in rows])
-    at_once = ask(endpoint, rows, version)
-    for answer in (one_by_one, at_once):
-        if answer.shape != expected.shape:
-            raise ServerError(f"{endpoint.name}: answered shape {answer.shape} for {len(rows)} rows")
-    differences = np.abs(np.stack([one_by_one, at_once]) - expected)
-    return float("inf") if np.isnan(differences).any() else float(differences.max())
+from endpoints.base import ServerError, load_endpoints
+from endpoints.reference import TOLERANCE
+from machine.signals import interrupt_on_sigterm
+from servers.containers import ContainerServer, list_container_endpoints
+from servers.parity import max_abs_difference
+from servers.process import ServerProcess
 
 
 def main() -> int:
     interrupt_on_sigterm()
-    classes = {name: value for name, value in load_endpoints().items() if value.has_model}
+    classes = {name: value for name, value in load_endpoints(with_peers=True).items() if value.has_model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoints", nargs="+", choices=classes, help="which servers (default: all of them)")
+    parser.add_argument(
+        "--endpoints", nargs="+", choices=classes, help="which servers (default: all of this repository)"
+    )
     parser.add_argument(
         "--containers", action="store_true", help="ask what docker compose runs (default: start each server)"
     )
     arguments = parser.parse_args()
     if arguments.containers:
         classes = list_container_endpoints(classes)
-    names = arguments.endpoints or list(classes)
+    names = arguments.endpoints or [name for name, value in classes.items() if value.kind != "peer"]
     if unknown := set(names) - set(classes):
         parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(classes)}")
     console = Console(highlight=False)

@@ -1,6 +1,6 @@
 """The bad requests that every server must refuse: 4xx, a message that names the problem, and it goes on serving."""
 
-from endpoint import Endpoint, Request
+from endpoints.base import Endpoint, Request
 
 GOOD_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
 JUNK_BYTES = 10_000_000

@@ -23,9 +23,9 @@ os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-from endpoint import load_endpoints  # noqa: E402
-from free_ports import read_free_ports  # noqa: E402
+from endpoints.base import load_endpoints  # noqa: E402
 from helpers import start  # noqa: E402
+from machine.free_ports import read_free_ports  # noqa: E402
 
 FRAMEWORKS = ("torchserve", "tfserving", "bentoml", "onnx")
 LONGEST_FIRST = ("torchserve", "test_gateway", "tfserving", "bentoml", "test_benchmarks", "onnx")  # groups

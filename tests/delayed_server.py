@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from reference import load_expected, load_test_rows  # noqa: E402
+from endpoints.reference import load_expected, load_test_rows  # noqa: E402
 
 DELAYS_S = itertools.cycle((0.0022, 0.0027))
 ANSWERS = dict(zip(map(tuple, load_test_rows()[0]), load_expected("1").tolist(), strict=True))

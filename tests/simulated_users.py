@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 import numpy as np
-from ab_decision import METRICS, ROLL_BACK, UNDECIDED, Plan, Tally, judge
-from reference import load_expected, load_test_rows
+
+from endpoints.reference import load_expected, load_test_rows
+from rollout.decision import METRICS, ROLL_BACK, UNDECIDED, Plan, Tally, judge
 
 LABELS = np.array(load_test_rows()[1])
 

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import threading
 
-import ab_test
 import numpy as np
 import pytest
-from ab_decision import PROMOTE, ROLL_BACK, UNDECIDED, find_difference, judge, make_plan
-from ab_test import baseline_accuracy, decode_users, judge_look, plan_of
-from alpha_spending import find_boundaries, find_drift, find_power
-from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, run_python
 from scipy import stats
+
+import ab_test
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, run_python
+from rollout.alpha_spending import find_boundaries, find_drift, find_power
+from rollout.decision import PROMOTE, ROLL_BACK, UNDECIDED, find_difference, judge, make_plan
+from rollout.experiment import baseline_accuracy, decode_users, judge_look, plan_of
+from rollout.split_users import SplitError
 from simulated_users import LABELS, of_version, run_to_the_end, share_of, simulate, table, with_accuracy
-from split_users import SplitError
 from toy_split import ToySplit
 
 RUNS = 1000  # the standard error of a share of 0.05 is 0.007, of 0.9 it is 0.009

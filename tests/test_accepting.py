@@ -1,4 +1,4 @@
-"""New users are heard while many are connected: bentoml/, onnx/ and tfserving/accepting.py, on a real event loop."""
+"""New users are heard while many are connected: accepting.py of three folders, on a real event loop."""
 
 import asyncio
 import socket
@@ -6,10 +6,11 @@ import socket
 import pytest
 import uvicorn
 import uvloop
-from endpoint import REPOSITORY_DIR
+
+from endpoints.base import REPOSITORY_DIR
 from helpers import DEADLINE_S, load_script
 
-COPIES = [REPOSITORY_DIR / folder / "accepting.py" for folder in ("bentoml", "onnx", "tfserving")]
+COPIES = [REPOSITORY_DIR / folder / "accepting.py" for folder in ("bentoml", "onnx", "tfserving/local")]
 NEW = 60
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

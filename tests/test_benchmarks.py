@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shutil
@@ -10,39 +9,26 @@ import signal
 import socket
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
-import compare
-import latency_test
 import numpy as np
 import psutil
 import pytest
-import server_process
+
+import latency_test
 import verify
 from benchmark_all import list_failures, start_and_verify
 from conftest import FRAMEWORKS
-from endpoint import load_endpoints
-from free_ports import find_free_ports
+from endpoints.base import ServerError, load_endpoints
+from figures.cells import Cell
+from figures.measured import Measured
+from figures.result_file import read_result
 from helpers import DEADLINE_S, REPOSITORY_DIR, TESTS_DIR, call_main, load_script, run, wait_until
-from load_generator import Window
-from results import (
-    README_BEGIN,
-    README_END,
-    Knee,
-    ResultError,
-    encode_window,
-    find_knee,
-    format_markdown,
-    list_warnings,
-    read_result,
-    select,
-    update_readme,
-    write_result,
-)
-from server_process import ServerError, ServerProcess
+from machine.free_ports import find_free_ports
+from servers import process as server_process
+from servers.process import ServerProcess
 from toy_endpoint import Toy
 
 LATE_S = 0.05  # of the toy that is late
@@ -63,10 +49,10 @@ def house(tmp_path_factory):
     (house / "tests").mkdir()
     shutil.copy2(TESTS_DIR / "toy_server.py", house / "tests")
     toy = (TESTS_DIR / "toy_endpoint.py").read_text()
-    (house / "benchmarks" / "endpoint_toy.py").write_text(toy)
+    (house / "benchmarks" / "endpoints" / "endpoint_toy.py").write_text(toy)
     for manner in BAD_MANNERS:
         bad_toy = toy.replace('name = "toy"', f'name = "{manner}"').replace('"right"', f'"{manner}"')
-        (house / "benchmarks" / f"endpoint_{manner}.py").write_text(bad_toy)
+        (house / "benchmarks" / "endpoints" / f"endpoint_{manner}.py").write_text(bad_toy)
     return house
 
 
@@ -110,8 +96,8 @@ def part_of(result: dict, name: str) -> dict:
     return {**result, "endpoints": {name: result["endpoints"][name]}, "windows": windows}
 
 
-def cells_of(result: dict, name: str) -> list:
-    return [select(result, name, connections=connections) for connections in (1, 4)]
+def cells_of(result: dict, name: str) -> list[Cell]:
+    return Measured(result).closed(name)
 
 
 def test_a_fifth_server_is_one_new_file(house, good_run):
@@ -121,7 +107,7 @@ def test_a_fifth_server_is_one_new_file(house, good_run):
     for cell in cells_of(result, "toy"):
         assert len(cell.latencies_s) > 0
         assert (cell.failed, cell.wrong) == (0, 0)
-    assert "| toy | local |" in (house / "toy.md").read_text()
+    assert "| *toy (local)* |" in (house / "toy.md").read_text()
 
 
 def test_the_null_server_is_the_floor_of_the_table(good_run):
@@ -169,13 +155,13 @@ def test_a_server_that_breaks_parity_is_not_timed(bad_run):
     done, result = bad_run
     assert "unequal: breaks the parity contract, so it is not timed" in done.stdout
     assert max(result["endpoints"]["unequal"]["max_abs_difference"].values()) == pytest.approx(0.01)
-    assert cells_of(result, "unequal") == [None, None]
+    assert cells_of(result, "unequal") == []
 
 
 def test_a_server_that_does_not_start_is_reported_with_its_own_last_words(bad_run):
     _, result = bad_run
     assert "toy: the model is missing; make one" in result["endpoints"]["crashing"]["failure"]
-    assert cells_of(result, "crashing") == [None, None]
+    assert cells_of(result, "crashing") == []
 
 
 class Impatient(ServerProcess):
@@ -247,7 +233,7 @@ def test_a_taken_port_is_one_line_that_names_it():
 
 
 def test_verify_prints_the_difference_and_succeeds_only_on_equal_answers(monkeypatch):
-    monkeypatch.setattr(verify, "load_endpoints", lambda: {"toy": Toy})
+    monkeypatch.setattr(verify, "load_endpoints", lambda with_peers: {"toy": Toy})
     good = call_main(verify, "--endpoints", "toy")
     monkeypatch.setenv("TOY_MANNER", "unequal")
     bad = call_main(verify, "--endpoints", "toy")
@@ -259,151 +245,11 @@ def test_verify_prints_the_difference_and_succeeds_only_on_equal_answers(monkeyp
 
 
 def test_latency_test_of_a_server_that_does_not_run_says_how_to_start_it(monkeypatch):
-    monkeypatch.setattr(latency_test, "load_endpoints", lambda: {"toy": Toy})
+    monkeypatch.setattr(latency_test, "load_endpoints", lambda with_peers: {"toy": Toy})
     monkeypatch.setattr(Toy, "default_ports", find_free_ports(["rest"]))
     with pytest.raises(ServerError, match="start it in another terminal: cd tests && ") as caught:
         call_main(latency_test, "--endpoint", "toy", "--running")
     assert "\n" not in str(caught.value)
-
-
-def make_window(latencies_s: np.ndarray, round_number: int = 1, endpoint: str = "toy", **about) -> dict:
-    window = Window(1, elapsed_s=10.0, latencies_s=latencies_s, errors=Counter({"status 503": 2}), wrong=1)
-    defaults = {
-        "endpoint": endpoint, "load": "closed", "round": round_number, "rows_per_request": 1, "nominal_rate": 0.0,
-        "server_cpu_s": 0.5, "server_rss_bytes": 1000, "foreign_share": 0.0,
-    }  # fmt: skip
-    return {**encode_window(window), **defaults, **about}
-
-
-def make_result(*windows: dict) -> dict:
-    return {
-        "schema_version": 2,
-        "environment": {
-            "utc": "2026-01-01T00:00:00+00:00", "cpu": "a", "cores": 2, "system": "Linux", "python": "3.11",
-            "load_average_1min": 0.0, "git_commit": "abc", "git_dirty": False, "command": "c", "packages": {},
-        },
-        "settings": {
-            "profile": "quick", "version": "1", "rows_per_request": [1], "connections": [1], "rounds": 1,
-            "seconds": 10.0, "warmup_seconds": 0.0, "objective_p99_s": 0.05, "server_cpus": [0], "client_cpus": [1],
-        },
-        "endpoints": {
-            name: {
-                "kind": "local", "protocol": "REST", "settings": {}, "starts": [{"listens_s": 0.1, "ready_s": 0.5}],
-                "max_abs_difference": {"1": 2e-8},
-            }
-            for name in dict.fromkeys(window["endpoint"] for window in windows)
-        },
-        "windows": list(windows),
-    }  # fmt: skip
-
-
-def test_percentiles_from_a_file_are_numpys_to_the_microsecond(tmp_path):
-    latencies_s = np.random.default_rng(0).lognormal(-8, 1, 5000)
-    write_result(make_result(make_window(latencies_s)), tmp_path / "r.json")
-    cell = select(read_result(tmp_path / "r.json"), "toy", connections=1)
-    for percent in (50, 90, 99):
-        truth = np.percentile(latencies_s, percent)
-        assert abs(cell.percentile_s(percent).estimate - truth) <= max(1e-6, truth / 200)
-    assert cell.rates == [500.0]
-    assert (cell.failed, cell.wrong) == (2, 1)
-
-
-def test_a_knee_is_where_the_rate_or_the_objective_breaks():
-    def sweep(name: str, p99s_s: dict[float, float], answered: float = 1.0) -> list[dict]:
-        windows = []
-        for rate, p99_s in p99s_s.items():
-            latencies_s = np.full(int(rate * 10 * (answered if rate == max(p99s_s) else 1)), p99_s)
-            window = make_window(latencies_s, endpoint=name, load="open", nominal_rate=rate, offered_rate=rate)
-            windows.append({**window, "errors": {}, "wrong": 0})
-        return windows
-
-    late = sweep("late", {100.0: 0.01, 200.0: 0.02, 300.0: 0.09})
-    behind = sweep("behind", {100.0: 0.01, 200.0: 0.01}, answered=0.8)
-    strong = sweep("strong", {100.0: 0.01, 200.0: 0.01})
-    result = make_result(*late, *behind, *strong)
-    assert find_knee(result, "late") == Knee(200.0, 300.0, "p99 90 ms", 200.0, 300.0)
-    assert find_knee(result, "behind") == Knee(100.0, 200.0, "answered 160/s", 100.0, 200.0)
-    assert find_knee(result, "strong") == Knee(200.0, None, "held at every rate offered", 200.0)
-
-
-def test_a_busy_client_foreign_load_and_failures_are_warned_of():
-    quiet = {**make_window(np.full(1000, 0.001)), "errors": {}, "wrong": 0}
-    assert list_warnings(make_result(quiet)) == []
-    for change, words in (
-        ({"client_cpu_s": 9.9}, "lower bound"),
-        ({"foreign_share": 0.4}, "other programs used the cores"),
-        ({"errors": {"status 503": 3}}, "3 failed, 0 wrong"),
-    ):
-        (warning,) = list_warnings(make_result({**quiet, **change}))
-        assert words in warning
-
-
-def test_compare_tells_a_change_from_noise(tmp_path):
-    generator = np.random.default_rng(0)
-
-    def measure(scale: float, path):
-        windows = [
-            {**make_window(np.full(int(10_000 / scale * generator.normal(1, 0.02)), 0.001 * scale), n), "errors": {}}
-            for n in range(1, 6)
-        ]
-        write_result(make_result(*windows), path)
-
-    for name, scale in (("a", 1.0), ("same", 1.0), ("slower", 1.5)):
-        measure(scale, tmp_path / f"{name}.json")
-
-    def compare_with(other: str) -> str:
-        done = call_main(compare, tmp_path / "a.json", tmp_path / f"{other}.json")
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert "0 better, 0 worse, 2 figures compared" in compare_with("same")
-    assert "0 better, 2 worse, 2 figures compared" in compare_with("slower")
-    assert "no significant difference" in compare_with("same")
-
-
-def test_a_percentile_is_withheld_where_the_sample_is_too_small():
-    cell = select(make_result(make_window(np.linspace(0.001, 0.002, 999))), "toy", connections=1)
-    assert cell.percentile_s(99) is None
-    assert cell.percentile_s(95) is not None
-
-
-def test_reading_what_is_not_a_result_is_one_line(tmp_path):
-    for content, words in (
-        (None, "no such file"),
-        ("{", "not JSON"),
-        ("[]", "schema version"),
-        ("{}", "schema version"),
-    ):
-        path = tmp_path / "r.json"
-        if content is not None:
-            path.write_text(content)
-        with pytest.raises(ResultError, match=words) as caught:
-            read_result(path)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_result_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
-    path = tmp_path / "r.json"
-    write_result({"schema_version": 2}, path)
-    with pytest.raises(TypeError):
-        write_result({"schema_version": object()}, path)
-    assert read_result(path) == {"schema_version": 2}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
-
-
-def test_the_readme_shows_the_sample_result_and_nothing_typed_by_hand():
-    readme = (REPOSITORY_DIR / "README.md").read_text()
-    sample = read_result(REPOSITORY_DIR / "benchmarks" / "results" / "sample.json")
-    assert update_readme(readme, sample) == readme, "run make readme"
-    assert set(sample["endpoints"]) <= set(load_endpoints())
-
-
-def test_only_the_marked_part_of_the_readme_is_replaced():
-    result = make_result(make_window(np.full(100, 0.001)))
-    readme = f"before\n{README_BEGIN}\nold\n{README_END}\nafter\n"
-    assert update_readme(readme, result) == f"before\n{README_BEGIN}\n{format_markdown(result)}{README_END}\nafter\n"
-    with pytest.raises(ResultError, match="marks"):
-        update_readme("no marks", result)
 
 
 def test_the_doctor_knows_every_servers_ports(monkeypatch):
@@ -417,7 +263,3 @@ def test_the_doctor_knows_every_servers_ports(monkeypatch):
             continue
         line = next(line for line in printed.splitlines() if f"ports of {name} " in line)
         assert {str(port) for port in endpoint_class.default_ports.values()} <= set(line.replace(",", " ").split())
-
-
-def test_results_are_json_that_anything_reads():
-    assert json.loads((REPOSITORY_DIR / "benchmarks" / "results" / "sample.json").read_text())["schema_version"] == 2

@@ -16,11 +16,13 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import REPOSITORY_DIR, Request, load_endpoints
+from client.ask import ask, send
+from endpoints.base import REPOSITORY_DIR, Request, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, assert_ends_whole, call_main, load_script, post, run, start, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerProcess, ask, send
+from servers.process import ServerProcess
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 TAGS = {"1": "my_model:v1.0.0", "2": "my_model:v2.0.0"}

@@ -19,11 +19,13 @@ import numpy as np
 import psutil
 import pytest
 import yaml
+
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import REPOSITORY_DIR, Request
+from client.ask import ask, send
+from endpoints.base import REPOSITORY_DIR, Request, ServerError
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, assert_ends_whole, load_together, post, run, start, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask, send
+from servers.process import ServerProcess
 
 FOLDER = REPOSITORY_DIR / "bentoml"
 MONITOR = "seen"

@@ -4,13 +4,16 @@ import re
 import subprocess
 import sys
 
-import calibrate
 import numpy as np
 import pytest
+
+import calibrate
 from calibrate import CalibrationError, Measured, format_script, judge, measure_undisturbed, parse_wrk
-from endpoint import Request
+from endpoints.base import Request
 from helpers import Done, call_main, needs, run_python
 
+LATE = "late p99 at 20,000/s"
+ALL = {"p50 at 1 connection", "requests/s at 16", "requests/s at 64", LATE}
 HOLDS, UNCLEAR = 0, 2  # exit codes; unclear is what a machine that others use allows to be said
 WRK_OUTPUT = """Running 2s test @ http://127.0.0.1:33333/predict/1
   1 threads and 16 connections
@@ -36,7 +39,7 @@ def run_calibrate(*arguments: str, path: str | None = None) -> subprocess.Comple
 def verdicts_of(output: str) -> dict[str, str]:
     """The table's verdicts by what they are about."""
     lines = [line.rstrip() for line in output.splitlines()]
-    found = (re.match(r"(.*? at (?:1 connection|16|2,000/s)) .* (holds|BROKEN|unclear)$", line) for line in lines)
+    found = (re.match(r"(.*? at (?:1 connection|16|64|20,000/s)) .* (holds|BROKEN|unclear)$", line) for line in lines)
     return {match[1]: match[2] for match in found if match}
 
 
@@ -53,7 +56,7 @@ def check_end(done: Done | subprocess.CompletedProcess) -> None:
 def test_the_client_costs_little_beside_wrk():
     done = run_calibrate("--rounds", "3", "--seconds", "1")
     check_end(done)
-    assert set(verdicts_of(done.stdout)) == {"p50 at 1 connection", "requests/s at 16", "late p99 at 2,000/s"}
+    assert set(verdicts_of(done.stdout)) == ALL
     assert done.stdout.splitlines()[-1].startswith("calibrate: ")
 
 
@@ -64,8 +67,8 @@ def test_without_wrk_the_lateness_alone_is_measured_and_the_rest_said_to_be_skip
     check_end(done)
     assert done.stdout.splitlines()[0].startswith("skipped: wrk is not installed")
     assert "apt install wrk" in done.stdout.splitlines()[0]
-    assert set(verdicts_of(done.stdout)) == {"late p99 at 2,000/s"}
-    assert "2 skipped" in done.stdout.splitlines()[-1]
+    assert set(verdicts_of(done.stdout)) == {LATE}
+    assert "3 skipped" in done.stdout.splitlines()[-1]
 
 
 def test_wrks_output_is_read():
@@ -105,28 +108,30 @@ def test_the_script_holds_the_request():
 
 
 def verdicts(own: tuple, wrk: tuple, lateness_s: list[float], disturbed: float = 0.0) -> list[str]:
+    """The verdicts on p50s at 1 connection and rates at 16 and 64, of each client, and on lateness."""
     measured = Measured(
-        p50_s={"own": own[0], "wrk": wrk[0]},
-        rates={"own": own[1], "wrk": wrk[1]},
+        p50_s={"own": list(own[0]), "wrk": list(wrk[0])},
+        rates={16: {"own": list(own[1]), "wrk": list(wrk[1])}, 64: {"own": list(own[2]), "wrk": list(wrk[2])}},
         lateness_s=lateness_s,
-        disturbed=dict.fromkeys(("p50", "rate", "late"), [disturbed]),
     )
+    for shares in measured.disturbed.values():
+        shares.append(disturbed)
     return [line.verdict for line in judge(measured)]
 
 
 def test_each_bound_is_judged_by_the_median_of_the_rounds():
     slow_stretches = np.random.default_rng(0).lognormal(0, 0.5, 7)  # both clients meet the same one in a round
-    p50_s, rates = list(80e-6 * slow_stretches), list(40_000 / slow_stretches)
-    wrk = (p50_s, rates)
-    slower = [value + 20e-6 for value in p50_s]
-    fewer = [0.9 * value for value in rates]
-    assert verdicts((slower, fewer), wrk, [20e-6]) == ["holds", "holds", "holds"]
+    p50_s, rates = 80e-6 * slow_stretches, 170_000 / slow_stretches
+    wrk = (p50_s, rates, rates)
+    slower, fewer, nearly = p50_s + 20e-6, 0.75 * rates, 0.9 * rates
+    assert verdicts((slower, fewer, nearly), wrk, [20e-6]) == ["holds", "holds", "holds", "holds"]
     for shift_s in (35e-6, -35e-6):
-        assert verdicts(([value + shift_s for value in p50_s], fewer), wrk, [20e-6]) == ["BROKEN", "holds", "holds"]
-    assert verdicts((slower, [0.8 * value for value in rates]), wrk, [20e-6]) == ["holds", "BROKEN", "holds"]
-    assert verdicts((slower, fewer), wrk, [20e-6, 2e-3, 3e-3]) == ["holds", "holds", "BROKEN"]
-    assert verdicts((slower, fewer), wrk, [20e-6, 20e-6, 3e-3]) == ["holds", "holds", "holds"]
-    assert verdicts((slower, fewer), wrk, [2e-3], disturbed=0.3) == ["holds", "holds", "unclear"]
+        assert verdicts((p50_s + shift_s, fewer, nearly), wrk, [20e-6]) == ["BROKEN", "holds", "holds", "holds"]
+    assert verdicts((slower, 0.65 * rates, nearly), wrk, [20e-6]) == ["holds", "BROKEN", "holds", "holds"]
+    assert verdicts((slower, fewer, 0.8 * rates), wrk, [20e-6]) == ["holds", "holds", "BROKEN", "holds"]
+    assert verdicts((slower, fewer, nearly), wrk, [20e-6, 2e-3, 3e-3]) == ["holds", "holds", "holds", "BROKEN"]
+    assert verdicts((slower, fewer, nearly), wrk, [20e-6, 20e-6, 3e-3]) == ["holds", "holds", "holds", "holds"]
+    assert verdicts((slower, fewer, nearly), wrk, [2e-3], disturbed=0.3) == ["holds", "holds", "holds", "unclear"]
 
 
 def test_a_disturbed_measurement_is_repeated_and_the_least_disturbed_kept():
@@ -138,9 +143,9 @@ def test_a_disturbed_measurement_is_repeated_and_the_least_disturbed_kept():
 
 @pytest.fixture
 def measured_quickly(monkeypatch):
-    """A calibration whose three figures are given; it starts the null server all the same, and asks it nothing."""
-    monkeypatch.setattr(calibrate, "run_own", lambda *_: (100e-6, 36_000.0))
-    monkeypatch.setattr(calibrate, "run_wrk", lambda *_: (80e-6, 40_000.0))
+    """A calibration whose figures are given; it starts the null server all the same, and asks it nothing."""
+    monkeypatch.setattr(calibrate, "run_own", lambda *_: (100e-6, 150_000.0))
+    monkeypatch.setattr(calibrate, "run_wrk", lambda *_: (80e-6, 170_000.0))
     monkeypatch.setattr(calibrate, "watch", lambda run, *_: (run(), 0.0))
     monkeypatch.setattr(calibrate, "measure_lateness", lambda *_, seed: (20e-6, 0.0))
 
@@ -151,9 +156,18 @@ def test_the_table_fits_80_columns_and_says_what_was_skipped(monkeypatch, measur
     done = call_main(calibrate, "--rounds", "2", "--seconds", "1", columns=80)
     check_end(done)
     lines = done.stdout.splitlines()
-    expected = {"p50 at 1 connection", "requests/s at 16", "late p99 at 2,000/s"}
-    assert set(verdicts_of(done.stdout)) == (expected if wrk else {"late p99 at 2,000/s"})
-    assert ("apt install wrk" in lines[0]) == ("2 skipped" in lines[-1]) == (wrk is None)
+    assert set(verdicts_of(done.stdout)) == (ALL if wrk else {LATE})
+    assert ("apt install wrk" in lines[0]) == ("3 skipped" in lines[-1]) == (wrk is None)
+
+
+def test_no_figure_is_cut_off_however_long(monkeypatch, measured_quickly):
+    monkeypatch.setattr(calibrate, "run_own", lambda *_: (0.25, 1.0))
+    monkeypatch.setattr(calibrate, "measure_lateness", lambda *_, seed: (seed * 10.0, 0.0))
+    monkeypatch.setattr(calibrate.shutil, "which", lambda name: name)
+    done = call_main(calibrate, "--rounds", "2", "--seconds", "1", columns=80)
+    assert "…" not in done.stdout
+    assert "(10,000,000 to 20,000,000) < 1,000 µs BROKEN" in done.stdout
+    assert set(verdicts_of(done.stdout)) == ALL
 
 
 @pytest.mark.parametrize(("disturbed", "code", "word"), [(0.0, 1, "BROKEN"), (0.5, 2, "unclear")])

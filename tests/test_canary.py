@@ -10,26 +10,26 @@ import sys
 import threading
 from pathlib import Path
 
-import canary
-import gateway_cli
 import numpy as np
 import pytest
-from ab_decision import PROMOTE, ROLL_BACK, make_plan
-from ab_test import baseline_accuracy, decode_users
-from endpoint import load_endpoints
-from free_ports import find_free_ports
-from gateway_cli import call_gateway, lent_key, read_share
+
+import canary
+from endpoints.base import load_endpoints
+from endpoints.reference import load_expected
 from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, skip_without_haproxy, start, wait_until
-from reference import load_expected
+from machine.free_ports import find_free_ports
+from rollout import gateway_cli
+from rollout.decision import PROMOTE, ROLL_BACK, make_plan
+from rollout.experiment import baseline_accuracy, decode_users
+from rollout.gateway_cli import call_gateway, lent_key, read_share
+from rollout.split_users import Crowd, Split
 from simulated_users import of_version, run_to_the_end, share_of, simulate, table
-from split_users import Crowd, Split
 from toy_split import ToySplit
 
 sys.path.insert(0, str(REPOSITORY_DIR / "gateway"))
 
-from state import State  # noqa: E402
-
 from gateway import read_status  # noqa: E402
+from state import State  # noqa: E402
 
 RUNS = 1000  # the standard error of a share of 0.05 is 0.007
 NEVER_S = "1e9"

@@ -16,13 +16,15 @@ import sys
 import threading
 from pathlib import Path
 
-import container_costs
 import numpy as np
 import psutil
 import pytest
+
+import container_costs
+from client.ask import ask
 from conftest import refuse_taken_ports
-from containers import list_container_endpoints
-from endpoint import load_endpoints
+from endpoints.base import load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from engine import (
     Engine,
     build_settings,
@@ -32,8 +34,7 @@ from engine import (
     make_tfserving_stand_in,
 )
 from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ask
+from servers.containers import list_container_endpoints
 
 SERVICES = ("torchserve", "tfserving", "bentoml", "onnx")
 DOCKERFILES = ("torchserve/Dockerfile", "onnx/Dockerfile", "gateway/Dockerfile")

@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
+
+from endpoints.reference import load_expected, load_test_rows
 from helpers import REPOSITORY_DIR, call_main, load_script
-from reference import load_expected, load_test_rows
 
 DATA_DIR = REPOSITORY_DIR / "data"
 RECIPE = json.loads((DATA_DIR / "recipe.json").read_text())

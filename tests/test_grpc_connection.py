@@ -11,8 +11,8 @@ from collections import Counter
 import hpack
 import numpy as np
 import pytest
-from endpoint import Endpoint, Request
-from grpc_connection import (
+
+from client.grpc_connection import (
     ACK,
     CANCEL,
     CONTINUATION,
@@ -36,8 +36,9 @@ from grpc_connection import (
     GrpcConnection,
     encode_frame,
 )
+from client.load_generator import LoadGenerator, make_exchanges
+from endpoints.base import Endpoint, Request
 from helpers import DEADLINE_S
-from load_generator import LoadGenerator, make_exchanges
 
 REPLY_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
 

@@ -9,18 +9,20 @@ import sys
 import time
 
 import grpc
-import grpc_connection
 import numpy as np
 import pytest
+
 from bad_requests import GOOD_ROW
-from endpoint import Endpoint, Request, load_endpoints
-from free_ports import find_free_ports
-from grpc_connection import LAST_STREAM, GrpcConnection
+from client import grpc_connection
+from client.ask import ask
+from client.grpc_connection import LAST_STREAM, GrpcConnection
+from client.load_generator import LoadGenerator, constant_arrivals, make_exchanges
+from endpoints.base import Endpoint, Request, ServerError, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, TESTS_DIR, run_python, start
-from load_generator import LoadGenerator, constant_arrivals, make_exchanges
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ServerProcess, ask
-from verify import max_abs_difference
+from machine.free_ports import find_free_ports
+from servers.parity import max_abs_difference
+from servers.process import ServerProcess
 
 ROWS = load_test_rows()[0]
 
@@ -249,16 +251,17 @@ def test_torchserves_refusal_with_status_ok_is_no_answer(torchserve_server):
 
 
 def test_the_grpc_floor_has_the_stack_and_the_answer_of_the_local_server(null_grpc, tfserving_server):
-    tree = ast.parse((REPOSITORY_DIR / "tfserving" / "grpc_api.py").read_text())
+    local_server = REPOSITORY_DIR / "tfserving" / "local"
+    tree = ast.parse((local_server / "grpc_api.py").read_text())
     [options] = [
         ast.literal_eval(statement.value)
         for statement in tree.body
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "OPTIONS"
     ]
-    import null_grpc_server
+    from endpoints import null_grpc_server
 
     assert options == null_grpc_server.GRPC_OPTIONS
-    assert "uvloop.run(" in (REPOSITORY_DIR / "tfserving" / "local_server.py").read_text()
+    assert "uvloop.run(" in (local_server / "server.py").read_text()
     real = load_endpoints()["tfserving-grpc"](tfserving_server.endpoint.ports)
     status, answer = grpc_connection.send(real.port, real.request(ROWS[:1], "1"))
     status, constant = grpc_connection.send(null_grpc.port, null_grpc.request(ROWS[:1], "1"))
@@ -273,7 +276,9 @@ def test_the_grpc_floor_takes_a_large_message(null_grpc):
 
 
 def test_a_taken_port_of_the_grpc_floor_is_one_line(null_grpc):
-    result = run_python("null_grpc_server.py", "--port", str(null_grpc.port), cwd=REPOSITORY_DIR / "benchmarks")
+    result = run_python(
+        "-m", "endpoints.null_grpc_server", "--port", str(null_grpc.port), cwd=REPOSITORY_DIR / "benchmarks"
+    )
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
     assert "is in use" in result.stderr
 
@@ -309,8 +314,8 @@ def test_the_client_is_clearly_cheaper_than_grpcios(null_grpc):
 
 def test_benchmark_code_does_not_import_tensorflow_or_grpcio():
     code = (
-        "import sys; sys.path.insert(0, 'benchmarks'); import load_generator, server_process\n"
-        "from endpoint import load_endpoints\n"
+        "import sys; sys.path.insert(0, 'benchmarks'); import benchmark_all\n"
+        "from endpoints.base import load_endpoints\n"
         "for name, value in load_endpoints().items():\n"
         "    if value.protocol == 'gRPC': value().request([[1.0] * 5], '1')\n"
         "print(sorted({'tensorflow', 'grpc'} & set(sys.modules)))"

@@ -8,10 +8,13 @@ import subprocess
 import sys
 import threading
 
-import latency_test
 import numpy as np
 import pytest
-from endpoint_null import NullEndpoint
+from rich.console import Console
+from scipy.signal import lfilter
+
+import latency_test
+from endpoints.endpoint_null import NullEndpoint
 from helpers import DEADLINE_S, REPOSITORY_DIR, call_main
 from latency_test import (
     find_interval,
@@ -23,8 +26,6 @@ from latency_test import (
     measure_parts,
     split_by_time,
 )
-from rich.console import Console
-from scipy.signal import lfilter
 from scripted import (
     MS,
     Closing,

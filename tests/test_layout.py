@@ -6,6 +6,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+
 from conftest import REPOSITORY_DIR
 from helpers import run
 
@@ -47,7 +48,7 @@ def test_every_file_that_the_exercise_names_is_in_a_fresh_clone():
     assert not missing
 
 
-@pytest.mark.parametrize("folder", [".", "benchmarks", "gateway", "tests", *FRAMEWORK_FOLDERS])
+@pytest.mark.parametrize("folder", [".", "benchmarks", "gateway", "tests", *FRAMEWORK_FOLDERS, "tfserving/local"])
 def test_no_folder_hides_a_package_from_a_script_that_starts_in_it(folder):
     # As for a script, the folder is searched first; a folder without an __init__.py hides no package.
     search = [str(REPOSITORY_DIR / folder), *SITE_PACKAGES]
@@ -69,6 +70,17 @@ def test_a_framework_folder_imports_nothing_of_the_other_folders(folder):
     for path in (REPOSITORY_DIR / folder).rglob("*.py"):
         foreign = imported_modules(path) & (others - own)
         assert not foreign, f"{path.relative_to(REPOSITORY_DIR)} imports {foreign}"
+
+
+def test_tensorflow_servings_folder_shows_its_lesson_and_the_local_server_lies_behind_it():
+    lesson = {path.stem: path for path in (REPOSITORY_DIR / "tfserving").glob("*.py")}
+    local_server = {path.stem: path for path in (REPOSITORY_DIR / "tfserving" / "local").glob("*.py")}
+    assert lesson.keys() == {"export_model", "client", "serve", "quiet_tensorflow"}
+    assert lesson.keys() & local_server.keys() == {"quiet_tensorflow"}
+    assert lesson["quiet_tensorflow"].read_bytes() == local_server["quiet_tensorflow"].read_bytes()
+    for own, other in ((lesson, local_server), (local_server, lesson)):
+        for path in own.values():
+            assert not imported_modules(path) & (other.keys() - own.keys()), path
 
 
 def test_no_script_has_the_name_of_a_package():

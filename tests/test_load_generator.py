@@ -4,20 +4,29 @@ In `scripted` the clock, the poller and the sockets are the test's own. Two test
 """
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
 import sys
 
+import httptools
 import numpy as np
 import psutil
 import pytest
-from connection import begin_connecting
-from environment import split_cpus
+
+from client import http_connection
+from client.connection import begin_connecting
+from client.http_connection import HttpConnection
+from client.load_generator import LoadGenerator, constant_arrivals, make_exchanges, poisson_arrivals
+from figures.cells import Cell
+from figures.measured import Measured
+from figures.result_file import Window, encode_window
+from figures.verdicts import Doubt, list_warnings
+from figures.words import describe_warnings
 from helpers import DEADLINE_S, TESTS_DIR
-from load_generator import LoadGenerator, Window, constant_arrivals, make_exchanges, poisson_arrivals
-from machine_load import MachineLoad
-from results import Cell, encode_window, list_warnings, select
+from machine.environment import split_cpus
+from machine.load import MachineLoad
 from scripted import (
     CLOSE,
     EXPECTED,
@@ -39,6 +48,7 @@ from scripted import (
     Truncating,
     Wrong,
     closed,
+    encode_reply,
     opened,
     stall_end_ns,
 )  # fmt: skip
@@ -61,7 +71,8 @@ def make_result(window: Window, load: str, foreign_share: float = 0.0) -> dict:
 
 
 def make_cell(window: Window, load: str) -> Cell:
-    return select(make_result(window, load), "truth", load)
+    [cell] = Measured(make_result(window, load)).cells("truth")
+    return cell
 
 
 def latencies_ns(window: Window) -> list[int]:
@@ -250,6 +261,173 @@ def test_a_server_that_dies_ends_the_run_with_its_requests_as_failures(load, ref
     assert len(window.latencies_s) == 99 if load == "open" else 96 <= len(window.latencies_s) <= 99
 
 
+# A minimum of requests: a slow server's window lasts longer.
+
+
+def test_a_window_goes_on_until_the_minimum_of_requests_is_answered():
+    with Scene(Server(delay_ns=20 * MS)).load(1) as load:
+        window = load.run_closed(0.1, min_requests=20)
+        assert (len(window.latencies_s), window.elapsed_s) == (20, 0.4)
+    with Scene(Server(delay_ns=20 * MS)).load(4) as load:
+        window = load.run_closed(0.01, min_requests=10)
+        # Its 9th answer is the first of the third round, and lets that connection ask once more.
+        assert (len(window.latencies_s), window.elapsed_s) == (13, 0.08)
+
+
+def test_a_minimum_that_is_reached_in_time_changes_nothing():
+    without = closed(Server(delay_ns=20 * MS), 2, 0.1)
+    with Scene(Server(delay_ns=20 * MS)).load(2) as load:
+        window = load.run_closed(0.1, min_requests=8, limit_s=5.0)
+    assert latencies_ns(window) == latencies_ns(without) == [20 * MS] * 10
+    assert window.elapsed_s == without.elapsed_s == 0.1
+
+
+@pytest.mark.parametrize(("limit_s", "answers"), [(None, 4), (0.5, 2), (0.2, 1), (0.05, 1)])
+def test_a_window_ends_at_its_limit_though_the_minimum_is_not_reached(limit_s, answers):
+    with Scene(Server(delay_ns=300 * MS)).load(1) as load:
+        window = load.run_closed(0.1, min_requests=10, limit_s=limit_s)  # the default is ten times as long
+    assert latencies_ns(window) == answers * [300 * MS]
+    assert window.elapsed_s == answers * 0.3
+
+
+def test_failures_do_not_count_for_the_minimum():
+    class Failing(Server):
+        def reply(self, now_ns, body):
+            return [(now_ns + 10 * MS, encode_reply(b"", status=b"503 Service Unavailable"))]
+
+    with Scene(Failing()).load(1) as load:
+        window = load.run_closed(0.1, min_requests=5)
+    assert (window.errors, window.elapsed_s) == ({"status 503": 100}, 1.0)
+
+
+def test_the_time_to_connect_again_counts_while_the_minimum_is_not_reached():
+    with Scene(Closing(MS, connect_ns=MS)).load(1) as load:
+        window = load.run_closed(0.01, min_requests=10)
+    assert (len(window.latencies_s), window.elapsed_s) == (10, 0.019)  # a reply every 2 ms, the first after 1 ms
+
+
+# A reply whose bytes are those of one that was found right is not parsed again. No figure may show that.
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """A list that grows with each parser that the client makes."""
+    made = []
+
+    def make(protocol):
+        made.append(httptools.HttpResponseParser(protocol))
+        return made[-1]
+
+    monkeypatch.setattr(http_connection, "HttpResponseParser", make)
+    return made
+
+
+def list_figures(window: Window) -> dict:
+    """All that a window tells of the server."""
+    figures = encode_window(window)
+    del figures["client_cpu_s"]
+    return figures | {"latencies_ns": latencies_ns(window)}
+
+
+SERVERS = {
+    "right": lambda: Server(20 * MS), "serial": lambda: Serial(2 * MS), "stalling": lambda: Stalling(MS),
+    "erring": lambda: Erring(MS), "wrong": lambda: Wrong(MS), "dropping": lambda: Dropping(MS),
+    "truncating": lambda: Truncating(MS), "dying": lambda: Dying(MS, every=100), "chunked": lambda: Chunked(MS),
+    "segmented": lambda: Segmented(MS), "closing": lambda: Closing(MS), "silent": Silent,
+    "garbage": lambda: Garbage(MS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SERVERS)
+@pytest.mark.parametrize("loop", ["closed", "open"])
+def test_what_is_known_of_right_replies_changes_no_figure(name, loop, parsers):
+    def run(load: LoadGenerator) -> dict:
+        parsers.clear()
+        window = load.run_closed(1.0) if loop == "closed" else scene.run_open(load, poisson_arrivals(300, 2.0, seed=7))
+        return list_figures(window)
+
+    scene = Scene(SERVERS[name]())
+    with scene.load(4, 1.0) as load:
+        parsed = run(load)
+        assert len(parsers) >= len(parsed["latencies_ns"])
+    scene = Scene(SERVERS[name]())
+    with scene.knowing_load(4, 1.0) as load:
+        assert run(load) == parsed
+        if name in ("right", "serial", "stalling"):
+            assert not parsers
+
+
+def receive_all(pieces: list[bytes], right_replies: dict[int, bytes]) -> list[tuple]:
+    """What a connection says of a reply that comes in `pieces`.
+
+    After each piece: what went wrong, and whether the reply is complete. At the end: its status, whether the connection
+    is kept, and its body.
+    """
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = HttpConnection(0, connect=lambda port: ours)
+        connection.right_replies = right_replies
+        connection.begin_opening()
+        connection.greet()
+        connection.send(0, b"question")
+        said: list[tuple] = []
+        for piece in pieces:
+            theirs.sendall(piece)
+            said.append((connection.receive(), connection.complete))
+            if connection.complete:
+                break
+        if connection.is_right:
+            assert pieces == [right_replies[0]]
+            return [*said, (200, True, RIGHT_BODY)]
+        return [*said, (connection.status, connection.keep_alive, connection.body)]
+
+
+RIGHT_BODY = b'{"answers": [[0.01, 0.99]]}'
+
+
+def test_a_reply_is_known_only_if_every_byte_is_the_same_and_comes_first():
+    right = encode_reply(RIGHT_BODY)
+    known = {0: right}
+    assert receive_all([right], known) == receive_all([right], {}) == [(None, True), (200, True, RIGHT_BODY)]
+    places = range(len(right))
+    changed = [right[:place] + other + right[place + 1 :] for place in places for other in (b"0", b"C", b" ", b"\n")]
+    replies = [
+        *([reply] for reply in changed),
+        *([right[:place], right[place:]] for place in places if place),
+        *([right[:place], right] for place in places if place),
+        [right + right],
+        [right + b"H"],
+        [encode_reply(RIGHT_BODY, b"Connection: close\r\n")],
+        [encode_reply(RIGHT_BODY, status=b"503 Service Unavailable")],
+    ]
+    for pieces in replies:
+        assert receive_all(pieces, known) == receive_all(pieces, {}), pieces
+
+
+def test_a_reply_is_remembered_only_if_it_is_right_and_keeps_the_connection():
+    class AllWrong(Server):
+        def reply(self, now_ns, body):
+            return [(now_ns + MS, encode_reply(b'{"answers": [[2.0, 3.0]]}'))]
+
+    for server in (AllWrong(), Closing(MS), Chunked(MS), Segmented(MS)):
+        with Scene(server).load(2) as load:
+            for _ in range(3):
+                load.run_closed(0.2)
+            assert not load._right_replies, server
+    with Scene(Server(MS)).load(2) as load:
+        load.run_closed(0.2)
+        load.run_closed(0.2)
+        assert len(load._right_replies) == len(ROWS)
+
+
+def test_the_size_of_the_last_reply_is_told_whether_or_not_it_was_parsed():
+    with Scene(Server(MS)).load(1) as load:
+        for turn in range(1, 200):
+            window = load.run_closed(0.001)  # one request
+            x = (turn - 1) % len(ROWS) + 1
+            assert window.reply_bytes == len(json.dumps({"answers": [[x / 100, 1 - x / 100]]}))
+
+
 # Connections
 
 
@@ -260,8 +438,9 @@ def test_connections_are_opened_all_at_once_and_a_slow_one_is_told():
         window = load.run_closed(0.01)
     assert window.connect_s == 1.2
     assert set(latencies_ns(window)) == {MS}
-    warnings = list_warnings(make_result(window, "closed"))
-    assert any("raise the server's listen backlog" in warning and "(1.2 s)" in warning for warning in warnings)
+    warnings = list_warnings(Measured(make_result(window, "closed")))
+    [warning] = [found for found in warnings if found.doubt is Doubt.SLOW_CONNECT]  # the client's CPU time is real
+    assert "(1.2 s)" in describe_warnings([warning])[0]
 
 
 def test_while_a_connection_opens_the_others_go_on_asking():
@@ -434,7 +613,8 @@ def test_foreign_load_on_the_clients_core_is_warned_of(own_core):
     ):
         window = load.run_open(due_s)
     result = make_result(window, "open", machine.foreign_share)
-    assert any("other programs used" in warning for warning in list_warnings(result)), machine.foreign_share
+    doubts = [warning.doubt for warning in list_warnings(Measured(result))]
+    assert Doubt.FOREIGN_LOAD in doubts, machine.foreign_share
 
 
 @pytest.mark.timing

@@ -3,8 +3,8 @@
 import json
 
 import numpy as np
-import results
-from load_record import MOST_SLICES, SAMPLES_BEYOND_PERCENTILE, LoadRecord
+
+from client.load_record import MOST_SLICES, LoadRecord
 
 
 def fill(record: LoadRecord, sent_s: np.ndarray, latencies_s: np.ndarray) -> LoadRecord:
@@ -28,7 +28,6 @@ def test_a_percentile_is_withheld_where_too_few_requests_lie_beyond_it():
     row = fill(LoadRecord(), np.linspace(0, 1, 999), np.full(999, 0.001)).list_rows()[-1]
     assert row["p90_ms"] == 1.0
     assert row["p99_ms"] is None
-    assert SAMPLES_BEYOND_PERCENTILE == results.SAMPLES_BEYOND_PERCENTILE
 
 
 def test_workers_records_together_are_the_record_of_all():

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from free_ports import find_free_ports
+
+from client.load_record import LoadRecord
 from helpers import DEADLINE_S, REPOSITORY_DIR, TESTS_DIR, run_python, wait_until
-from load_record import LoadRecord
+from machine.free_ports import find_free_ports
 
 DELAYS_MS = (2.2, 2.7)  # of delayed_server.py
 GOOD_ANSWERS = 231  # of the toy, before it turns bad; the first shows that it is ready
@@ -35,9 +36,9 @@ def house(tmp_path):
     for name in ("toy_server.py", "delayed_server.py"):
         shutil.copy2(TESTS_DIR / name, tmp_path / "tests")
     toy = (TESTS_DIR / "toy_endpoint.py").read_text()
-    (tmp_path / "benchmarks" / "endpoint_toy.py").write_text(toy)
+    (tmp_path / "benchmarks" / "endpoints" / "endpoint_toy.py").write_text(toy)
     delayed = toy.replace("toy_server.py", "delayed_server.py").replace('name = "toy"', 'name = "delayed"')
-    (tmp_path / "benchmarks" / "endpoint_delayed.py").write_text(delayed)
+    (tmp_path / "benchmarks" / "endpoints" / "endpoint_delayed.py").write_text(delayed)
     yield tmp_path
     assert not processes_of(tmp_path)
 

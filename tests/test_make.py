@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from client.ask import ask
 from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
-from endpoint import load_endpoints
+from endpoints.base import ServerError, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import run, wait_until
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ask
 from terminal import Terminal
 
 MAKEFILE = (REPOSITORY_DIR / "Makefile").read_text()
@@ -122,7 +123,7 @@ def test_clean_removes_what_was_made_and_keeps_what_was_measured(tmp_path):
         "torchserve/model.pth", "torchserve/models/2.0/model.pth", "torchserve/model_store/model_v2.mar",
         "torchserve/keys/8080.json",
         "tfserving/models/my_model/2/saved_model.pb", "bentoml/store/models/my_model/latest",
-        "onnx/models/my_model/2/model.onnx", "onnx/model.onnx", "benchmarks/__pycache__/endpoint.pyc",
+        "onnx/models/my_model/2/model.onnx", "onnx/model.onnx", "benchmarks/endpoints/__pycache__/base.pyc",
     ]  # fmt: skip
     measured = "benchmarks/results/20260101T000000Z.json"
     for name in [*made, measured]:

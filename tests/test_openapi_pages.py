@@ -1,6 +1,7 @@
 """Schemathesis reads what a server's OpenAPI page promises and makes requests that keep to it, and some that do not."""
 
 import pytest
+
 from helpers import DEADLINE_S
 
 PHASES = ("examples", "coverage", "fuzzing")

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
 from helpers import run, wait_until
 from terminal import Terminal
@@ -38,6 +39,8 @@ SHORT_CANARY = "--margin 8 --latency-margin 100"
 NO_ENGINE = "needs a Docker engine: test_containers.py does what it does, on an engine of its own"
 NOT_EXECUTED = {
     "make calibrate": "test_calibrate.py runs it, and does not take a busy machine for a broken bound",
+    "make peers": "installs 2 GB: test_peers.py starts what is installed",
+    "make benchmark-peers": "installs 2 GB: test_peers.py starts what is installed",
     "make test": "it is a command that runs these tests",
     "make test-readmes": "it is a command that runs these tests",
     "make test-slow": "it is a command that runs these tests",
@@ -49,8 +52,8 @@ NOT_EXECUTED = {
     "make docker-measure": NO_ENGINE,
     "make docker-down": NO_ENGINE,
     "ONNX_PORT= docker compose --profile gateway up --detach --wait --scale onnx=3": NO_ENGINE,
-    'curl -s -X POST http://localhost:8090/onnx/predict -H "Content-Type: application/json" '
-    "-d '{\"data\": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'": NO_ENGINE,
+    r"""curl -s -w '\n' -X POST http://localhost:8090/onnx/predict -H "Content-Type: application/json" """
+    r"""-d '{"data": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'""": NO_ENGINE,
     "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3001:3000 my_model_service:latest": NO_ENGINE,
     "(cd ../onnx && python convert_to_onnx.py)": "onnx/README.md runs it; here make train has been run",
@@ -158,6 +161,8 @@ class Reader:
         terminal = self.open(step.terminal)
         self.seen = {name: len(other.screen) for name, other in self.terminals.items()}
         shown = terminal.type(step.commands)
+        line = terminal.find_unfinished_line(self.seen.get(step.terminal, 0))
+        assert line is None, f"the prompt sticks to {line!r}: end the line, curl does it with -w '\\n'"
         missing = find_missing(step.expected, shown)
         assert missing is None, f"the README shows {missing!r}, the commands printed\n{shown}"
 
@@ -302,6 +307,7 @@ def test_a_readme_that_says_all_is_read_to_its_end(text, tmp_path, environment):
         ("```bash server\necho ready; exit 0\n```\n```text\nready to serve\n```\n", "ended"),
         ("Stop the server with Ctrl-C.\n", "no server to stop"),
         (SERVER.replace("cat", "(trap 'echo Traceback' INT; cat)") + "Stop it with Ctrl-C.\n", "Traceback"),
+        ("```bash\necho 1\nprintf 2\ncd .\n```\n", "the prompt sticks to '2'"),
     ],
     ids=[
         "not stopped",
@@ -313,6 +319,7 @@ def test_a_readme_that_says_all_is_read_to_its_end(text, tmp_path, environment):
         "exits",
         "none",
         "traces",
+        "no line's end",
     ],
 )
 def test_a_readme_that_forgets_a_step_or_shows_another_output_fails(text, reason, tmp_path, environment):
@@ -348,6 +355,23 @@ def test_commands_stand_only_in_fences_that_are_typed():
         for fence in FENCE.finditer((REPOSITORY_DIR / readme).read_text()):
             kind = fence["info"].strip()
             assert kind in {*allowed, "protobuf"}, f"{readme}: a fence of kind {kind!r} would not be typed"
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_wait_of_a_readme_ends_and_shows_that_no_server_listens(folder):
+    for fence in FENCE.finditer((REPOSITORY_DIR / folder / "README.md").read_text()):
+        if not fence["info"].startswith("bash"):
+            continue
+        endless = re.search(r"^\s*(until|while)\b.*", fence["text"], re.MULTILINE)
+        assert not endless, f"it never ends if the server has died: {endless[0]}"
+        for line in re.findall(r"^.*\bcurl .*(?:--retry |&& break).*$", fence["text"], re.MULTILINE):
+            assert "curl -sS " in line, f"without -S curl does not tell why it waits: {line}"
+
+
+@pytest.mark.parametrize("readme", [path for path in list_readmes() if path != "README.md"])
+def test_a_readme_says_where_its_first_cd_starts(readme):
+    prose, _, commands = (REPOSITORY_DIR / readme).read_text().partition("```bash\n")
+    assert not commands.startswith("cd ") or re.search(r"\bfrom the (repository's )?root\b", prose)
 
 
 def test_every_readme_is_read_by_a_test():

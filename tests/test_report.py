@@ -12,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import websocket
+
+from drawing.page import write_report
+from figures.measured import Measured
+from figures.result_file import SCHEMA_VERSION, Window, encode_window, write_result
+from figures.verdicts import list_verdicts, list_warnings
+from figures.words import describe_verdict, describe_warnings
 from helpers import DEADLINE_S, call_main, wait_until
-from load_generator import Window
-from results import SCHEMA_VERSION, encode_window, list_verdicts, list_warnings, write_result
 
 pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-CONNECTIONS, SIZES, ROUNDS = [1, 4, 16, 64], [1, 32, 1024], 3
+CONNECTIONS, SIZES, ROUNDS = [1, 4, 16, 64], [1, 32, 1024], 8
 EVIL = '<script>alert(1)</script> & "quoted" $x_1$'
 # name: (kind, protocol, service time in s at one connection, requests/s at most, memory in MB)
 SERVERS = {
@@ -31,7 +35,7 @@ SERVERS = {
     "tfserving": ("docker", "REST", 0.00110, 1500.0, 640),
     "tfserving-grpc": ("docker", "gRPC", 0.00095, 1530.0, 640),
 }
-FASTEST, CHEAPEST = "onnx (local)", "onnx (local)"
+FASTEST = "onnx (local)"
 SHARES = [0.2, 0.5, 0.8, 0.95, 1.2]  # of a server's most requests/s; it keeps up with 0.8 and breaks above
 OBJECTIVE_P99_S = 0.05
 
@@ -55,7 +59,7 @@ def make_result(rounds: int = ROUNDS, sweep: bool = True, seed: int = 0) -> dict
                 size_s = service_s * (1 + 0.002 * rows)
                 rate = min(most, connections / size_s) * drift / (1 + 0.002 * rows)
                 mean_s = connections / rate
-                latencies_s = mean_s * (0.8 + 0.2 * random.lognormal(-0.5, 1, max(int(rate), 30)))
+                latencies_s = mean_s * (0.8 + 0.2 * random.lognormal(-0.5, 1, max(int(rate / 4), 30)))
                 windows.append(make_window(name, "closed", number, rows, connections, latencies_s, rate, memory_mb))
             for nominal in rates[name]:
                 load = nominal / most
@@ -78,7 +82,7 @@ def make_result(rounds: int = ROUNDS, sweep: bool = True, seed: int = 0) -> dict
             "python": "3.11.7", "packages": {"torch": "2.13.0", "onnxruntime": "1.31.1", "bentoml": "1.4.39"},
         },
         "settings": {
-            "profile": "quick", "version": "1", "connections": CONNECTIONS, "rates": rates,
+            "profile": "quick", "version": "1", "connections": CONNECTIONS, "precision": 0.1, "open_connections": 64,
             "rows_per_request": SIZES, "rounds": rounds, "seconds": 1.0, "warmup_seconds": 0.3,
             "objective_p99_s": OBJECTIVE_P99_S, "server_cpus": [0], "client_cpus": [1],
         },
@@ -253,24 +257,28 @@ def test_the_report_and_its_plots_lie_in_a_folder_beside_the_file(report):
 
 def test_the_five_questions_are_answered_as_the_planted_truth_has_it(report):
     assert re.search(rf"one user at a time.*?{re.escape(FASTEST)}: p50 0\.3\d ms", answer(report, 0), re.DOTALL)
-    assert f"{FASTEST}: it keeps up with 3,400 requests/s" in answer(report, 1)
+    assert f"{FASTEST} keeps up with 3,400 requests/s" in answer(report, 1)
     breaking = answer(report, 2)
     for name, rates in {"onnx (local)": "3,400–4,000", "tfserving (docker)": "1,200–1,400"}.items():
         assert f"{name} {rates}" in breaking
     cost = answer(report, 3)
-    assert f"Least CPU: {CHEAPEST}, 0.2" in cost
-    assert f"Least memory: {CHEAPEST}, 95 MB" in cost
+    assert "local: least CPU onnx, 0.2" in cost
+    assert "least memory onnx, 95 MB" in cost
     assert re.search(r"tfserving \(docker\)\s+not seen\s+not seen", cost)
     sure = answer(report, 4)
-    for verdict in list_verdicts(make_result()):
-        assert verdict.partition(": ")[2] in sure
-    assert "of 8 comparisons are significant" in sure
+    measured = Measured(make_result())
+    verdicts = list_verdicts(measured)
+    assert len(verdicts) == 4  # onnx and onnx-grpc, tfserving and tfserving-grpc, each at 1 and at 64
+    for verdict in verdicts:
+        assert describe_verdict(measured, verdict) in sure
+    assert "Of 4 comparisons of neighbours of one kind" in sure
+    assert "ratios to the floor are known within" in sure
     assert "torchserve (native)" in sure
 
 
 def test_a_difference_smaller_than_the_floor_is_called_one(report):
     assert "onnx (local) and onnx-grpc (local) are 0.1" in answer(report, 0)
-    assert "less than this floor" in answer(report, 0)
+    assert "of the floor: do not build on that difference" in answer(report, 0)
 
 
 def test_equal_servers_are_not_ranked(script, tmp_path):
@@ -279,8 +287,8 @@ def test_equal_servers_are_not_ranked(script, tmp_path):
     result["endpoints"] = {new: result["endpoints"][old] for old, new in rename.items()}
     windows = [window for window in result["windows"] if window["endpoint"] == "onnx"]
     result["windows"] = windows + [copy.deepcopy(window) | {"endpoint": "twin"} for window in windows]
-    page = script.write_report(result, tmp_path)
-    assert "onnx (local), with no significant difference from twin (local)" in answer(page, 0)
+    page = write_report(Measured(result), tmp_path)
+    assert "with no significant difference from twin (local)" in answer(page, 0)
     assert "do not tell it from twin (local)" in answer(page, 1)
 
 
@@ -293,7 +301,9 @@ def test_every_plot_and_table_names_the_floor_as_floor(report):
     assert heads.count("null (floor)") >= 4
     assert "null" not in heads
     drawn = re.findall(r"<tr( class=\"floor\")?><th scope=\"row\" class=\"words\">([^<]*)", report.read_text())
-    assert all(bool(mark) == ("(floor)" in name) for mark, name in drawn)
+    assert {name for mark, name in drawn if mark} == {
+        name for _, name in drawn if re.search(r"\((floor|local)\)", name)
+    }
 
 
 def test_the_twelve_points_of_the_method_are_there_with_this_runs_facts(report):
@@ -304,13 +314,22 @@ def test_the_twelve_points_of_the_method_are_there_with_this_runs_facts(report):
     )  # fmt: skip
     places = [text.index(point) for point in points]
     assert places == sorted(places)
-    for fact in ("1e-07", "core 0", "core 1", "50 ms", "3 rounds", "0.3 s", "quick", "abc1234 with changes"):
+    for fact in (
+        "1e-07",
+        "core 0",
+        "core 1",
+        "50 ms",
+        "8 interleaved rounds",
+        "0.3 s",
+        "quick",
+        "abc1234 with changes",
+    ):
         assert fact in text
 
 
 def test_every_warning_is_in_the_report(report):
     text = Page(report).sections["warnings"]
-    warnings = list_warnings(make_result())
+    warnings = describe_warnings(list_warnings(Measured(make_result())))
     assert len(warnings) >= 3
     for warning in warnings:
         assert warning in text
@@ -324,7 +343,7 @@ def test_text_from_the_file_stays_text(report):
 
 def test_names_with_markup_survive_every_plot(script, tmp_path):
     result = json.loads(json.dumps(make_result()).replace('"onnx"', json.dumps(EVIL)))
-    page = Page(script.write_report(result, tmp_path))
+    page = Page(write_report(Measured(result), tmp_path))
     assert "script" not in page.tags
     assert all(f"{EVIL} (local)" in svg for svg in page.svgs)
 
@@ -335,12 +354,12 @@ def test_nothing_is_asked_of_the_network(report):
 
 
 def test_the_same_result_makes_the_same_page(script, report, tmp_path):
-    assert script.write_report(make_result(), tmp_path).read_text() == report.read_text()
+    assert write_report(Measured(make_result()), tmp_path).read_text() == report.read_text()
 
 
 @pytest.mark.parametrize("case", ["one round", "no sweep", "one connection", "nothing measured", "cut off"])
 def test_a_meagre_result_still_makes_a_report(script, case, tmp_path, recwarn):
-    result = make_result(rounds=1 if case == "one round" else 2, sweep=case != "no sweep")
+    result = make_result(rounds=1 if case == "one round" else 6, sweep=case != "no sweep")
     if case == "one connection":
         result["settings"] |= {"connections": [4], "rows_per_request": [1]}
         result["windows"] = [w for w in result["windows"] if w["connections"] == 4 and w["rows_per_request"] == 1]
@@ -352,10 +371,10 @@ def test_a_meagre_result_still_makes_a_report(script, case, tmp_path, recwarn):
         result["windows"] = [
             w for w in result["windows"] if w["endpoint"] != "bentoml" or (w["load"], w["connections"]) == ("closed", 1)
         ]
-    page = script.write_report(result, tmp_path)
+    page = write_report(Measured(result), tmp_path)
     text = page.read_text()
     assert not re.search(r"\b(nan|inf|None)\b", text)
-    assert ("no verdict is significant" in text) == (case == "one round")
+    assert ("too few rounds" in text) == (case == "one round")
     assert ("is not known" in answer(page, 2)) == (case in ("no sweep", "one connection", "nothing measured"))
     assert not [str(warning.message) for warning in recwarn]
 
@@ -368,7 +387,7 @@ def test_a_file_that_is_no_result_is_one_line(script, tmp_path):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("width", [400, 800, 1400])
 def test_the_browser_shows_it_without_complaint_or_overflow(report, browser, width, theme):
     browser.open(report, width, theme)
     assert browser.complaints() == []
@@ -380,7 +399,7 @@ def test_the_browser_shows_it_without_complaint_or_overflow(report, browser, wid
         '[...document.querySelectorAll("figure svg")].map(e => [e.clientWidth, e.clientHeight, e.getBBox().width])'
     )
     assert len(sizes) == 7
-    assert all(wide >= min(width, 460) and high > 100 and drawn > 300 for wide, high, drawn in sizes)
+    assert all(wide >= min(width - 60, 460) and high > 100 and drawn > 300 for wide, high, drawn in sizes)
 
 
 CONTRASTS = """(() => {

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
 import soak
+from figures.result_file import Window, encode_window
 from helpers import Done, call_main
-from load_generator import Window
-from results import encode_window
 from soak import LEAST_GROWTH_BYTES, WARM_UP_SHARE, describe_drift, measure_growth
 from toy_endpoint import Toy
 
@@ -23,7 +23,7 @@ def leaking_toy(tmp_path_factory) -> tuple[Done, dict]:
     output = tmp_path_factory.mktemp("soak") / "leaking.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOY_MANNER", "leaking")
-        patch.setattr(soak, "load_endpoints", lambda: {"toy": Toy})
+        patch.setattr(soak, "load_endpoints", lambda with_peers: {"toy": Toy})
         done = call_main(soak, "--endpoint", "toy", "--rate", "100", "--seconds", "3", "--output", output)
     return done, json.loads(output.read_text())
 
@@ -67,7 +67,7 @@ def soak_given(
         for number, (window, bytes_now) in enumerate(zip(windows, memory_bytes, strict=True), start=1)
     ]
     server = contextlib.nullcontext(SimpleNamespace(kind="local"))
-    monkeypatch.setattr(soak, "load_endpoints", lambda: {"toy": Toy})
+    monkeypatch.setattr(soak, "load_endpoints", lambda with_peers: {"toy": Toy})
     monkeypatch.setattr(soak, "ServerProcess", lambda *_: server)
     monkeypatch.setattr(soak, "soak", lambda *_: (5.0, windows, slices))
     done = call_main(soak, "--endpoint", "toy", "--output", tmp_path / "soak.json")

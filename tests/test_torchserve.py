@@ -21,9 +21,12 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
+
 from bad_requests import GOOD_ROW, bad_requests
-from endpoint import REPOSITORY_DIR, Request, load_endpoints
-from free_ports import find_free_ports
+from client.ask import ask, send
+from client.load_generator import LoadGenerator, make_exchanges
+from endpoints.base import REPOSITORY_DIR, Request, ServerError, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import (
     DEADLINE_S,
     POLL_S,
@@ -38,9 +41,7 @@ from helpers import (
     start,
     wait_until,
 )
-from load_generator import LoadGenerator, make_exchanges
-from reference import TOLERANCE, load_expected, load_test_rows
-from server_process import ServerError, ask, send
+from machine.free_ports import find_free_ports
 
 FOLDER = REPOSITORY_DIR / "torchserve"
 ENDPOINT = load_endpoints()["torchserve"]

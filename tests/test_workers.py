@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from client.load_generator import LoadGenerator, make_exchanges
+from endpoints.reference import load_expected, load_test_rows
 from helpers import start
-from load_generator import LoadGenerator, make_exchanges
-from reference import load_expected, load_test_rows
-from server_process import ServerProcess
+from servers.process import ServerProcess
 
 NEEDED_CORES = 4  # a core for each worker, one for the client, one for what stands between them
 

@@ -1,4 +1,4 @@
-"""The whole of what a fifth server needs: this one file, as benchmarks/endpoint_toy.py."""
+"""The whole of what a fifth server needs: this one file, as benchmarks/endpoints/endpoint_toy.py."""
 
 import json
 import os
@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from endpoint import REPOSITORY_DIR, Endpoint
+
+from endpoints.base import REPOSITORY_DIR, Endpoint
 
 
 class Toy(Endpoint):

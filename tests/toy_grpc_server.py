@@ -15,7 +15,7 @@ import grpc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from reference import load_expected, load_test_rows  # noqa: E402
+from endpoints.reference import load_expected, load_test_rows  # noqa: E402
 
 PORT, MANNER = int(sys.argv[1]), (sys.argv[2:] or ["right"])[0]
 ROWS, _ = load_test_rows()

@@ -11,8 +11,9 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-import split_users
-from reference import load_expected, load_test_rows
+
+from endpoints.reference import load_expected, load_test_rows
+from rollout import split_users
 
 ROWS, _ = load_test_rows()
 ANSWERS = {version: dict(zip(map(tuple, ROWS), load_expected(version).tolist(), strict=True)) for version in "12"}

@@ -1,0 +1,74 @@
+"""The measuring client's HTTP/1.1: plain sockets and the parser of llhttp (httptools)."""
+
+from httptools import HttpParserError, HttpResponseParser
+
+from client.connection import RECEIVE_BYTES, Connection
+from endpoints.base import Request
+
+
+class HttpConnection(Connection):
+    """A Connection over HTTP/1.1; httptools calls the on_ methods."""
+
+    closing_reason = "server closes after each reply"
+
+    @staticmethod
+    def encode(port: int, request: Request) -> bytes:
+        """Encode `request` once for many sends."""
+        headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head = (
+            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}"
+            f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
+        )
+        return head.encode() + request.body
+
+    @property
+    def failure(self) -> str:
+        """Why the status is not 200, in a few words to count it under."""
+        return f"status {self.status}"
+
+    def greet(self) -> None:
+        """Expect a reply, which an impatient server sends before it is asked."""
+        self.keep_alive = True
+        self._is_parsing = False
+
+    def send(self, number: int, request: bytes) -> None:
+        """Send exchange `number`'s request; a broken connection shows when the reply is read."""
+        self.number = number
+        self.complete = self.is_right = self._is_parsing = False
+        self.sent_ns = self.clock()
+        self.write(request)
+
+    def receive(self) -> str | None:
+        """Take in what has arrived; return what went wrong, or None.
+
+        Only a reply's first bytes are compared with `right_replies`. The parser found the same bytes to be one whole
+        reply with status 200 that keeps the connection, so it would find that again.
+        """
+        try:
+            data = self.socket.recv(RECEIVE_BYTES)
+        except OSError as error:
+            return type(error).__name__
+        if self._is_parsing:
+            self.raw = b""
+        elif data == self.right_replies.get(self.number):
+            self.complete = self.is_right = True
+            return None
+        else:
+            self._parser = HttpResponseParser(self)
+            self._is_parsing = True
+            self.raw, self.body = data, b""
+        if not data:
+            return "connection closed"
+        try:
+            self._parser.feed_data(data)
+        except HttpParserError:
+            return "not HTTP"
+        return None
+
+    def on_body(self, part: bytes) -> None:
+        self.body += part
+
+    def on_message_complete(self) -> None:
+        self.complete = True
+        self.status = self._parser.get_status_code()
+        self.keep_alive = self._parser.should_keep_alive()  # right only while the reply is being parsed

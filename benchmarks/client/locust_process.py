@@ -1,0 +1,53 @@
+"""Run load_test.py under Locust in a process of its own, and leave nothing of it behind.
+
+Importing locust patches sockets and select for gevent; a program that measures by itself must not do so.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from machine.signals import PR_SET_PDEATHSIG, deferred_interrupts
+
+LOCUST_FILE = Path(__file__).resolve().parent.parent / "load_test.py"
+STOP_TIMEOUT_S = 15.0  # the users finish the requests under way, then Locust prints
+
+
+def run_locust(arguments: list[str], **popen: Any) -> int:
+    """Run Locust until it ends and return its exit code; on Ctrl-C let it end orderly, and its workers with it."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def in_child() -> None:
+        if libc is not None:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # Locust ends even when we are killed with -9
+
+    process = None
+    try:
+        with deferred_interrupts():
+            process = subprocess.Popen(
+                [sys.executable, "-m", "locust", "-f", str(LOCUST_FILE), *arguments],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches us alone, and Locust through us, once
+                preexec_fn=in_child,
+                **popen,
+            )
+        return process.wait()
+    finally:
+        if process is not None:
+            with deferred_interrupts():
+                _stop(process)
+
+
+def _stop(process: subprocess.Popen[Any]) -> None:
+    if process.poll() is None:
+        process.terminate()  # what Ctrl-C would do, but never in the middle of a user's request
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the group is Locust's and its workers' alone
+    process.wait()

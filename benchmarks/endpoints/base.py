@@ -1,0 +1,156 @@
+"""What the benchmark knows of a server: how to start it, how to ask it, how to read its answer.
+
+Every server is one file `endpoint_<name>.py` in this folder with one subclass of `Endpoint`.
+`load_endpoints()` finds the files; adding a server is one new file and no edit elsewhere.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from machine.free_ports import find_free_ports
+
+ENDPOINTS_DIR = Path(__file__).resolve().parent
+BENCHMARKS_DIR = ENDPOINTS_DIR.parent
+REPOSITORY_DIR = BENCHMARKS_DIR.parent
+
+KINDS = {
+    "native": "the framework's own server",
+    "docker": "the server in its image: the framework's own, or the one of the framework's folder",
+    "local": "this repository's own server: the framework has none, or it cannot be installed",
+    "floor": "no model: the cost of the harness and of HTTP alone",
+    "peer": "a server of others with the ONNX model of onnx/, for comparison only; make peers installs it",
+}
+
+
+class ServerError(RuntimeError):
+    """A server could not be started, or answered wrongly; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, ready to send. For REST the client adds Host and Content-Length, for gRPC the framing."""
+
+    path: str  # for gRPC "/service/method"
+    body: bytes  # for gRPC the serialized message
+    method: str = "POST"
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)  # what else it needs, such as a token; for gRPC metadata
+
+
+class Endpoint:
+    """One server. A subclass states the facts below and overrides what differs.
+
+    Versions are named "1" and "2" here, as in data/recipe.json; `versions` maps them to the
+    names that the server itself uses. `rows` are always raw features, (n, 5).
+    """
+
+    name: str  # the row's name in every table and the word for --endpoints
+    kind: str  # one of KINDS
+    folder: Path  # where `command` runs: the framework's folder
+    variant: str = ""  # "default" or "tuned", where a server is measured with both of its configuration files
+    protocol: str = "REST"  # or "gRPC": what the timed requests speak; a server with both is two endpoints
+    default_ports: dict[str, int]  # by role; "rest" or "grpc", after the protocol, is the one that is timed
+    versions: dict[str, str] = {"1": "1", "2": "2"}
+    rows_key: str  # the key of the rows in the JSON body
+    settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    image_settings: dict[str, str] | None = None  # as settings, of the folder's image; None: it starts another set-up
+    packages: tuple[str, ...] = ()  # whose versions the result file tells
+    start_timeout_s: float = 90.0
+    has_model: bool = True  # False: answers a constant; no parity to verify
+    how_to_install: str = "make setup"
+
+    def __init__(self, ports: dict[str, int] | None = None, only_version: str | None = None):
+        """`ports` overrides `default_ports` by role; `only_version` starts a server that has no other version."""
+        unknown = set(ports or {}) - set(self.default_ports)
+        if unknown:
+            raise ValueError(f"{self.name}: no port called {sorted(unknown)}; it has {sorted(self.default_ports)}")
+        self.ports = {**self.default_ports, **(ports or {})}
+        self.only_version = only_version
+        self.extra_options: list[str] = []  # added to the command by whoever measures a setting
+
+    @classmethod
+    def on_free_ports(cls, **options: Any) -> Self:
+        """Make one whose ports nobody uses, with the options of the constructor."""
+        return cls(find_free_ports(list(cls.default_ports)), **options)
+
+    @classmethod
+    def is_installed(cls) -> bool:
+        """Whether its packages are there; all but the peers' come with this repository's environment."""
+        return True
+
+    @property
+    def timed_port(self) -> str:
+        """The role of the port that is timed."""
+        return self.protocol.lower()
+
+    @property
+    def port(self) -> int:
+        """The port that is timed."""
+        return self.ports[self.timed_port]
+
+    def command(self) -> list[str]:
+        """The command of the folder's README; port options are added only where they differ from the default."""
+        raise NotImplementedError
+
+    def full_command(self) -> list[str]:
+        """The command with the options of this measurement."""
+        return [*self.command(), *self.extra_options]
+
+    def environment(self) -> dict[str, str]:
+        """Environment variables that the command needs beside the caller's."""
+        return {}
+
+    def native_version(self, version: str) -> str:
+        """The server's own name of `version`; an unknown one stays as it is, so that tests can ask for it."""
+        return self.versions.get(version, version)
+
+    def path(self, version: str | None) -> str:
+        """The URL path, or the gRPC method, that predicts with `version`; None names none: the server's default."""
+        raise NotImplementedError
+
+    def body(self, rows: list[Any], version: str | None) -> bytes:
+        """The JSON body for `rows`, a nested list; not checked here, so that tests can send bad ones."""
+        return json.dumps({self.rows_key: rows}).encode()
+
+    def request(self, rows: list[Any], version: str | None) -> Request:
+        """The request that predicts `rows` with `version`, or names no version where that is None."""
+        return Request(self.path(version), self.body(rows, version))
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none.
+
+        For gRPC the body is the serialized message.
+        """
+        raise NotImplementedError
+
+    def kind_from_log(self, log: str) -> str:
+        """The row's kind, for a server whose launcher says in its log which server it chose."""
+        return self.kind
+
+
+def load_endpoints(with_peers: bool = False) -> dict[str, type[Endpoint]]:
+    """Import every endpoint_*.py in this folder; return the classes by name, the floor first, then by name.
+
+    Peers, which are measured for comparison only, are left out unless `with_peers`.
+    """
+    classes: dict[str, type[Endpoint]] = {}
+    for path in sorted(ENDPOINTS_DIR.glob("endpoint_*.py")):
+        module = importlib.import_module(f"{__package__}.{path.stem}")
+        found = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type) and issubclass(value, Endpoint) and value.__module__ == module.__name__
+        ]
+        for endpoint_class in found:
+            if endpoint_class.name in classes:
+                raise ValueError(f"{path.name}: the name {endpoint_class.name!r} is taken by another endpoint file")
+            classes[endpoint_class.name] = endpoint_class
+        if not found:
+            raise ValueError(f"{path.name}: defines no subclass of Endpoint")
+    chosen = [(name, value) for name, value in classes.items() if with_peers or value.kind != "peer"]
+    return dict(sorted(chosen, key=lambda item: (item[1].kind != "floor", item[0])))

@@ -1,0 +1,222 @@
+"""Start one server for a measurement or a test, wait until it answers rightly, and leave nothing of it behind."""
+
+import contextlib
+import ctypes
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from client.ask import ask
+from endpoints.base import Endpoint, ServerError
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from machine.priority import lift_priority
+from machine.signals import PR_SET_PDEATHSIG, deferred_interrupts
+
+STOP_TIMEOUT_S = 20.0
+POLL_INTERVAL_S = 0.02
+LOOK_INTERVAL_S = 0.5  # between two looks at what a starting server has started
+
+
+class ServerProcess:
+    """A running server, as a context manager: inside the block it answers, after it no process of it is left.
+
+    `cpus` pins the server and all that it starts (None: not pinned); `goes_first` puts it before other programs if
+    the system allows that. After the start `listens_s` and
+    `ready_s` hold the seconds from the spawn until the port took a connection, and until the first
+    correct prediction. Raises ServerError where a port is taken, the server ends early, or no correct
+    prediction comes within `endpoint.start_timeout_s`.
+    """
+
+    def __init__(self, endpoint: Endpoint, cpus: set[int] | None = None, goes_first: bool = False):
+        self.endpoint = endpoint
+        self.cpus = cpus
+        self.goes_first = goes_first
+        self.listens_s = self.ready_s = float("nan")
+        self.process: subprocess.Popen[bytes] | None = None
+        self._descendants: dict[int, psutil.Process] = {}
+        self._is_asked = False
+
+    def __enter__(self) -> "ServerProcess":
+        self.spawn()
+        try:
+            self.wait_until_correct()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def spawn(self) -> "ServerProcess":
+        """Start the server and do not wait for it, so that many can start side by side; then call `stop`."""
+        self._refuse_taken_ports()
+        self._log_dir = tempfile.TemporaryDirectory(prefix=f"{self.endpoint.name}-")
+        self._log_path = Path(self._log_dir.name) / "server.log"
+        try:
+            self._spawn()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def stop(self) -> None:
+        with deferred_interrupts():
+            self._stop()
+            self._log_dir.cleanup()
+
+    @property
+    def pid(self) -> int:
+        return self._spawned().pid
+
+    @property
+    def kind(self) -> str:
+        return self.endpoint.kind_from_log(self.log())
+
+    @property
+    def command(self) -> str:
+        return shlex.join(self.endpoint.full_command())
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the server's processes are below the one started here: a container's are the engine's."""
+        return self.kind != "docker"
+
+    def log(self) -> str:
+        """All that the server has printed so far."""
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
+    def processes(self) -> list[psutil.Process]:
+        """The server's process and all its descendants that are alive now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.pid)
+            for process in [root, *root.children(recursive=True)]:
+                if self.goes_first and process.pid not in self._descendants:
+                    lift_priority(process.pid)  # it may have a session of its own
+                self._descendants[process.pid] = process
+        return [process for process in self._descendants.values() if process.is_running()]
+
+    def _spawned(self) -> subprocess.Popen[bytes]:
+        if self.process is None:
+            raise ServerError(f"{self.endpoint.name}: not started yet")
+        return self.process
+
+    def _refuse_taken_ports(self) -> None:
+        for role, port in self.endpoint.ports.items():
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind(("127.0.0.1", port))
+                except OSError:
+                    raise ServerError(
+                        f"{self.endpoint.name}: 127.0.0.1:{port} ({role}) is in use; stop that program first"
+                    ) from None
+
+    def _spawn(self) -> None:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **self.endpoint.environment()}
+        cpus, goes_first = self.cpus, self.goes_first
+        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+        def in_child() -> None:
+            if libc is not None:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the server ends even when we are killed with -9
+            if cpus is not None:
+                os.sched_setaffinity(0, cpus)
+            if goes_first:
+                lift_priority()
+
+        with deferred_interrupts(), self._log_path.open("wb") as log:
+            self._started_s = time.perf_counter()
+            try:
+                self.process = subprocess.Popen(
+                    self.endpoint.full_command(),
+                    cwd=self.endpoint.folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=in_child,
+                )
+            except FileNotFoundError as error:
+                raise ServerError(f"{self.endpoint.name}: {error.filename} not found: run make setup") from None
+
+    def wait_until_correct(self) -> None:
+        """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""
+        process = self._spawned()
+        rows, _ = load_test_rows()
+        version = self.endpoint.only_version or "1"
+        expected = load_expected(version)[:1]
+        deadline_s = self._started_s + self.endpoint.start_timeout_s
+        problem, looked_s = "no answer", self._started_s
+        while time.perf_counter() < deadline_s:
+            if process.poll() is not None:
+                raise ServerError(
+                    f"{self.endpoint.name}: ended with exit code {process.returncode} before it served: "
+                    f"{self._last_words()}"
+                )
+            if np.isnan(self.listens_s) and self._listens():
+                self.listens_s = time.perf_counter() - self._started_s
+            if self.goes_first and time.perf_counter() > looked_s + LOOK_INTERVAL_S:
+                self.processes()
+                looked_s = time.perf_counter()
+            try:
+                answer = ask(self.endpoint, rows[:1], version)
+                difference = np.abs(answer - expected).max() if self.endpoint.has_model else 0.0
+                if difference <= TOLERANCE:
+                    self.ready_s = time.perf_counter() - self._started_s
+                    self.processes()
+                    return
+                problem = f"wrong answer, off by {difference:.1e}"
+            except (OSError, ServerError, ValueError) as error:
+                problem = str(error)
+            time.sleep(POLL_INTERVAL_S)
+        raise ServerError(
+            f"{self.endpoint.name}: no correct prediction within {self.endpoint.start_timeout_s:.0f} s ({problem}): "
+            f"{self._last_words()}"
+        )
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.endpoint.port), timeout=1):
+            return True
+        return False
+
+    def _last_words(self) -> str:
+        lines = [line.strip() for line in self.log().splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+    def ask_to_end(self) -> None:
+        """Send SIGTERM, once, and do not wait: so several servers can end side by side before each is stopped."""
+        if self.process is None or self._is_asked:
+            return
+        self.processes()  # remember the descendants before their parent is gone
+        if self.process.poll() is None:
+            self.process.terminate()
+            self._is_asked = True
+
+    def _stop(self) -> None:
+        """Ask the server to end as Ctrl-C's SIGTERM twin would, then end by force whatever of it is left."""
+        if self.process is None:
+            return
+        self.ask_to_end()
+        if self.process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(STOP_TIMEOUT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: the group is the server's alone
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        psutil.wait_procs(list(self._descendants.values()), timeout=STOP_TIMEOUT_S)
+        self._descendants.clear()
