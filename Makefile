@@ -135,7 +135,7 @@ compare: setup ## what changed between two results: make compare BEFORE=a.json A
 calibrate: setup ## check the measuring client against wrk
 	python benchmarks/calibrate.py
 
-readme: setup ## make the README's measured table anew from benchmarks/results/sample.json
+readme: setup ## make the measured parts of the READMEs again from benchmarks/results
 	python benchmarks/results.py --update-readme
 
 shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx

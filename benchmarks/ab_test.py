@@ -1,14 +1,19 @@
-"""Send users through the gateway's split and decide between version 1 and version 2.
+"""Send users through the gateway's split and decide between version 1 and
+version 2.
 
-    python ab_test.py --endpoint onnx          asks the gateway that runs: make gateway, in another terminal
-    python ab_test.py --read results/x.json    prints and draws a result again
+    python ab_test.py --endpoint onnx
+        asks the gateway that runs: make gateway, in another terminal
+    python ab_test.py --read results/x.json
+        prints and draws a result again
 
-Users send rows of data/test.csv; the gateway gives each user one of the versions. The number of users follows
-from the accuracy difference to be found, before the first one comes. They are looked at in ten parts, with
-boundaries that keep the chance of a false verdict at 5 % over all looks together. The verdict is `promote`,
-`roll back` or `not enough evidence`. Writes results/ab-<time>.json, with all that every user saw, and a plot
-beside it. Ctrl-C, or a gateway that is lost, ends it early: what came in by the last whole look is judged and
-written, and the exit code is not 0.
+Users send rows of data/test.csv; the gateway gives each user one of the
+versions. The number of users follows from the accuracy difference to be found,
+before the first one comes. They are looked at in ten parts, with boundaries
+that keep the chance of a false verdict at 5 % over all looks together. The
+verdict is `promote`, `roll back` or `not enough evidence`. Writes
+results/ab-<time>.json, with all that every user saw, and a plot beside it.
+Ctrl-C, or a gateway that is lost, ends it early: what came in by the last whole
+look is judged and written, and the exit code is not 0.
 """
 
 import argparse

@@ -1,21 +1,28 @@
-"""Compare all servers: verify that they give equal answers, then measure speed, saturation and cost.
+"""Compare all servers: verify that they give equal answers, then measure speed,
+saturation and cost.
 
-    python benchmark_all.py                       profile quick: under five minutes on two cores
-    python benchmark_all.py --profile rigorous    sample sizes after MLPerf's rules: hours
-    python benchmark_all.py --containers          the servers that docker compose runs
+    python benchmark_all.py
+        profile quick: under five minutes on two cores
+    python benchmark_all.py --profile rigorous
+        sample sizes after MLPerf's rules: hours
+    python benchmark_all.py --containers
+        the servers that docker compose runs
 
-Starts every server with its README's command, proves |p - expected| <= 1e-5 on all test rows of both
-versions, then runs many short rounds of load, all servers in random order in each: closed loop by
-connections and by rows a request, until the ratios are known well enough or the time is up, and open
-loop at rising rates until each server breaks. A server that does not start or answers wrongly is reported
-and left out; the others go on and the exit code is 1. Writes results/<utc>.json (raw observations),
-results/<utc>.md (tables) and results/<utc>/report.html with its plots. Ctrl-C stops every server and keeps
+Starts every server with its README's command, proves |p - expected| <= 1e-5 on
+all test rows of both versions, then runs many short rounds of load, all servers
+in random order in each: closed loop by connections and by rows a request, until
+the ratios are known well enough or the time is up, and open loop at rising
+rates until each server breaks. A server that does not start or answers wrongly
+is reported and left out; the others go on and the exit code is 1. Writes
+results/<utc>.json (raw observations), results/<utc>.md (tables) and
+results/<utc>/report.html with its plots. Ctrl-C stops every server and keeps
 what was measured.
 """
 
 import argparse
 import contextlib
 import functools
+import math
 import os
 import random
 import shlex
@@ -31,13 +38,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from drawing.tables import format_markdown, print_result
-from endpoints.base import Endpoint, ServerError, load_endpoints
+from endpoints.base import Endpoint, ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE
 from figures.measured import Measured, list_wide_rows
 from figures.result_file import RESULTS_DIR, SCHEMA_VERSION, write_result, write_whole
 from figures.words import describe_closed_load, format_count
 from machine.environment import describe_environment, split_cpus
-from machine.priority import lift_priority
+from machine.priority import lifted_priority
 from machine.signals import interrupt_on_sigterm
 from servers.containers import ContainerServer, list_container_endpoints
 from servers.parity import max_abs_difference
@@ -45,8 +52,10 @@ from servers.process import ServerProcess
 from servers.under_test import OPEN_CONNECTIONS, VERSION, ServerUnderTest
 
 SHUFFLE_SEED = 0
+LIMIT_FACTOR = 10.0  # a window that waits for its least number of requests is at most so many times longer
+LONGEST_S = 600.0  # of a window that waits for MLPerf's number of requests
 LOOK_EVERY = 4  # rounds between two looks at how well the ratios are known
-REPEAT_ROUNDS = 2  # rows with many rows a request are measured in every second round
+MANY_ROWS_EVERY = 2  # requests of many rows are measured in every second round
 DISTURBED_SHARE = 0.2  # of a window's CPU time taken by others, or waited for a core: it is measured once more
 MOST_REPEATED = 0.25  # of all windows
 RAISE = 1.3  # the next offered rate, as a multiple of one that did not break the server
@@ -69,6 +78,7 @@ class Plan:
     most_rounds: int  # for rows whose ratio is not known well enough before
     precision: float  # well enough: the 95 % interval is within this share of the estimate
     limit_seconds: float  # of the whole command, as far as the least rounds allow; 0: none
+    spacing_s: float  # least time from one round to the next: a slow stretch of the machine fills but one of them
     seconds: float  # least length of a closed-loop window
     requests: int  # least in a closed-loop window; lengthens that of a slow server
     queries: int  # least in all least rounds of a row together; lengthens its windows
@@ -92,20 +102,26 @@ class Plan:
 
     def least_requests(self, connections: int) -> int:
         """Of a closed-loop window: enough for its start and its end, when not all connections ask, to count little."""
-        return max(self.requests, 4 * connections) if self.requests else 0
+        least = max(self.requests, 4 * connections) if self.requests else 0
+        return max(least, -(-self.queries // self.rounds))
+
+    @property
+    def longest_s(self) -> float:
+        """How long a closed-loop window may wait for its least requests."""
+        return LONGEST_S if self.queries else LIMIT_FACTOR * self.seconds
 
 
 PROFILES = {
     "quick": Plan(
-        starts=1, rounds=12, most_rounds=60, precision=0.1, limit_seconds=290.0, seconds=0.08, requests=30, queries=0,
-        warmup_seconds=0.05, connections=(1, 16, 64), rows_per_request=(1, 32, 1024), open_rounds=3, open_seconds=0.4,
-        rate_shares=(0.3, 0.6, 0.9, 1.2), settle_seconds=3.0, defaults_in_full=False,
+        starts=1, rounds=12, most_rounds=60, precision=0.1, limit_seconds=290.0, spacing_s=1.5, seconds=0.08,
+        requests=30, queries=0, warmup_seconds=0.05, connections=(1, 16, 64), rows_per_request=(1, 32, 1024),
+        open_rounds=3, open_seconds=0.4, rate_shares=(0.3, 0.6, 0.9, 1.2), settle_seconds=3.0, defaults_in_full=False,
     ),
     "rigorous": Plan(
-        starts=3, rounds=40, most_rounds=80, precision=0.02, limit_seconds=0.0, seconds=1.0, requests=100,
-        queries=MLPERF_QUERIES, warmup_seconds=0.5, connections=(1, 4, 16, 64), rows_per_request=(1, 8, 32, 128, 1024),
-        open_rounds=10, open_seconds=5.0, rate_shares=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1),
-        settle_seconds=30.0, defaults_in_full=True,
+        starts=3, rounds=40, most_rounds=80, precision=0.02, limit_seconds=0.0, spacing_s=1.5, seconds=1.0,
+        requests=100, queries=MLPERF_QUERIES, warmup_seconds=0.5, connections=(1, 4, 16, 64),
+        rows_per_request=(1, 8, 32, 128, 1024), open_rounds=10, open_seconds=5.0,
+        rate_shares=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), settle_seconds=30.0, defaults_in_full=True,
     ),
 }  # fmt: skip
 
@@ -119,7 +135,8 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namesp
         "--endpoints",
         nargs="+",
         choices=names,
-        help="which servers (default: all of this repository; quick: no default over gRPC that has a tuned set-up)",
+        metavar="NAME",
+        help=describe_choices(names, "all but the peers; quick: no default over gRPC that has a tuned set-up"),
     )
     add(
         "--containers",
@@ -188,7 +205,7 @@ def make_plan(parser: argparse.ArgumentParser, arguments: argparse.Namespace) ->
     given = {name: value for name in asdict(profile) if (value := getattr(arguments, name, None)) is not None}
     if "rounds" in given:
         given["most_rounds"] = given["rounds"]
-        given["open_rounds"] = min(given["rounds"], given.get("open_rounds", profile.open_rounds))
+        given.setdefault("open_rounds", min(given["rounds"], profile.open_rounds))
     for name in ("connections", "rows_per_request", "rates"):
         if name in given:
             given[name] = tuple(sorted({*given[name], *((1,) if name == "rows_per_request" else ())}))
@@ -220,11 +237,11 @@ def start_and_verify(
         "kind": endpoint.kind,
         "variant": endpoint.variant,
         "protocol": endpoint.protocol,
-        "command": server.command,
         "settings": endpoint.settings,
         "starts": [],
     }
     try:
+        entry["command"] = server.command
         for number in range(starts):
             server = server if number == 0 else start()
             with contextlib.ExitStack() as attempt:
@@ -267,7 +284,8 @@ class Run:
     result: dict[str, Any]
     progress: Progress
     save: Callable[[], None]
-    deadline_s: float  # by time.perf_counter: when the closed loop must be over; inf: never
+    deadline_s: float = math.inf  # by time.perf_counter: when the closed loop must be over
+    end_s: float = math.inf  # and when no offered rate is raised any more
     shuffle: random.Random = field(default_factory=lambda: random.Random(SHUFFLE_SEED))
     windows: int = 0  # measured, repeated ones included
     repeated: int = 0
@@ -308,18 +326,16 @@ class Run:
                 )
                 for name in self.servers
                 for count, rows in self.turns[name]
-                if ((name, count) in wide and rows == 1 if is_extra else rows == 1 or number % REPEAT_ROUNDS)
+                if ((name, count) in wide and rows == 1 if is_extra else rows == 1 or number % MANY_ROWS_EVERY)
             ]
             self._run_round(f"round {number} of {self.plan.rounds} to {self.plan.most_rounds}", turns)
+            time.sleep(max(0.0, started_s + self.plan.spacing_s - time.perf_counter()))
             round_s = time.perf_counter() - started_s
 
     def _measure_closed(self, name: str, connections: int, rows: int, number: int) -> dict[str, Any]:
-        plan, server = self.plan, self.servers[name]
-        seconds = plan.seconds
-        if plan.queries and server.fastest:
-            seconds = max(seconds, plan.queries / plan.rounds / server.fastest)
-        return server.measure_closed(
-            connections, rows, number, seconds, plan.least_requests(connections), plan.warmup_seconds
+        plan, requests = self.plan, self.plan.least_requests(connections)
+        return self.servers[name].measure_closed(
+            connections, rows, number, plan.seconds, requests, plan.longest_s, plan.warmup_seconds
         )
 
     def measure_open(self) -> None:
@@ -327,12 +343,12 @@ class Run:
         rates = {name: self._first_rates(name) for name in self.swept}
         self._sweep(rates)
         raises = 0
-        while not self.plan.rates and raises < MOST_RAISES:
-            knees = Measured(self.result).knees
+        while not self.plan.rates and raises < MOST_RAISES and time.perf_counter() < self.end_s:
+            measured = Measured(self.result)
             rates = {
-                name: [_round(RAISE * self._highest(name))]
-                for name in self.swept
-                if name in knees and knees[name].broken_rate is None
+                name: [_round(RAISE * max(cell.nominal_rate for cell in measured.open(name)))]
+                for name, knee in measured.knees.items()
+                if knee.broken_rate is None and not self.is_lost(name)
             }
             if not rates:
                 break
@@ -344,9 +360,6 @@ class Run:
         fastest = self.servers[name].fastest
         shares = {_round(share * fastest) for share in self.plan.rate_shares} if fastest > 1 else set[float]()
         return sorted(self.plan.rates or shares)
-
-    def _highest(self, name: str) -> float:
-        return max(cell.nominal_rate for cell in Measured(self.result).open(name))
 
     def _sweep(self, rates: dict[str, list[float]]) -> None:
         for number in range(1, self.plan.open_rounds + 1):
@@ -384,10 +397,14 @@ class Run:
         """Measure a window, and once more if others disturbed it; return the less disturbed, whatever its figures."""
         window = measure()
         self.windows += 1
-        if disturbed_share(window) > DISTURBED_SHARE and self.repeated < MOST_REPEATED * self.windows:
-            self.repeated += 1
+        is_whole = not window["errors"] and not window["wrong"]  # a failure is never measured away
+        if is_whole and disturbed_share(window) > DISTURBED_SHARE and self.repeated < MOST_REPEATED * self.windows:
+            again = measure()
             self.windows += 1
-            window = min(window, measure(), key=disturbed_share)
+            self.repeated += 1
+            self.result["repeated_windows"] = self.repeated
+            if again["errors"] or again["wrong"] or disturbed_share(again) < disturbed_share(window):
+                return again
         return window
 
 
@@ -413,7 +430,6 @@ def main() -> int:
     classes = load_endpoints(with_peers=True)
     arguments, plan = parse_arguments(classes)
     console = Console(highlight=False)
-    goes_first = not arguments.containers and lift_priority()  # a container has its own priority
     environment = describe_environment({package for name in arguments.endpoints for package in classes[name].packages})
     server_cpus, client_cpus = split_cpus()
     if server_cpus is None:
@@ -424,14 +440,14 @@ def main() -> int:
         "complete": False,
         "environment": environment,
         "settings": {
-            **asdict(plan),
+            **{name: value for name, value in asdict(plan).items() if name != "objective_ms"},
             "profile": arguments.profile,
             "version": VERSION,
             "open_connections": OPEN_CONNECTIONS,
             "objective_p99_s": plan.objective_ms / 1000,
             "server_cpus": sorted(server_cpus) if server_cpus else None,
             "client_cpus": sorted(client_cpus) if client_cpus else None,
-            "priority": "before other programs" if goes_first else "as other programs",
+            "goes_first": False,
         },
         "endpoints": {},
         "windows": [],
@@ -446,10 +462,12 @@ def main() -> int:
             return server
         endpoint = endpoint_class.on_free_ports()
         endpoint.extra_options = arguments.server_options.get(name, [])
-        return ServerProcess(endpoint, server_cpus, goes_first)
+        return ServerProcess(endpoint, server_cpus, result["settings"]["goes_first"])
 
     try:
         with contextlib.ExitStack() as stack:
+            if not arguments.containers:  # they have a priority of their own
+                result["settings"]["goes_first"] = stack.enter_context(lifted_priority())
             servers: dict[str, ServerUnderTest] = {}
             for name in arguments.endpoints:
                 with console.status(f"{name}: starting, then comparing its answers with the reference"):
@@ -458,7 +476,9 @@ def main() -> int:
                 if started is None:
                     console.print(f"FAILED: {entry['failure']}", markup=False, soft_wrap=True)
                     continue
-                server = ServerUnderTest(started, server_cpus and client_cpus and server_cpus | client_cpus, goes_first)
+                server = ServerUnderTest(
+                    started, server_cpus and client_cpus and server_cpus | client_cpus, result["settings"]["goes_first"]
+                )
                 try:
                     with console.status(f"{name}: warming up"):
                         entry["warmup_s"] = server.warm_up(plan.settle_seconds)
@@ -473,10 +493,10 @@ def main() -> int:
                 os.sched_setaffinity(0, client_cpus)
             columns = BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}")
             with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
-                deadline_s = float("inf")
-                run = Run(plan, servers, result, progress, functools.partial(write_result, result, path), deadline_s)
+                run = Run(plan, servers, result, progress, functools.partial(write_result, result, path))
                 if plan.limit_seconds:
-                    run.deadline_s = started_s + plan.limit_seconds - seconds_of_sweeps(plan, len(run.swept)) - REPORT_S
+                    run.end_s = started_s + plan.limit_seconds - REPORT_S
+                    run.deadline_s = run.end_s - seconds_of_sweeps(plan, len(run.swept))
                 try:
                     run.measure()
                 finally:
@@ -487,7 +507,11 @@ def main() -> int:
         if not result["windows"]:
             raise
         console.print("interrupted: the servers are stopped, and what was measured is kept")
-    return finish(arguments, result, path, console)
+    try:
+        return finish(arguments, result, path, console)
+    except KeyboardInterrupt:
+        console.print(f"interrupted: {path} is written, what is made from it is not; report.py can draw it")
+        return 130
 
 
 def finish(arguments: argparse.Namespace, result: dict[str, Any], path: Path, console: Console) -> int:
@@ -514,4 +538,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("benchmark_all: interrupted; the servers are stopped and no result is written")
+        print("benchmark_all: interrupted; the servers are stopped and no result is written", file=sys.stderr)
+        sys.exit(130)

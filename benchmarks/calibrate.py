@@ -1,22 +1,27 @@
-"""Prove that the measuring client costs little: the load generator against wrk, on the null server.
+"""Prove that the measuring client costs little: the load generator against wrk,
+on the null server.
 
     python calibrate.py
 
-In each of several rounds, in random order, both clients send the same request over 1, 16 and 64 connections,
-and the open loop offers 20,000 requests a second. The server has a core, the client another. The null server
-answers about as fast as wrk's one thread can ask, so no real server asks more of the client. Four bounds, each
-on the median over the rounds (of the differences or ratios within a round if there are two clients, so that a
-slow stretch of the machine hits both):
+In each of several rounds, in random order, both clients send the same request
+over 1, 16 and 64 connections, and the open loop offers 20,000 requests a
+second. The server has a core, the client another. The null server answers about
+as fast as wrk's one thread can ask, so no real server asks more of the client.
+Four bounds, each on the median over the rounds (of the differences or ratios
+within a round if there are two clients, so that a slow stretch of the machine
+hits both):
 
     p50 at 1 connection          within 30 µs of wrk's
     requests/s at 16 connections at least 0.7 times wrk's
     requests/s at 64 connections at least 0.85 times wrk's
     p99 of sending late          below 1 ms
 
-A measurement is repeated, twice at most, if other programs used more than a tenth of the two cores or, in the
-open loop, kept the client off its core for more than 1/200 of the time; a bound that then does not hold is
-unclear, not broken. Without wrk (https://github.com/wg/wrk) only the last bound is measured. Writes nothing.
-The exit code is 1 if a bound is broken, 2 if none is but one is unclear.
+A measurement is repeated, twice at most, if other programs used more than a
+tenth of the two cores or, in the open loop, kept the client off its core for
+more than 1/200 of the time; a bound that then does not hold is unclear, not
+broken. Without wrk (https://github.com/wg/wrk) only the last bound is measured.
+Writes nothing. The exit code is 1 if a bound is broken, 2 if none is but one is
+unclear.
 """
 
 import argparse
@@ -48,7 +53,7 @@ from figures.verdicts import FOREIGN_LOAD_SHARE
 from machine.environment import split_cpus
 from machine.free_ports import find_free_ports
 from machine.load import MachineLoad
-from machine.priority import lift_priority
+from machine.priority import lifted_priority
 from machine.signals import interrupt_on_sigterm
 from servers.process import ServerProcess
 
@@ -276,7 +281,8 @@ def main() -> int:
     shuffle = random.Random(SHUFFLE_SEED)
     with (
         tempfile.TemporaryDirectory(prefix="calibrate-") as folder,
-        ServerProcess(endpoint, server_cpus, lift_priority()) as server,
+        lifted_priority() as goes_first,
+        ServerProcess(endpoint, server_cpus, goes_first) as server,
     ):
         script = Path(folder) / "request.lua"
         script.write_text(format_script(request))

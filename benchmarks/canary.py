@@ -1,14 +1,18 @@
-"""Ship version 2 step by step through the gateway, and take it back by itself where it does harm.
+"""Ship version 2 step by step through the gateway, and take it back by itself
+where it does harm.
 
     python canary.py --endpoint onnx
 
-Sets the split to 5, 25, 50 and 100 % in turn. At each step users send rows of data/test.csv, and four looks
-compare accuracy, Brier score, latency and failures of the two versions: one sequential test that goes on over
-all steps, so that the chance to take back a version that is as good stays below 5 % for the whole walk. Harm
-takes version 2 back at once; so does a replica of it that is lost, a split that does not do what it is set to,
-a step that takes too long, and Ctrl-C: all users then get version 1. At 100 % nobody is left to compare with;
-failures are watched there, and a promotion is final only after that step. Writes results/canary-<time>.json and a
-plot beside it; `ab_test.py --read` prints it again. Exit code 0 only where version 2 was promoted.
+Sets the split to 5, 25, 50 and 100 % in turn. At each step users send rows of
+data/test.csv, and four looks compare accuracy, Brier score, latency and
+failures of the two versions: one sequential test that goes on over all steps,
+so that the chance to take back a version that is as good stays below 5 % for
+the whole walk. Harm takes version 2 back at once; so does a replica of it that
+is lost, a split that does not do what it is set to, a step that takes too long,
+and Ctrl-C: all users then get version 1. At 100 % nobody is left to compare
+with; failures are watched there, and a promotion is final only after that step.
+Writes results/canary-<time>.json and a plot beside it; `ab_test.py --read`
+prints it again. Exit code 0 only where version 2 was promoted.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Compare two result files: what a change did to each server, with 95 % intervals.
+"""Compare two result files: what a change did to each server, with 95 %
+intervals.
 
     python compare.py BEFORE.json AFTER.json
 
-For every server and load that is in both files: requests per second and median latency, after as a
-multiple of before. If the interval holds 1, no difference is shown. Measure both on the same machine;
-the floor's rows show whether the machine itself changed. Writes nothing.
+For every server and load that is in both files: requests per second and median
+latency, after as a multiple of before. If the interval holds 1, no difference
+is shown. Measure both on the same machine; the floor's rows show whether the
+machine itself changed. Writes nothing.
 """
 
 import argparse

@@ -1,10 +1,14 @@
-"""Measure what the containers of docker-compose.yml cost: image size, cold start, memory, time to stop.
+"""Measure what the containers of docker-compose.yml cost: image size, cold
+start, memory, time to stop.
 
-    python container_costs.py                     measure and write results/containers.json
-    python container_costs.py --update-readme     rewrite the table in ../README.md from that file
+    python container_costs.py
+        measure and write results/containers.json
+    python container_costs.py --update-readme
+        rewrite the table in ../README.md from that file
 
-Makes each container anew STARTS times and waits for its first right answer, asks it every test row, reads its memory
-as `docker stats` counts it, and stops it. The containers run again when this ends.
+Makes each container anew STARTS times and waits for its first right answer,
+asks it every test row, reads its memory as `docker stats` counts it, and stops
+it. The containers run again when this ends.
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from drawing.readme import README_PATH, replace_part
-from endpoints.base import ServerError, load_endpoints
+from endpoints.base import ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE
 from figures.result_file import RESULTS_DIR, ResultError, write_whole
 from machine.environment import describe_environment
@@ -110,7 +114,12 @@ def main() -> None:
     for endpoint_class in list_container_endpoints(load_endpoints()).values():
         by_service.setdefault(endpoint_class.folder.name, endpoint_class)
     parser.add_argument(
-        "--services", nargs="+", choices=by_service, default=list(by_service), help="which (default: all)"
+        "--services",
+        nargs="+",
+        choices=by_service,
+        default=list(by_service),
+        metavar="NAME",
+        help=describe_choices(by_service, "all"),
     )
     parser.add_argument("--output", type=Path, default=PATH, help="the result file (default: results/containers.json)")
     arguments = parser.parse_args()

@@ -1,10 +1,12 @@
-"""Measure one server with two clients, Locust and our own load generator, and say why their figures differ.
+"""Measure one server with two clients, Locust and our own load generator, and
+say why their figures differ.
 
     python cross_check.py --endpoint onnx --connections 1 8 --seconds 6
 
-Both clients keep the same number of connections busy (closed loop) on the same core, one after the other, on one
-server that stays up: half of the generator's time before Locust, half after, so that a drift would show. Every reply
-is checked. Exits non-zero where one failed or was wrong. Writes nothing.
+Both clients keep the same number of connections busy (closed loop) on the same
+core, one after the other, on one server that stays up: half of the generator's
+time before Locust, half after, so that a drift would show. Every reply is
+checked. Exits non-zero where one failed or was wrong. Writes nothing.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from rich.table import Table
 from client.load_generator import LoadGenerator, make_exchanges
 from client.load_record import LoadRecord
 from client.locust_process import run_locust
-from endpoints.base import ServerError, load_endpoints
+from endpoints.base import ServerError, describe_choices, load_endpoints
 from endpoints.reference import load_expected, load_test_rows
 from machine.environment import split_cpus
 from machine.signals import interrupt_on_sigterm
@@ -121,7 +123,9 @@ def main() -> int:
     interrupt_on_sigterm()
     classes = {name: value for name, value in load_endpoints().items() if value.protocol == "REST"}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoint", choices=list(classes), default="onnx", help="which server (default: onnx)")
+    parser.add_argument(
+        "--endpoint", choices=list(classes), default="onnx", metavar="NAME", help=describe_choices(classes)
+    )
     parser.add_argument(
         "--connections", type=int, nargs="+", default=[1, 8], help="connections, and users (default: 1 8)"
     )

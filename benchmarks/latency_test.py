@@ -1,11 +1,15 @@
-"""Measure all about one server's latency, one request at a time: how long, how steadily, and where the time goes.
+"""Measure all about one server's latency, one request at a time: how long, how
+steadily, and where the time goes.
 
-    python latency_test.py --endpoint onnx             starts the server, measures a minute, stops it
-    python latency_test.py --endpoint onnx --running   measures the one that already runs on its usual port
+    python latency_test.py --endpoint onnx
+        starts the server, measures a minute, stops it
+    python latency_test.py --endpoint onnx --running
+        measures the one that already runs on its usual port
 
-Prints a histogram, percentiles with 95 % intervals, the first, middle and last third of the time with a
-verdict on whether the server was steady, and, from a short pass after the timing, the parts of a request
-that the client can see. Every reply is compared with the reference. Writes nothing.
+Prints a histogram, percentiles with 95 % intervals, the first, middle and last
+third of the time with a verdict on whether the server was steady, and, from a
+short pass after the timing, the parts of a request that the client can see.
+Every reply is compared with the reference. Writes nothing.
 """
 
 import argparse
@@ -26,7 +30,7 @@ from scipy import stats
 from client.ask import ask
 from client.connection import Connection, begin_connecting
 from client.load_generator import CONNECTION_CLASSES, REPLY_TIMEOUT_S, Exchange, LoadGenerator, make_exchanges
-from endpoints.base import Endpoint, ServerError, load_endpoints
+from endpoints.base import Endpoint, ServerError, describe_choices, load_endpoints
 from endpoints.reference import load_expected, load_test_rows
 from figures.cells import SAMPLES_BEYOND_PERCENTILE
 from figures.intervals import Interval, percentile_interval
@@ -265,7 +269,7 @@ def main() -> int:
     interrupt_on_sigterm()
     classes = load_endpoints(with_peers=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
+    parser.add_argument("--endpoint", choices=classes, default="onnx", metavar="NAME", help=describe_choices(classes))
     parser.add_argument("--version", choices=("1", "2"), default="1", help="the model's version (default: 1)")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure (default: 60)")
     parser.add_argument("--warmup-seconds", type=float, default=1.0, help="dropped before that (default: 1)")

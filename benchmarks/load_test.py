@@ -1,17 +1,27 @@
-"""Load one server with Locust's many simulated users, every reply checked, response times to the microsecond.
+r"""Load one server with Locust's many simulated users, every reply checked,
+response times to the microsecond.
 
-    python load_test.py                                  starts the onnx server, 8 users for 10 s, prints
-    python load_test.py --endpoint bentoml --shape ramp  users rise step by step; spike and soak are the others
-    python load_test.py --processes 2                    two worker processes and a master that adds them up
-    locust -f load_test.py --endpoint onnx               Locust's web page on port 8089, for a server that already runs
-    locust -f load_test.py --endpoint onnx --headless --users 8 --run-time 10s --csv results/users
-    locust -f load_test.py --master --headless --expect-workers 2 --users 8 --run-time 10s
-    locust -f load_test.py --worker                      in a terminal, or on a machine, of its own
+    python load_test.py
+        starts the onnx server, 8 users for 10 s, prints
+    python load_test.py --endpoint bentoml --shape ramp
+        users rise step by step; spike and soak are the others
+    python load_test.py --processes 2
+        two worker processes and a master that adds them up
+    locust -f load_test.py --endpoint onnx
+        Locust's web page on port 8089, for a server that already runs
+    locust -f load_test.py --endpoint onnx --headless --users 8 \
+        --run-time 10s --csv results/users
+    locust -f load_test.py --master --headless --expect-workers 2 \
+        --users 8 --run-time 10s
+    locust -f load_test.py --worker
+        in a terminal, or on a machine, of its own
 
-Without --host Locust asks the endpoint's usual port. Options that are not listed below go to Locust. Writes nothing
-unless told to: with --csv PREFIX also PREFIX_percentiles.csv and PREFIX_record.json, beside Locust's own files.
-Locust uses most of a core for some thousand requests a second, so benchmark_all.py does the measuring and
-cross_check.py shows the difference; this is for users, stages and failures.
+Without --host Locust asks the endpoint's usual port. Options that are not
+listed below go to Locust. Writes nothing unless told to: with --csv PREFIX also
+PREFIX_percentiles.csv and PREFIX_record.json, beside Locust's own files. Locust
+uses most of a core for some thousand requests a second, so benchmark_all.py
+does the measuring and cross_check.py shows the difference; this is for users,
+stages and failures.
 """
 
 import argparse
@@ -36,7 +46,7 @@ from rich.console import Console
 
 from client.load_record import LoadRecord
 from client.locust_process import run_locust
-from endpoints.base import Endpoint, Request, ServerError, load_endpoints
+from endpoints.base import Endpoint, Request, ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from machine.environment import split_cpus, usable_cpus
 from machine.free_ports import find_free_ports
@@ -279,7 +289,9 @@ def ignore_sigterm(**_) -> None:
 
 @events.init_command_line_parser.add_listener
 def add_arguments(parser) -> None:
-    parser.add_argument("--endpoint", choices=list(ENDPOINTS), default="onnx", help="which server (default: onnx)")
+    parser.add_argument(
+        "--endpoint", choices=list(ENDPOINTS), default="onnx", metavar="NAME", help=describe_choices(ENDPOINTS)
+    )
     parser.set_defaults(web_host="127.0.0.1")  # Locust's own default lets the whole network start a load
     parser.add_argument(
         "--shape", choices=list(SHAPES), help="stages, up to --users in --run-time (default: all users at all times)"
@@ -304,7 +316,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--endpoint", choices=list(ENDPOINTS), default="onnx", help="which server (default: onnx)")
+    parser.add_argument(
+        "--endpoint", choices=list(ENDPOINTS), default="onnx", metavar="NAME", help=describe_choices(ENDPOINTS)
+    )
     parser.add_argument("--users", type=int, default=USERS, help=f"simulated users, at the most (default: {USERS})")
     parser.add_argument("--seconds", type=int, default=10, help="how long (default: 10)")
     parser.add_argument("--shape", choices=list(SHAPES), help="stages (default: all users at all times)")

@@ -1,11 +1,12 @@
-"""Draw a result file: one self-contained page that answers what was asked, and the plots as PNG files.
+"""Draw a result file: one self-contained page that answers what was asked, and
+the plots as PNG files.
 
     python report.py                        the newest result of this machine
     python report.py results/sample.json    that one
 
-Writes <folder>/report.html and <folder>/*.png; the folder lies next to the file and has its name without
-.json. The page asks nothing of the network, holds every plot as SVG, and follows the reader's light or
-dark setting.
+Writes <folder>/report.html and <folder>/*.png; the folder lies next to the file
+and has its name without .json. The page asks nothing of the network, holds
+every plot as SVG, and follows the reader's light or dark setting.
 """
 
 import argparse

@@ -1,11 +1,15 @@
-"""Print a result file as tables, with verdicts, warnings and how it was measured.
+"""Print a result file as tables, with verdicts, warnings and how it was
+measured.
 
-    python results.py                       the newest result of this machine
-    python results.py results/sample.json   that one
-    python results.py --update-readme       rewrite the measured parts of ../README.md and README.md
+    python results.py
+        the newest result of this machine
+    python results.py results/sample.json
+        that one
+    python results.py --update-readme
+        rewrite the measured parts of ../README.md and README.md
 
-Every number is computed from the raw observations in the file. The READMEs' parts come from
-results/sample.json and results/peers.json.
+Every number is computed from the raw observations in the file. The READMEs'
+parts come from results/sample.json and results/peers.json.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from rich.console import Console
 from drawing.readme import README_PATH, replace_part
 from drawing.tables import format_markdown, format_peers, print_result
 from figures.measured import Measured
-from figures.result_file import RESULTS_DIR, SAMPLE_PATH, ResultError, find_newest_result, read_result
+from figures.result_file import PEERS_PATH, SAMPLE_PATH, ResultError, find_newest_result, read_result
 from machine.environment import describe_machine
 
 END = "<!-- end of the made part -->"
@@ -44,7 +48,7 @@ class Part:
 
 PARTS = (
     Part(README_PATH, SAMPLE_PATH, format_markdown),
-    Part(Path(__file__).resolve().parent / "README.md", RESULTS_DIR / "peers.json", format_peers),
+    Part(Path(__file__).resolve().parent / "README.md", PEERS_PATH, format_peers),
 )
 
 
@@ -55,8 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.update_readme:
-            for part in PARTS:
-                part.readme.write_text(part.update(part.readme.read_text()))
+            texts = [part.update(part.readme.read_text()) for part in PARTS]  # all, before one is written
+            for part, text in zip(PARTS, texts, strict=True):
+                part.readme.write_text(text)
                 print(f"wrote {part.readme} from {part.source.name}")
             return
         path = arguments.path or find_newest_result(describe_machine())

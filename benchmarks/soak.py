@@ -1,12 +1,15 @@
-"""Load one server for half an hour and say whether its memory grows, its latency drifts, or answers fail.
+"""Load one server for half an hour and say whether its memory grows, its
+latency drifts, or answers fail.
 
-    python soak.py --endpoint onnx                 starts the server, loads it for 30 minutes, stops it
+    python soak.py --endpoint onnx
+        starts the server, loads it for 30 minutes, stops it
     python soak.py --endpoint onnx --seconds 120
 
-Offers a steady rate (open loop) and, between slices of time, sums the resident memory of the server's whole
-process tree. Memory's slope is a straight line through what follows the warm-up, with its 95 % interval.
-Every reply is compared with the reference. Writes results/soak_<endpoint>_<utc>.json: per slice the memory, every
-latency, the errors.
+Offers a steady rate (open loop) and, between slices of time, sums the resident
+memory of the server's whole process tree. Memory's slope is a straight line
+through what follows the warm-up, with its 95 % interval. Every reply is
+compared with the reference. Writes results/soak_<endpoint>_<utc>.json: per
+slice the memory, every latency, the errors.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from rich.console import Console
 from scipy import stats
 
 from client.load_generator import LoadGenerator, make_exchanges, poisson_arrivals
-from endpoints.base import ServerError, load_endpoints
+from endpoints.base import ServerError, describe_choices, load_endpoints
 from endpoints.reference import load_expected, load_test_rows
 from figures.intervals import CONFIDENCE, Interval
 from figures.result_file import RESULTS_DIR, encode_window, write_result
@@ -160,7 +163,7 @@ def main() -> int:
     interrupt_on_sigterm()
     classes = load_endpoints(with_peers=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoint", choices=classes, default="onnx", help="which server (default: onnx)")
+    parser.add_argument("--endpoint", choices=classes, default="onnx", metavar="NAME", help=describe_choices(classes))
     parser.add_argument("--seconds", type=float, default=1800.0, help="how long (default: 1800, half an hour)")
     parser.add_argument(
         "--rate",

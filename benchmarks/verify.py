@@ -1,11 +1,12 @@
-"""Start each server in turn and prove that it gives the reference's answers, for both versions and every test row.
+"""Start each server in turn and prove that it gives the reference's answers,
+for both versions and every test row.
 
     python verify.py
     python verify.py --containers    ask the servers that docker compose runs
 
-The contract is |p - expected| <= 1e-5 on every row of data/test.csv (data/expected.csv has the
-answers). Prints one line a server; exits non-zero when one breaks the contract or does not start.
-Writes nothing.
+The contract is |p - expected| <= 1e-5 on every row of data/test.csv
+(data/expected.csv has the answers). Prints one line a server; exits non-zero
+when one breaks the contract or does not start. Writes nothing.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 
 from rich.console import Console
 
-from endpoints.base import ServerError, load_endpoints
+from endpoints.base import ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE
 from machine.signals import interrupt_on_sigterm
 from servers.containers import ContainerServer, list_container_endpoints
@@ -26,7 +27,11 @@ def main() -> int:
     classes = {name: value for name, value in load_endpoints(with_peers=True).items() if value.has_model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--endpoints", nargs="+", choices=classes, help="which servers (default: all of this repository)"
+        "--endpoints",
+        nargs="+",
+        choices=classes,
+        metavar="NAME",
+        help=describe_choices(classes, "all of this repository"),
     )
     parser.add_argument(
         "--containers", action="store_true", help="ask what docker compose runs (default: start each server)"

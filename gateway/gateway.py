@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import ctypes
+import functools
 import importlib.util
 import io
 import json
@@ -143,10 +144,15 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
     return pools
 
 
-def end_with_parent() -> None:
-    """Have the kernel send this process SIGTERM when the gateway ends, even by kill -9; Linux only."""
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send this process SIGTERM when the gateway ends, even by kill -9; Linux only.
+
+    A child whose parent has ended before that ends at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_haproxy(program: str, state: State, settings: dict[str, str], log_path: Path | None) -> subprocess.Popen:
@@ -178,7 +184,7 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
             stdout=lines.stdin,
             stderr=stack.enter_context((state.folder / "haproxy.log").open("wb")),
             start_new_session=True,
-            preexec_fn=end_with_parent,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )
 
 

@@ -36,9 +36,13 @@ def supervise(command: list[str], workers: int) -> int:
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
+    supervisor = os.getpid()
+
     def end_with_supervisor() -> None:
         if libc is not None:
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != supervisor:  # it ended before that
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def start() -> tuple[subprocess.Popen, float]:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the workers in order.

@@ -22,7 +22,6 @@ import pytest
 
 from client.ask import send
 from endpoints.base import Request, load_endpoints
-from machine.priority import restore_priority
 from servers.process import ServerProcess
 
 REPOSITORY_DIR = Path(__file__).resolve().parent.parent
@@ -133,12 +132,9 @@ def own_process_kept():
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    priority = os.getpriority(os.PRIO_PROCESS, 0)
     try:
         yield
     finally:
-        if os.getpriority(os.PRIO_PROCESS, 0) != priority:
-            restore_priority(priority)
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if cpus is not None:

@@ -1,4 +1,4 @@
-"""Thousands of experiments at once, whose users see the reference's own answers: data for ab_decision.py's tests."""
+"""Thousands of experiments at once, whose users see the reference's answers: for the tests of rollout/decision.py."""
 
 from collections.abc import Iterator
 

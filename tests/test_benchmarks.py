@@ -207,7 +207,9 @@ def test_a_killed_benchmark_leaves_no_server_and_no_result(house, number, moment
     log_path = house / "log"
     with log_path.open("wb") as log:
         environment = {**os.environ, "TOY_FOLDER": str(house / "tests")}
-        process = subprocess.Popen(argv, env=environment, cwd=house, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            argv, env=environment, cwd=house, stdout=log, stderr=log, start_new_session=True
+        )  # a lifted session that is killed stays lifted
     try:
         wait_until(lambda: toy_processes(house), log_path.read_text, while_alive=process)
         if moment == "measuring":

@@ -65,7 +65,7 @@ def test_a_framework_folder_imports_nothing_of_the_other_folders(folder):
         for other in (*FRAMEWORK_FOLDERS, "benchmarks", "tests", "data")
         if other != folder
         for path in (REPOSITORY_DIR / other).rglob("*.py")
-    }
+    } | {path.parent.name for path in (REPOSITORY_DIR / "benchmarks").glob("*/__init__.py")}
     assert not (REPOSITORY_DIR / folder / "__init__.py").exists()
     for path in (REPOSITORY_DIR / folder).rglob("*.py"):
         foreign = imported_modules(path) & (others - own)
@@ -84,6 +84,8 @@ def test_tensorflow_servings_folder_shows_its_lesson_and_the_local_server_lies_b
 
 
 def test_no_script_has_the_name_of_a_package():
-    stems = {Path(name).stem for name in tracked_files() if name.endswith(".py")} - {"__init__"}
+    paths = [Path(name) for name in tracked_files() if name.endswith(".py")]
+    rooms = {path.parent.name for path in paths if path.name == "__init__.py"}
+    stems = {path.stem for path in paths} - {"__init__"} | rooms
     assert not stems & sys.stdlib_module_names
     assert not [stem for stem in stems if PathFinder.find_spec(stem, SITE_PACKAGES)]

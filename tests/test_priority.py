@@ -8,15 +8,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from helpers import own_process_kept, wait_until
-from machine.priority import HIGHEST, lift_priority, restore_priority
+from helpers import wait_until
+from machine.priority import HIGHEST, lift_priority, lifted_priority
 from servers.process import ServerProcess
 from toy_endpoint import Toy
 
 
 def may_lift() -> bool:
-    with own_process_kept():
-        return lift_priority()
+    with lifted_priority() as is_lifted:
+        return is_lifted
 
 
 def read_autogroup(pid: int | str) -> str:
@@ -25,12 +25,11 @@ def read_autogroup(pid: int | str) -> str:
 
 
 def test_this_process_gets_the_highest_priority_or_is_told_that_it_may_not():
-    with own_process_kept():
-        usual = os.getpriority(os.PRIO_PROCESS, 0)
-        if lift_priority():
-            assert (os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")) == (HIGHEST, str(HIGHEST))
-            restore_priority(usual)
-        assert os.getpriority(os.PRIO_PROCESS, 0) == usual
+    usual = os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")
+    with lifted_priority() as is_lifted:
+        inside = os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")
+        assert inside == ((HIGHEST, str(HIGHEST)) if is_lifted else usual)
+    assert (os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")) == usual
 
 
 def test_a_process_that_is_gone_is_no_error():

@@ -1,5 +1,6 @@
 """What benchmark_all measures, and when it stops: rounds, precision, disturbed windows, raised rates, Ctrl-C."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,13 +12,15 @@ import numpy as np
 from rich.progress import Progress
 
 import benchmark_all
-from benchmark_all import DISTURBED_SHARE, MOST_REPEATED, PROFILES, RAISE, Plan, Run, list_failures
+from benchmark_all import DISTURBED_SHARE, MOST_REPEATED, PROFILES, RAISE, Plan, Run, list_failures, start_and_verify
+from endpoints.base import load_endpoints
 from figures.measured import Measured
 from figures.result_file import Window, encode_window, read_result
 from helpers import call_main
+from servers.process import ServerProcess
 from toy_endpoint import Toy
 
-PLAN = replace(PROFILES["quick"], connections=(1, 16), rows_per_request=(1, 32), limit_seconds=0.0)
+PLAN = replace(PROFILES["quick"], connections=(1, 16), rows_per_request=(1, 32), limit_seconds=0.0, spacing_s=0.0)
 
 
 class Server:
@@ -34,7 +37,7 @@ class Server:
     def look_again(self) -> None:
         pass
 
-    def measure_closed(self, connections, rows, number, seconds, requests, warmup_seconds) -> dict:
+    def measure_closed(self, connections, rows, number, seconds, requests, longest_s, warmup_seconds) -> dict:
         self.asked.append((number, connections, rows))
         rate = self.rate(next(self.calls))
         window = Window(connections, elapsed_s=1.0, latencies_s=np.full(round(rate), 1e-3))
@@ -59,7 +62,7 @@ def make_run(plan: Plan, *servers: Server) -> Run:
         "windows": [],
     }
     progress = Progress(disable=True)
-    return Run(plan, {server.name: server for server in servers}, result, progress, lambda: None, math.inf)
+    return Run(plan, {server.name: server for server in servers}, result, progress, lambda: None)
 
 
 def steady(rate: float) -> Callable[[int], float]:
@@ -168,6 +171,25 @@ def test_ctrl_c_keeps_what_was_measured_and_says_so(monkeypatch, tmp_path):
     assert "the run was interrupted" in done.stdout
     result = read_result(path)
     assert (result["complete"], len(result["windows"])) == (False, 3)
+
+
+def test_a_peer_that_is_not_installed_is_reported_and_left_out(monkeypatch):
+    peer = load_endpoints(with_peers=True)["triton"]
+    monkeypatch.setattr(peer, "is_installed", classmethod(lambda cls: False))
+    with contextlib.ExitStack() as stack:
+        server, entry = start_and_verify(lambda: ServerProcess(peer.on_free_ports()), 1, stack)
+    assert server is None
+    assert entry["failure"] == "triton: not installed; make peers"
+
+
+def test_a_window_with_failures_is_never_measured_away():
+    server = Server("onnx", steady(1000))
+    server.disturbed_shares = iter([0.9, 0.0])
+    encode = server.encode
+    server.encode = lambda window, **facts: {**encode(window, **facts), "wrong": 3}
+    run = make_run(replace(PLAN, rounds=1, most_rounds=1, connections=(1,), rows_per_request=(1,)), server)
+    run.measure_closed()
+    assert [(window["disturbed_share"], window["wrong"]) for window in run.result["windows"]] == [(0.9, 3)]
 
 
 def test_the_result_is_saved_as_it_grows(tmp_path):

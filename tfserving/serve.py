@@ -16,6 +16,7 @@ edited is taken up within seconds.
 import argparse
 import contextlib
 import ctypes
+import functools
 import http.client
 import os
 import re
@@ -195,10 +196,15 @@ def is_available(rest_port: int) -> bool:
         connection.close()
 
 
-def end_with_launcher() -> None:
-    """Have the kernel send this process SIGTERM when the launcher ends, even by kill -9; Linux only."""
+def end_with_launcher(launcher: int) -> None:
+    """Have the kernel send this process SIGTERM when the launcher ends, even by kill -9; Linux only.
+
+    A child whose launcher has ended before that ends at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run_until_stopped(
@@ -213,7 +219,11 @@ def run_until_stopped(
     """
     output = subprocess.DEVNULL if quiet else None
     child = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=end_with_launcher
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        preexec_fn=functools.partial(end_with_launcher, os.getpid()),
     )
     while child.poll() is None and not stop_signals:
         meanwhile()

@@ -4,7 +4,7 @@ Importing locust patches sockets and select for gevent; a program that measures 
 """
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import subprocess
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from machine.signals import PR_SET_PDEATHSIG, deferred_interrupts
+from machine.signals import deferred_interrupts, end_with_parent
 
 LOCUST_FILE = Path(__file__).resolve().parent.parent / "load_test.py"
 STOP_TIMEOUT_S = 15.0  # the users finish the requests under way, then Locust prints
@@ -20,12 +20,6 @@ STOP_TIMEOUT_S = 15.0  # the users finish the requests under way, then Locust pr
 
 def run_locust(arguments: list[str], **popen: Any) -> int:
     """Run Locust until it ends and return its exit code; on Ctrl-C let it end orderly, and its workers with it."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def in_child() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # Locust ends even when we are killed with -9
-
     process = None
     try:
         with deferred_interrupts():
@@ -33,7 +27,7 @@ def run_locust(arguments: list[str], **popen: Any) -> int:
                 [sys.executable, "-m", "locust", "-f", str(LOCUST_FILE), *arguments],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C reaches us alone, and Locust through us, once
-                preexec_fn=in_child,
+                preexec_fn=functools.partial(end_with_parent, os.getpid()),
                 **popen,
             )
         return process.wait()

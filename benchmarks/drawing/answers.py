@@ -79,7 +79,8 @@ def answer_one_user(measured: Measured) -> Answer:
         p50, p99 = cell.percentile_s(50), cell.percentile_s(99)
         key = p50.estimate if p50 else math.inf
         ratio = measured.floor_ratio(name, connections)
-        share = f"{ratio.estimate:.0%}" if ratio else UNKNOWN
+        most = "≤ " * measured.is_floor_limited(name, connections)
+        share = f"{most}{ratio.estimate:.0%}" if ratio else UNKNOWN
         rows.append((name, key, [format_interval_ms(p50), format_interval_ms(p99), share]))
     notes = [
         "p50 and p99: half and 99 % of the requests took at most this long. Of the floor: its share of the requests/s "
@@ -140,7 +141,7 @@ def answer_under_load(measured: Measured) -> Answer:
     for name, cell in measured.cells_at(connections).items():
         knee = measured.knees.get(name)
         rate = (knee.sustained_rate or 0.0) if knee else 0.0
-        rows.append((name, -rate or -cell.rate.estimate / 1e9, [format_offered(rate), format_rate(cell)]))
+        rows.append((name, -rate if rate else -cell.rate.estimate / 1e9, [format_offered(rate), format_rate(cell)]))
     notes = [
         f"Keeps up with: the highest offered rate of which 95 % is answered with a p99 within {objective_ms:g} ms from "
         "the time a request was due. Flat out: each of the connections asks again as soon as it is answered. The first "
@@ -168,8 +169,8 @@ def answer_breaking(measured: Measured) -> Answer:
     parts = [f"{row[0]} {_bracket(measured.knees[names[row[0]]])}" for row in ordered]
     note = (
         f"A server breaks when it answers less than 95 % of what it is offered, fails a request, or its p99 passes "
-        f"{objective_ms:g} ms. The truth lies between the two rates; finer steps (--rates) narrow it. The rate is "
-        "raised until it breaks; > marks the most that a server was offered without breaking."
+        f"{objective_ms:g} ms. The truth lies between the two rates; finer steps (--rates) narrow it. > marks the "
+        "most that a server was offered without breaking."
     )
     header = ["server", "keeps up with, req/s", "breaks at, req/s", "because"]
     return Answer(question, f"In requests/s: {'; '.join(parts)}.", header, ordered, [note])
@@ -237,7 +238,9 @@ def answer_certainty(measured: Measured) -> Answer:
         )
     foreign = sum(cell.disturbed_share for cell in cells) / max(len(cells), 1)
     if foreign > FOREIGN_LOAD_SHARE / 2:
-        sentences.append(f"Other programs disturbed the run: they took {foreign:.0%} of its CPU time.")
+        sentences.append(
+            f"The run was disturbed: others took {foreign:.0%} of its CPU time, or kept the client waiting for it."
+        )
     notes = [
         f"Profile {settings['profile']}: {describe_rounds(measured)} of {settings['seconds']:g} s a row, servers in "
         "random order in each. A percentile with too few requests beyond it is withheld: too few."

@@ -66,7 +66,9 @@ def render_page(measured: Measured, drawings: list[tuple[Plot, str]]) -> str:
         header: list[str], rows: list[list[str]], title: str = "", note: str = "", words: bool = False
     ) -> PageTable:
         floors = frozenset(place for place, row in enumerate(rows) if labels.get(row[0]) in ("floor", "local"))
-        text = {column for column in range(len(header)) if any(not FIGURE_START.match(row[column]) for row in rows)}
+        text = {0} | {
+            column for column in range(len(header)) if any(not FIGURE_START.match(row[column]) for row in rows)
+        }
         return PageTable(header, rows, title, note, floors, frozenset(range(len(header)) if words else text))
 
     answers = list_answers(measured)
@@ -123,7 +125,7 @@ def _style() -> str:
 
 def _every_row(measured: Measured) -> list[tuple[str, list[str], list[list[str]]]]:
     """Return (title, header, rows) of every closed-loop and every open-loop row, the figures behind the plots."""
-    tail = ["failed", "wrong", "client CPU", "other programs"]
+    tail = ["failed", "wrong", "client CPU", "disturbed"]
     closed, opened = [], []
     for name in measured.names:
         for cell in measured.closed(name):
@@ -136,7 +138,8 @@ def _every_row(measured: Measured) -> list[tuple[str, list[str], list[list[str]]
         for cell in measured.open(name):
             late = f"{cell.late_p99_s * 1e3:.3f}" if math.isfinite(cell.late_p99_s) else UNKNOWN
             opened.append([
-                measured.label(name), f"{cell.nominal_rate:,.0f}", format_rate(cell), *_percentiles(cell), late,
+                measured.label(name), f"{cell.nominal_rate:,.0f}", format_interval(cell.rate, ",.0f"),
+                *_percentiles(cell), late,
                 *_doubts(cell),
             ])  # fmt: skip
     percentiles = [f"p{percent:g} ms" for percent in PERCENTILES]
@@ -152,7 +155,7 @@ def _percentiles(cell: Cell) -> list[str]:
 
 
 def _doubts(cell: Cell) -> list[str]:
-    shares = (min(cell.client_share, 1.0), max(cell.foreign_share, 0.0))
+    shares = (min(cell.client_share, 1.0), cell.disturbed_share)
     return [f"{cell.failed:,}", f"{cell.wrong:,}", *(f"{share:.0%}" for share in shares)]
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from figures.cells import Cell
+from figures.intervals import Interval, percentile_interval
 from figures.measured import Measured
 from figures.verdicts import list_verdicts, list_warnings
 from figures.words import (
@@ -30,7 +30,8 @@ KIND_ORDER = ("native", "docker", "local", "peer", "floor")
 GAP = "  "
 NOT_RIVALS = (
     "Rows of different kinds are not rivals: a native row is the framework's own server, a local one is a server of "
-    "this repository that stands in for it (TensorFlow Serving) or that the framework lacks (ONNX Runtime)."
+    "this repository that stands in for it (TensorFlow Serving) or that the framework lacks (ONNX Runtime), a peer "
+    "one is a server that others wrote."
 )
 
 
@@ -90,8 +91,9 @@ def make_ratio_table(measured: Measured) -> TextTable:
     table = TextTable(
         "Ratios of requests per second: tuned to default, and each to the floor of its protocol",
         ["server", *(f"to default at {n}" for n in connections), *(f"to floor at {n}" for n in connections)],
-        "Each ratio is taken round by round, so that a slow stretch of the machine cancels. 1.00 to the floor would be "
-        "a server that costs nothing beyond the protocol. Sorted by kind, then by the last column.",
+        "Each ratio is taken round by round, so that a slow stretch of the machine cancels. The floor answers a "
+        "constant over the same protocol; ≤: it is as fast as the client, so the true ratio is smaller. Sorted by "
+        "kind, then by the last column.",
     )
 
     def floor_share(name: str) -> float:
@@ -103,7 +105,9 @@ def make_ratio_table(measured: Measured) -> TextTable:
         ratios = [measured.ratio(name, default, count) if default else None for count in connections]
         ratios += [measured.floor_ratio(name, count) for count in connections]
         if any(ratios):
-            _add(table, measured, name, *map(format_ratio, ratios))
+            to_default, to_floor = ratios[: len(connections)], ratios[len(connections) :]
+            limits = [measured.is_floor_limited(name, count) for count in connections]
+            _add(table, measured, name, *map(format_ratio, to_default), *map(format_ratio, to_floor, limits))
     return table
 
 
@@ -114,8 +118,8 @@ def make_saturation_table(measured: Measured) -> TextTable:
         f"Saturation, open loop, {describe_arrivals(settings)} arrivals",
         ["server", "keeps up with, req/s", "breaks at, req/s", "single rounds", "because", "p99 ms before"],
         "Open loop: requests fall due at an offered rate, whether or not earlier ones are answered. A server keeps up "
-        f"while it answers 95 % of them, none fails, and p99 from the due time is within {objective_ms:g} ms. The rate "
-        "is raised until it breaks; > is the most it was offered. Single rounds: the lowest rate that one round "
+        f"while it answers 95 % of them, none fails, and p99 from the due time is within {objective_ms:g} ms, if 1,000 "
+        "requests or more show a p99. > is the most it was offered. Single rounds: the lowest rate that one round "
         "sustained, the highest that broke one. Sorted by kind, then by the first figure.",
         words={0, 4},
     )
@@ -140,16 +144,17 @@ def make_batch_table(measured: Measured) -> TextTable:
     for name in measured.names:
         cells = [measured.cell(name, connections, size) for size in sizes]
         if len(sizes) > 1 and all(cells):
-            per_row[name] = [_median_s_per_row(cell) for cell in cells if cell]
-    for name in _sort(measured, list(per_row), lambda name: per_row[name][-1]):
+            per_row[name] = [_time_per_row(cell) for cell in cells if cell]
+    for name in _sort(measured, list(per_row), lambda name: per_row[name][-1].estimate):
         times_s = per_row[name]
-        figures = (f"{value * 1e6:,.2f}" for value in times_s)
-        _add(table, measured, name, *figures, f"{times_s[0] / times_s[-1]:,.0f}×")
+        figures = (format_interval(value.scale(1e6), ",.2f") for value in times_s)
+        _add(table, measured, name, *figures, f"{times_s[0].estimate / times_s[-1].estimate:,.0f}×")
     return table
 
 
-def _median_s_per_row(cell: Cell) -> float:
-    return float(np.median(cell.latencies_s)) / cell.rows_per_request
+def _time_per_row(cell: Cell) -> Interval:
+    """The median time of a request by its rows, in seconds."""
+    return percentile_interval(cell.rounds_s, 50).scale(1 / cell.rows_per_request)
 
 
 def make_cost_table(measured: Measured) -> TextTable:

@@ -6,6 +6,7 @@ Every server is one file `endpoint_<name>.py` in this folder with one subclass o
 
 import importlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -154,3 +155,8 @@ def load_endpoints(with_peers: bool = False) -> dict[str, type[Endpoint]]:
             raise ValueError(f"{path.name}: defines no subclass of Endpoint")
     chosen = [(name, value) for name, value in classes.items() if with_peers or value.kind != "peer"]
     return dict(sorted(chosen, key=lambda item: (item[1].kind != "floor", item[0])))
+
+
+def describe_choices(names: Iterable[str], default: str = "onnx") -> str:
+    """The help text of an option that names servers; argparse itself would print them as one word."""
+    return f"of {', '.join(names)} (default: {default})"

@@ -2,10 +2,12 @@
 
     python -m endpoints.null_grpc_server [--port 8011]
 
-Run it in benchmarks/. It is the floor of one stack, that of tfserving/local/server.py: grpc.aio on uvloop, without a
-model. It is not the least that any gRPC server costs, as null_server.py is for HTTP: a bare one needs HTTP/2 with its
-flow control and header compression, which is no longer a small program. The reply is TensorFlow Serving's to one row.
-Writes nothing. Ctrl-C stops it.
+Run it in benchmarks/. It is the floor of one stack, that of
+tfserving/local/server.py: grpc.aio on uvloop, without a model. It is not the
+least that any gRPC server costs, as null_server.py is for HTTP: a bare one
+needs HTTP/2 with its flow control and header compression, which is no longer a
+small program. The reply is TensorFlow Serving's to one row. Writes nothing.
+Ctrl-C stops it.
 """
 
 import argparse

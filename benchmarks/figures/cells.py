@@ -13,6 +13,7 @@ from figures.intervals import Interval, median_interval, percentile_interval
 from figures.result_file import decode_times
 
 SAMPLES_BEYOND_PERCENTILE = 10  # a percentile is withheld if fewer observations lie beyond it
+BUSY_CLIENT_SHARE = 0.9  # of its core, or of what the server works; above it the client may be what is measured
 KEEPS_UP_SHARE = 0.95  # an offered rate is kept up with if at least this share of it is answered in time
 
 
@@ -71,6 +72,16 @@ class Cell:
         if percent not in self._percentiles:
             self._percentiles[percent] = percentile_interval(self.rounds_s, percent)
         return self._percentiles[percent]
+
+    @property
+    def is_client_the_limit(self) -> bool:
+        """Whether a closed loop's server may be as fast as the client.
+
+        The client then uses nearly all of its core, or works as long as the server for a request and the two wait
+        for each other. With one connection they always do, and both are in the latency.
+        """
+        works_as_long = self.connections > 1 and self.client_per_server > BUSY_CLIENT_SHARE
+        return self.client_share > BUSY_CLIENT_SHARE or works_as_long
 
     @property
     def keeps_up(self) -> bool:

@@ -1,4 +1,4 @@
-"""How sure a figure is: medians, ratios and percentiles with intervals that assume no distribution.
+"""How sure a figure is: medians, ratios and percentiles with intervals from order statistics.
 
 On a shared machine another program slows some rounds by a third or more. A mean and its t-interval are
 ruined by one such round; the median of many short rounds, with an interval from order statistics, is not.
@@ -41,6 +41,11 @@ class Interval:
 
     def scale(self, factor: float) -> "Interval":
         return Interval(self.estimate * factor, self.low * factor, self.high * factor)
+
+
+def invert(interval: Interval) -> Interval:
+    """The interval of 1 / x, for positive x."""
+    return Interval(1 / interval.estimate, 1 / interval.high, 1 / interval.low if interval.low > 0 else math.inf)
 
 
 def median_interval(values: Sequence[float]) -> Interval:

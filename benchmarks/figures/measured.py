@@ -98,11 +98,27 @@ class Measured:
         floor = self.floor_of(name)
         return self.ratio(name, floor, connections) if floor and floor != name else None
 
+    def is_floor_limited(self, name: str, connections: int) -> bool:
+        """Whether the floor of the server's protocol is as fast as the client, and so itself a lower bound."""
+        floor = self.floor_of(name)
+        cell = self.cell(floor, connections) if floor else None
+        return cell is not None and cell.is_client_the_limit
+
     def ranking(self, connections: int, kind: str | None = None) -> list[str]:
-        """Servers with a model (of one kind), the most requests per second first."""
+        """Servers with a model (of one kind), the most requests per second first.
+
+        By the median of the rounds that all of them have: further rounds of one may have met another machine.
+        """
         cells = self.cells_at(connections)
         names = [name for name in cells if not self.is_floor(name) and kind in (None, self.kind(name))]
-        return sorted(names, key=lambda name: -cells[name].rate.estimate)
+        shared = set.intersection(*(set(cells[name].rounds) for name in names)) if names else set[int]()
+
+        def speed(name: str) -> float:
+            pairs = zip(cells[name].rounds, cells[name].rates, strict=True)
+            rates = [rate for number, rate in pairs if number in shared]
+            return float(np.median(rates)) if rates else cells[name].rate.estimate
+
+        return sorted(names, key=speed, reverse=True)
 
     @cached_property
     def kinds(self) -> list[str]:
@@ -141,7 +157,7 @@ def list_wide_rows(measured: Measured, precision: float) -> set[tuple[str, int]]
     """
     wide = set()
     for name in measured.names:
-        if measured.is_floor(name):
+        if measured.is_floor(name) or measured.servers[name].get("failure"):
             continue
         for cell in measured.closed(name):
             connections, floor = cell.connections, measured.floor_of(name)

@@ -15,6 +15,7 @@ import numpy as np
 
 RESULTS_DIR = Path(__file__).resolve().parent.parent / "results"
 SAMPLE_PATH = RESULTS_DIR / "sample.json"
+PEERS_PATH = RESULTS_DIR / "peers.json"
 SCHEMA_VERSION = 2
 
 
@@ -114,10 +115,10 @@ def read_result(path: Path) -> dict[str, Any]:
 def find_newest_result(machine: dict[str, Any]) -> Path:
     """Return the benchmark result in results/ that was written last on this machine; ResultError if there is none.
 
-    `machine` are the facts of the environment that tell one machine from another. The sample, which
-    comes with the repository, is not one.
+    `machine` are the facts of the environment that tell one machine from another. The two results that
+    come with the repository are left out.
     """
-    paths = [path for path in RESULTS_DIR.glob("*.json") if path != SAMPLE_PATH]
+    paths = [path for path in RESULTS_DIR.glob("*.json") if path not in (SAMPLE_PATH, PEERS_PATH)]
     for path in sorted(paths, key=lambda path: -path.stat().st_mtime):
         try:
             result = read_result(path)

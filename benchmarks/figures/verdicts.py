@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from figures.cells import Cell
-from figures.intervals import Interval
+from figures.intervals import Interval, invert
 from figures.measured import Measured
 
-BUSY_CLIENT_SHARE = 0.9  # of its core, or of what the server works; above it the client may be what is measured
 LATE_SENDING_S = 1e-3  # p99 of sending late; above it an open-loop row does not show the server
 FOREIGN_LOAD_SHARE = 0.1  # of the cores, used by programs that are neither client nor server
 SLOW_CONNECT_S = 1.0  # a kernel whose first attempt was dropped asks again after a second
@@ -25,8 +24,8 @@ class Verdict:
 
     @property
     def is_decided(self) -> bool:
-        """Whether the difference is significant: the whole interval lies above 1."""
-        return self.ratio.low > 1
+        """Whether the difference is significant: the whole interval lies on one side of 1."""
+        return self.ratio.low > 1 or self.ratio.high < 1
 
 
 class Doubt(Enum):
@@ -44,7 +43,7 @@ class Doubt(Enum):
 
 
 @dataclass(frozen=True)
-class Warning:
+class RowWarning:
     """One doubt about one row, or about the whole run if there is no cell."""
 
     doubt: Doubt
@@ -62,7 +61,9 @@ def list_verdicts(measured: Measured) -> list[Verdict]:
             ranking = measured.ranking(count, kind)
             for faster, slower in zip(ranking, ranking[1:], strict=False):
                 ratio = measured.ratio(faster, slower, count)
-                if ratio is not None:
+                if ratio is not None and ratio.high < 1:  # in the rounds that only these two share
+                    verdicts.append(Verdict(count, slower, faster, invert(ratio)))
+                elif ratio is not None:
                     verdicts.append(Verdict(count, faster, slower, ratio))
     return verdicts
 
@@ -72,41 +73,31 @@ def list_ties(measured: Measured, first: str, connections: int) -> list[str]:
     ties = []
     for name in measured.ranking(connections, measured.kind(first)):
         ratio = measured.ratio(first, name, connections) if name != first else None
-        if ratio is not None and ratio.low <= 1:
+        if ratio is not None and ratio.low <= 1 <= ratio.high:
             ties.append(name)
     return ties
 
 
-def list_warnings(measured: Measured) -> list[Warning]:
+def list_warnings(measured: Measured) -> list[RowWarning]:
     """Return every doubt about the run and its rows."""
     warnings = []
     if not measured.result.get("complete", True):
-        warnings.append(Warning(Doubt.INTERRUPTED))
+        warnings.append(RowWarning(Doubt.INTERRUPTED))
     if measured.settings["server_cpus"] is None:
-        warnings.append(Warning(Doubt.SHARED_CORES))
+        warnings.append(RowWarning(Doubt.SHARED_CORES))
     for name, server in measured.servers.items():
         if server.get("failure"):
-            warnings.append(Warning(Doubt.NOT_IN_FULL, name, detail=server["failure"]))
+            warnings.append(RowWarning(Doubt.NOT_IN_FULL, name, detail=server["failure"]))
     for name in measured.names:
         for cell in measured.closed(name):
-            warnings += [Warning(doubt, name, cell) for doubt in _doubts_of_closed(measured, name, cell)]
+            warnings += [RowWarning(doubt, name, cell) for doubt in _doubts_of_closed(measured, name, cell)]
         for cell in measured.open(name):
-            warnings += [Warning(doubt, name, cell) for doubt in _doubts_of_open(cell)]
+            warnings += [RowWarning(doubt, name, cell) for doubt in _doubts_of_open(cell)]
     return warnings
 
 
-def is_client_the_limit(cell: Cell) -> bool:
-    """Whether a closed loop's server may be as fast as the client.
-
-    The client then uses nearly all of its core, or works as long as the server for a request and the two wait
-    for each other. With one connection they always do, and both are in the latency.
-    """
-    works_as_long = cell.connections > 1 and cell.client_per_server > BUSY_CLIENT_SHARE
-    return cell.client_share > BUSY_CLIENT_SHARE or works_as_long
-
-
 def _doubts_of_closed(measured: Measured, name: str, cell: Cell) -> Iterator[Doubt]:
-    if is_client_the_limit(cell):
+    if cell.is_client_the_limit:
         yield Doubt.BUSY_CLIENT
     if cell.failed or cell.wrong:
         yield Doubt.FAILED

@@ -7,7 +7,7 @@ from typing import Any
 from figures.cells import Cell, Knee
 from figures.intervals import CONFIDENCE, Interval
 from figures.measured import Measured
-from figures.verdicts import Doubt, Verdict, Warning, is_client_the_limit
+from figures.verdicts import Doubt, RowWarning, Verdict
 
 PLACES_NAMED = 4  # rows that a warning names before it only counts them
 TOO_FEW = "too few"  # requests for this percentile
@@ -49,16 +49,16 @@ def format_interval_ms(interval: Interval | None) -> str:
     return TOO_FEW if interval is None else format_interval(interval.scale(1e3), ".2f")
 
 
-def format_ratio(interval: Interval | None) -> str:
-    """A ratio to three significant digits, so that 1.003 is not printed as 1.00."""
+def format_ratio(interval: Interval | None, is_most: bool = False) -> str:
+    """A ratio to two digits at least; "≤" if it is one to a floor whose own rate is a lower bound."""
     if interval is None:
         return UNKNOWN
-    return format_interval(interval, ".2f" if interval.estimate >= 0.1 else ".3f")
+    return "≤ " * is_most + format_interval(interval, ".2f" if interval.estimate >= 0.1 else ".3f")
 
 
 def format_rate(cell: Cell) -> str:
     """Requests per second of a closed loop; "≥" if the client may have been the limit."""
-    return f"{'≥ ' * is_client_the_limit(cell)}{format_interval(cell.rate, ',.0f')}"
+    return f"{'≥ ' * cell.is_client_the_limit}{format_interval(cell.rate, ',.0f')}"
 
 
 def format_offered(rate: float | None) -> str:
@@ -118,7 +118,7 @@ def describe_verdicts(measured: Measured, verdicts: Iterable[Verdict]) -> list[s
     ]
 
 
-def describe_warnings(warnings: Iterable[Warning]) -> list[str]:
+def describe_warnings(warnings: Iterable[RowWarning]) -> list[str]:
     """One sentence a doubt: what happened, what to do, and which rows."""
     by_doubt: dict[Doubt, list[str]] = {}
     for warning in warnings:
@@ -136,7 +136,7 @@ def describe_warnings(warnings: Iterable[Warning]) -> list[str]:
     return sentences
 
 
-def _describe_place(warning: Warning) -> str:
+def _describe_place(warning: RowWarning) -> str:
     if warning.cell is None:
         return warning.detail
     cell = warning.cell
@@ -157,14 +157,15 @@ def list_remarks(measured: Measured) -> list[str]:
         if settings["server_cpus"] is not None
         else "servers and client share the cores"
     )
-    pinning += f", with the priority {settings['priority']}" if "priority" in settings else ""
+    pinning += ", both before other programs" if settings.get("goes_first") else ""
     remarks = [
         f"{environment['utc']}, {environment['cpu']}, {environment['cores']} cores, {environment['system']}, "
         f"Python {environment['python']}, load average {environment['load_average_1min']:.1f} at the start, "
         f"commit {environment['git_commit'] or 'unknown'}{' with changes' if environment['git_dirty'] else ''}.",
         f"`{environment['command']}`, profile {settings['profile']}: version {settings['version']}, "
-        f"{describe_rounds(measured)} of {settings['seconds']:g} s windows in random order, {pinning}. Each server was "
-        f"warmed up until its rate levelled off, and for {settings['warmup_seconds']:g} s before each window.",
+        f"{describe_rounds(measured)} of windows of {settings['seconds']:g} s or more in random order, {pinning}. Each "
+        "server was warmed up until its rate levelled off, for seconds at most, and for "
+        f"{settings['warmup_seconds']:g} s before each window.",
         f"Rates and ratios are medians of the rounds, with {CONFIDENCE:.0%} intervals from order statistics; ratios "
         "are taken round by round.",
         ", ".join(f"{name} {version}" for name, version in environment["packages"].items()) + ".",

@@ -2,9 +2,23 @@
 
 import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 HIGHEST = -20  # a nice value; it weighs 87 times as much as 0 (sched_prio_to_weight in Linux's kernel/sched/core.c)
+
+
+@contextlib.contextmanager
+def lifted_priority() -> Iterator[bool]:
+    """Give this process the highest priority inside the block, and what it starts there; yield whether that went."""
+    usual, usual_of_session = os.getpriority(os.PRIO_PROCESS, 0), _read_session_priority()
+    is_lifted = lift_priority()
+    try:
+        yield is_lifted
+    finally:
+        if is_lifted:
+            _set_priority(0, usual, usual_of_session)
 
 
 def lift_priority(pid: int = 0) -> bool:
@@ -13,19 +27,27 @@ def lift_priority(pid: int = 0) -> bool:
     It needs root or CAP_SYS_NICE. Linux shares the cores between sessions first (autogroups, sched(7)), so the
     session's priority is lifted as well; a child that begins a session of its own needs its own call.
     """
-    return _set_priority(pid, HIGHEST)
+    return _set_priority(pid, HIGHEST, HIGHEST)
 
 
-def restore_priority(usual: int = 0) -> None:
-    """Give this process and its session a priority again, for what goes on in it after the measurement."""
-    _set_priority(0, usual)
-
-
-def _set_priority(pid: int, value: int) -> bool:
+def _set_priority(pid: int, value: int, value_of_session: int) -> bool:
     try:
         os.setpriority(os.PRIO_PROCESS, pid, value)
     except (OSError, AttributeError):
         return False
     with contextlib.suppress(OSError):  # a kernel without autogroups has no such file
-        Path(f"/proc/{pid or 'self'}/autogroup").write_text(str(value))
+        _session_path(pid).write_text(str(value_of_session))
     return True
+
+
+def _read_session_priority() -> int:
+    """Return the nice value of this process's session, 0 if the kernel knows none: "/autogroup-12 nice 0"."""
+    try:
+        found = re.search(r"nice (-?\d+)", _session_path(0).read_text())
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
+
+
+def _session_path(pid: int) -> Path:
+    return Path(f"/proc/{pid or 'self'}/autogroup")

@@ -1,11 +1,25 @@
 """Signals: hold them back, turn them into KeyboardInterrupt, and end a child with its parent."""
 
 import contextlib
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send this process SIGTERM when `parent` ends, even by kill -9; Linux only.
+
+    For a child, before it runs its program. One whose parent has ended by then ends at once.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

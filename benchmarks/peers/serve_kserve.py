@@ -1,9 +1,12 @@
-"""Serve the ONNX model with KServe's Python server, over the Open Inference Protocol.
+"""Serve the ONNX model with KServe's Python server, over the Open Inference
+Protocol.
 
     ../../.venv-peers/kserve/bin/python serve_kserve.py [--port 8043]
 
-Run it in benchmarks/peers/. KServe knows no versions of a model ("Model versioning not supported yet"), so it serves
-the models my_model-1 and my_model-2. It listens on every interface, for which it has no option. Ctrl-C stops it.
+Run it in benchmarks/peers/. KServe knows no versions of a model ("Model
+versioning not supported yet"), so it serves the models my_model-1 and
+my_model-2. It listens on every interface, for which it has no option. Ctrl-C
+stops it.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     ../../.venv-peers/litserve/bin/python serve_litserve.py [--port 8047]
 
-Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers], ...]} -> {"predictions": [[2 numbers],
-...]}: LitServe knows no versions, so each is an API of its own with a worker process. Ctrl-C stops it.
+Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers],
+...]} -> {"predictions": [[2 numbers], ...]}: LitServe knows no versions, so
+each is an API of its own with a worker process. Ctrl-C stops it.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Serve the ONNX model with Seldon's MLServer, over the Open Inference Protocol.
+r"""Serve the ONNX model with Seldon's MLServer, over the Open Inference
+Protocol.
 
-    ../../.venv-peers/mlserver/bin/python serve_mlserver.py [--port 8044] [--grpc-port 8045] [--metrics-port 8046]
+    ../../.venv-peers/mlserver/bin/python serve_mlserver.py \
+        [--port 8044] [--grpc-port 8045] [--metrics-port 8046]
 
-Run it in benchmarks/peers/. MLServer runs models in worker processes unless told otherwise; with none
-(parallel_workers 0) it runs them in its own, as its documentation advises for models that take no time. Ctrl-C stops
-it.
+Run it in benchmarks/peers/. MLServer runs models in worker processes unless
+told otherwise; with none (parallel_workers 0) it runs them in its own, as its
+documentation advises for models that take no time. Ctrl-C stops it.
 """
 
 import argparse

@@ -1,14 +1,17 @@
-"""Serve the ONNX model with Ray Serve.
+r"""Serve the ONNX model with Ray Serve.
 
-    ../../.venv-peers/ray/bin/python serve_ray.py [--port 8048] [--replica-port 8049] [--metrics-port 8050]
+    ../../.venv-peers/ray/bin/python serve_ray.py \
+        [--port 8048] [--replica-port 8049] [--metrics-port 8050]
         [--stats-port 8051]
 
-Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers], ...]} -> {"predictions": [[2 numbers],
-...]}. Starts a Ray cluster of one node, without dashboard, in a folder of /tmp that it removes. Ctrl-C stops it.
+Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers],
+...]} -> {"predictions": [[2 numbers], ...]}. Starts a Ray cluster of one node,
+without dashboard, in a folder of /tmp that it removes. Ctrl-C stops it.
 
-It is set up as Ray's guide to high throughput says: HAProxy takes the requests, where by default a proxy in Python
-does, and Serve's switches for small requests are on. HAProxy's metrics and statistics listen on every interface, for
-which it has no option.
+It is set up as Ray's guide to high throughput says: HAProxy takes the requests,
+where by default a proxy in Python does, and Serve's switches for small requests
+are on. HAProxy's metrics and statistics listen on every interface, for which it
+has no option.
 """
 
 import argparse

@@ -1,10 +1,12 @@
-"""Serve the ONNX model with NVIDIA Triton, over the Open Inference Protocol.
+r"""Serve the ONNX model with NVIDIA Triton, over the Open Inference Protocol.
 
-    ../../.venv-peers/triton/bin/python serve_triton.py [--port 8041] [--metrics-port 8042]
+    ../../.venv-peers/triton/bin/python serve_triton.py \
+        [--port 8041] [--metrics-port 8042]
 
-Run it in benchmarks/peers/. The wheel nvidia-pytriton brings the binary tritonserver and its Python backend, and no
-backend for ONNX, so triton_repository/my_model/model.py runs ONNX Runtime. This process becomes tritonserver.
-Ctrl-C stops it.
+Run it in benchmarks/peers/. The wheel nvidia-pytriton brings the binary
+tritonserver and its Python backend, and no backend for ONNX, so
+triton_repository/my_model/model.py runs ONNX Runtime. This process becomes
+tritonserver. Ctrl-C stops it.
 """
 
 import argparse

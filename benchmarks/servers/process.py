@@ -1,7 +1,6 @@
 """Start one server for a measurement or a test, wait until it answers rightly, and leave nothing of it behind."""
 
 import contextlib
-import ctypes
 import os
 import shlex
 import signal
@@ -19,7 +18,7 @@ from client.ask import ask
 from endpoints.base import Endpoint, ServerError
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from machine.priority import lift_priority
-from machine.signals import PR_SET_PDEATHSIG, deferred_interrupts
+from machine.signals import deferred_interrupts, end_with_parent
 
 STOP_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -125,11 +124,10 @@ class ServerProcess:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **self.endpoint.environment()}
         cpus, goes_first = self.cpus, self.goes_first
-        libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+        parent = os.getpid()
 
         def in_child() -> None:
-            if libc is not None:
-                libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # the server ends even when we are killed with -9
+            end_with_parent(parent)
             if cpus is not None:
                 os.sched_setaffinity(0, cpus)
             if goes_first:
@@ -149,7 +147,9 @@ class ServerProcess:
                     preexec_fn=in_child,
                 )
             except FileNotFoundError as error:
-                raise ServerError(f"{self.endpoint.name}: {error.filename} not found: run make setup") from None
+                raise ServerError(
+                    f"{self.endpoint.name}: {error.filename} not found: run {self.endpoint.how_to_install}"
+                ) from None
 
     def wait_until_correct(self) -> None:
         """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""

@@ -21,7 +21,6 @@ WARMUP_CONNECTIONS = 16
 WARMUP_WINDOW_S = 0.3
 WARMUP_CHANGE = 0.1
 OPEN_CONNECTIONS = 64  # unanswered requests of an open loop; one that finds none free waits, and that counts
-LIMIT_FACTOR = 10.0  # a window that waits for its least number of requests is at most so many times longer
 
 
 class ServerUnderTest:
@@ -44,7 +43,10 @@ class ServerUnderTest:
         self.look_again()
 
     def look_again(self) -> None:
-        """Find the server's processes again: it may have started some. Takes tens of milliseconds."""
+        """Find the server's processes again: it may have started some, whose CPU time counts from then on.
+
+        Takes tens of milliseconds, so it is done once a round.
+        """
         self._processes = self.server.processes()
 
     @cache  # noqa: B019
@@ -77,7 +79,8 @@ class ServerUnderTest:
         cpu_before_s = self.cpu_s()
         with MachineLoad(self.cpu_s, self.cpus) as machine:
             window = run()
-        taken = machine.stolen_share if self.goes_first else machine.foreign_share
+        is_told_apart = self.server.is_seen and not self.goes_first
+        taken = machine.foreign_share if is_told_apart else machine.stolen_share
         return encode_window(
             window,
             endpoint=self.name,
@@ -105,14 +108,21 @@ class ServerUnderTest:
         return time.perf_counter() - started_s
 
     def measure_closed(
-        self, connections: int, rows: int, number: int, seconds: float, requests: int, warmup_seconds: float
+        self,
+        connections: int,
+        rows: int,
+        number: int,
+        seconds: float,
+        requests: int,
+        longest_s: float,
+        warmup_seconds: float,
     ) -> dict[str, Any]:
-        """Return round `number`'s window of at least `seconds` and, if that is not LIMIT_FACTOR longer, `requests`."""
+        """Return round `number`'s window of at least `seconds`, and of `requests` if they take at most `longest_s`."""
         with LoadGenerator(self.endpoint, self.exchanges(rows), connections) as load:
             if warmup_seconds:
                 load.run_closed(warmup_seconds)
             window = self.observe(
-                lambda: load.run_closed(seconds, requests, LIMIT_FACTOR * seconds),
+                lambda: load.run_closed(seconds, requests, longest_s),
                 load="closed", round=number, rows_per_request=rows, nominal_rate=0.0,
             )  # fmt: skip
         if rows == 1:
