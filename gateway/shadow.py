@@ -15,6 +15,7 @@ Writes one JSON file with every observation: results/shadow-<server>.json.
 import argparse
 import base64
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -204,7 +205,7 @@ class Shadow:
             [haproxy, "-db", "-f", FOLDER / "shadow.cfg"],
             env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for shadow.py, which asks HAProxy for its figures first
-            preexec_fn=end_with_parent,
+            preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )  # fmt: skip
         return self.haproxy
 

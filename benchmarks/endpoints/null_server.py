@@ -3,14 +3,14 @@ figures.
 
     python -m endpoints.null_server [--port 8010]
 
-Run it in benchmarks/. It does the least that an HTTP server in Python has to: uvloop
-moves the bytes, and the parser of llhttp (httptools) finds where a request
-ends. There is no framework and no model. The body of a request is read to its
-end and not kept; the reply is as long as a real answer to one row. A server
-cannot be faster than this by much, and a difference between two servers that is
-smaller than this server's own figures means little. It sends no `100 Continue`:
-curl waits a second for that before it sends a large body. Writes nothing.
-Ctrl-C stops it.
+Run it in benchmarks/. It does the least that an HTTP server in Python has to:
+uvloop moves the bytes, and the parser of llhttp (httptools) finds where a
+request ends. There is no framework and no model. The body of a request is read
+to its end and not kept; the reply is as long as a real answer to one row. A
+server cannot be faster than this by much, and a difference between two servers
+that is smaller than this server's own figures means little. It sends no `100
+Continue`: curl waits a second for that before it sends a large body. Writes
+nothing. Ctrl-C stops it.
 """
 
 import argparse
