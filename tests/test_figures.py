@@ -158,9 +158,13 @@ def test_a_row_is_wide_until_its_ratio_to_the_floor_is_known():
     assert [(warning.doubt, warning.server) for warning in list_warnings(measured)] == [(Doubt.WIDE, "shaky")]
 
 
+@pytest.fixture(scope="module")
+def sample():
+    return Measured(read_result(results.SAMPLE_PATH))
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_no_figure_is_cut_at_any_width_of_the_terminal(width):
-    sample = Measured(read_result(REPOSITORY_DIR / "benchmarks" / "results" / "sample.json"))
+def test_no_figure_is_cut_at_any_width_of_the_terminal(sample, width):
     console = Console(width=width, force_terminal=True, record=True, file=io.StringIO(), highlight=False)
     print_result(sample, console)
     lines = console.export_text().splitlines()
@@ -172,10 +176,10 @@ def test_no_figure_is_cut_at_any_width_of_the_terminal(width):
     assert len(figures) >= 5
 
 
-def test_a_log_gets_each_table_whole_and_nothing_cut(tmp_path):
+def test_a_log_gets_each_table_whole_and_nothing_cut(sample, tmp_path):
     path = tmp_path / "log"
     with path.open("w") as file:
-        print_result(Measured(read_result(results.SAMPLE_PATH)), Console(file=file, highlight=False))
+        print_result(sample, Console(file=file, highlight=False))
     text = path.read_text()
     assert "(continued)" not in text
     assert "…" not in text
