@@ -134,6 +134,17 @@ class Endpoint:
         return self.kind
 
 
+def decode_predictions(reply: bytes) -> np.ndarray:
+    """The probabilities (n, 2) in a reply of the form {"predictions": [[p0, p1], ...]}; ValueError if it is another."""
+    try:
+        predictions = np.array(json.loads(reply)["predictions"], dtype=float)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no predictions in {reply[:200]!r}") from error
+    if predictions.ndim != 2 or predictions.shape[1] != 2:
+        raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
+    return predictions
+
+
 def load_endpoints(with_peers: bool = False) -> dict[str, type[Endpoint]]:
     """Import every endpoint_*.py in this folder; return the classes by name, the floor first, then by name.
 

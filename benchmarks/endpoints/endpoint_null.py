@@ -1,10 +1,8 @@
 """The floor: a server that answers a constant, with no framework between the sockets and the parser."""
 
-import json
-
 import numpy as np
 
-from endpoints.base import BENCHMARKS_DIR, Endpoint
+from endpoints.base import BENCHMARKS_DIR, Endpoint, decode_predictions
 
 
 class NullEndpoint(Endpoint):
@@ -30,10 +28,7 @@ class NullEndpoint(Endpoint):
         return f"/predict/{self.native_version(version)}" if version else "/predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        try:
-            probabilities = np.array(json.loads(reply)["predictions"], dtype=float)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no predictions in {reply[:200]!r}") from error
-        if probabilities.shape != (1, 2):
-            raise ValueError(f"predictions have shape {probabilities.shape}, expected (1, 2): the constant answer")
+        probabilities = decode_predictions(reply)
+        if len(probabilities) != 1:
+            raise ValueError(f"{len(probabilities)} predictions, expected one: the constant answer")
         return probabilities

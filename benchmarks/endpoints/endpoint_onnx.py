@@ -1,10 +1,8 @@
 """The ONNX Runtime server of onnx/."""
 
-import json
-
 import numpy as np
 
-from endpoints.base import REPOSITORY_DIR, Endpoint
+from endpoints.base import REPOSITORY_DIR, Endpoint, decode_predictions
 
 
 class OnnxEndpoint(Endpoint):
@@ -38,13 +36,7 @@ class OnnxEndpoint(Endpoint):
         return f"/predict/{self.native_version(version)}" if version else "/predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        try:
-            predictions = np.array(json.loads(reply)["predictions"], dtype=float)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no predictions in {reply[:200]!r}") from error
-        if predictions.ndim != 2 or predictions.shape[1] != 2:
-            raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
-        return predictions
+        return decode_predictions(reply)
 
 
 class TunedOnnxEndpoint(OnnxEndpoint):

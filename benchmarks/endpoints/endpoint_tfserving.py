@@ -1,12 +1,11 @@
 """TensorFlow Serving, or its stand-in: whatever tfserving/serve.py chooses on this machine."""
 
-import json
 import re
 from typing import Any
 
 import numpy as np
 
-from endpoints.base import REPOSITORY_DIR, Endpoint, Request
+from endpoints.base import REPOSITORY_DIR, Endpoint, Request, decode_predictions
 from endpoints.predict_messages import METHOD, decode_predict_response, encode_predict_request
 
 
@@ -39,13 +38,7 @@ class TensorFlowServingEndpoint(Endpoint):
         return f"/v1/models/my_model{named}:predict"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        try:
-            probabilities = np.array(json.loads(reply)["predictions"], dtype=float)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no predictions in {reply[:200]!r}") from error
-        if probabilities.ndim != 2 or probabilities.shape[1] != 2:
-            raise ValueError(f"predictions of shape {probabilities.shape}, wanted (n, 2)")
-        return probabilities
+        return decode_predictions(reply)
 
     def kind_from_log(self, log: str) -> str:
         said = re.search(r"^serving with (\w+):", log, re.MULTILINE)

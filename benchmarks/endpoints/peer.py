@@ -3,14 +3,13 @@
 `make peers` installs each into an environment of its own, .venv-peers/<name>, for their requirements conflict.
 """
 
-import json
 import os
 import re
 from pathlib import Path
 
 import numpy as np
 
-from endpoints.base import BENCHMARKS_DIR, REPOSITORY_DIR, Endpoint, ServerError
+from endpoints.base import BENCHMARKS_DIR, REPOSITORY_DIR, Endpoint, ServerError, decode_predictions
 
 PEERS_DIR = BENCHMARKS_DIR / "peers"
 ENVIRONMENTS_DIR = REPOSITORY_DIR / ".venv-peers"
@@ -69,10 +68,4 @@ class PeerEndpoint(Endpoint):
         return f"/predict/{self.native_version(version or '2')}"
 
     def decode(self, reply: bytes) -> np.ndarray:
-        try:
-            predictions = np.array(json.loads(reply)["predictions"], dtype=float)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no predictions in {reply[:200]!r}") from error
-        if predictions.ndim != 2 or predictions.shape[1] != 2:
-            raise ValueError(f"predictions have shape {predictions.shape}, expected (n, 2)")
-        return predictions
+        return decode_predictions(reply)

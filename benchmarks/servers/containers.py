@@ -8,12 +8,10 @@ import subprocess
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 
-from client.ask import ask
 from endpoints.base import REPOSITORY_DIR, Endpoint, ServerError
-from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from servers.parity import find_problem
 
 ENGINE_TIMEOUT_S = 120.0
 POLL_INTERVAL_S = 0.02
@@ -137,19 +135,13 @@ class ContainerServer:
         run_docker("update", "--cpuset-cpus", ",".join(map(str, sorted(cpus))), *ids)
 
     def _wait_until_correct(self, started_s: float) -> None:
-        rows, _ = load_test_rows()
-        expected = load_expected("1")[:1]
         problem = "no answer"
         while time.perf_counter() < started_s + self.endpoint.start_timeout_s:
-            try:
-                difference = np.abs(ask(self.endpoint, rows[:1], "1") - expected).max()
-                if difference <= TOLERANCE:
-                    # The engine opens the port before the server in the container does: it tells nothing.
-                    self.listens_s = self.ready_s = time.perf_counter() - started_s
-                    return
-                problem = f"wrong answer, off by {difference:.1e}"
-            except (OSError, ServerError, ValueError) as error:
-                problem = str(error)
+            problem = find_problem(self.endpoint, "1")
+            if not problem:
+                # The engine opens the port before the server in the container does: it tells nothing.
+                self.listens_s = self.ready_s = time.perf_counter() - started_s
+                return
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(
             f"{self.endpoint.name}: no correct prediction within {self.endpoint.start_timeout_s:.0f} s ({problem}): "

@@ -4,7 +4,18 @@ import numpy as np
 
 from client.ask import ask
 from endpoints.base import Endpoint, ServerError
-from endpoints.reference import load_expected, load_test_rows
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+
+
+def find_problem(endpoint: Endpoint, version: str) -> str:
+    """Return why a starting server does not yet give the first test row's answer; "" if it does."""
+    rows, _ = load_test_rows()
+    try:
+        answer = ask(endpoint, rows[:1], version)
+        difference = float(np.abs(answer - load_expected(version)[:1]).max()) if endpoint.has_model else 0.0
+    except (OSError, ServerError, ValueError) as error:
+        return str(error)
+    return "" if difference <= TOLERANCE else f"wrong answer, off by {difference:.1e}"
 
 
 def max_abs_difference(endpoint: Endpoint, version: str) -> float:

@@ -14,11 +14,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from client.ask import ask
 from endpoints.base import Endpoint, ServerError
-from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from machine.priority import lift_priority
 from machine.signals import deferred_interrupts, end_with_parent
+from servers.parity import find_problem
 
 STOP_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.02
@@ -154,9 +153,6 @@ class ServerProcess:
     def wait_until_correct(self) -> None:
         """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""
         process = self._spawned()
-        rows, _ = load_test_rows()
-        version = self.endpoint.only_version or "1"
-        expected = load_expected(version)[:1]
         deadline_s = self._started_s + self.endpoint.start_timeout_s
         problem, looked_s = "no answer", self._started_s
         while time.perf_counter() < deadline_s:
@@ -170,16 +166,11 @@ class ServerProcess:
             if self.goes_first and time.perf_counter() > looked_s + LOOK_INTERVAL_S:
                 self.processes()
                 looked_s = time.perf_counter()
-            try:
-                answer = ask(self.endpoint, rows[:1], version)
-                difference = np.abs(answer - expected).max() if self.endpoint.has_model else 0.0
-                if difference <= TOLERANCE:
-                    self.ready_s = time.perf_counter() - self._started_s
-                    self.processes()
-                    return
-                problem = f"wrong answer, off by {difference:.1e}"
-            except (OSError, ServerError, ValueError) as error:
-                problem = str(error)
+            problem = find_problem(self.endpoint, self.endpoint.only_version or "1")
+            if not problem:
+                self.ready_s = time.perf_counter() - self._started_s
+                self.processes()
+                return
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(
             f"{self.endpoint.name}: no correct prediction within {self.endpoint.start_timeout_s:.0f} s ({problem}): "
