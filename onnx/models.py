@@ -348,5 +348,5 @@ class Repository:
                 print(f"server: the model repository cannot be read: {error}", file=sys.stderr, flush=True)
             else:
                 if changed:
-                    print(f"models and versions: {self.describe()}", flush=True)
+                    print(f"models and versions: {self.describe()}\n", end="", flush=True)
                     on_change()

@@ -350,8 +350,10 @@ def main() -> int:
     gc.freeze()  # what is loaded stays: the collector need not look through it again and again
     gc.set_threshold(50_000)  # a request makes some 50 objects and no cycles: 700, the default, is every 14 requests
     providers = next(iter(models[arguments.model].values())).predictor.providers
-    print(f"models and versions: {repository.describe()} ({providers[0]})")
-    print(f"serving on http://{arguments.host}:{listener.getsockname()[1]}, Ctrl-C to stop", flush=True)
+    served = f"models and versions: {repository.describe()} ({providers[0]})"
+    address = f"http://{arguments.host}:{listener.getsockname()[1]}"
+    # In one write: of a worker that is ended meanwhile no half line may stand before the next one's.
+    print(f"{served}\nserving on {address}, Ctrl-C to stop\n", end="", flush=True)
     config = uvicorn.Config(application, limit_concurrency=settings.max_connections, **UVICORN_SETTINGS)
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
         runner.run(serve(Server(config), listener, repository, application))

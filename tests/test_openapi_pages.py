@@ -32,6 +32,8 @@ def test_no_request_that_schemathesis_makes_breaks_a_promise_of_the_openapi_page
     schema = schemathesis.openapi.from_url(
         f"http://127.0.0.1:{server.endpoint.port}{path}", config=schemathesis.Config.from_dict(settings)
     )
+    # Of the ONNX server's four models one, of its paths each kind: the others are answered by the same code.
+    schema = schema.exclude(path_regex="my_model_sklearn|/predict/2|versions/2")
     happened = list(from_schema(schema).execute())
     assert not [event for event in happened if isinstance(event, events.NonFatalError | events.FatalError)]
     assert happened[-1].stop_reason == StopReason.COMPLETED

@@ -3,13 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
 from helpers import wait_until
-from machine.priority import HIGHEST, lift_priority, lifted_priority
+from machine.priority import HIGHEST, lift_priority, lifted_priority, read_session_priority
 from servers.process import ServerProcess
 from toy_endpoint import Toy
 
@@ -19,17 +18,28 @@ def may_lift() -> bool:
         return is_lifted
 
 
-def read_autogroup(pid: int | str) -> str:
-    path = Path(f"/proc/{pid}/autogroup")
-    return path.read_text().split()[-1] if path.exists() else str(HIGHEST)
+def read_priorities() -> tuple[int, int | None]:
+    return os.getpriority(os.PRIO_PROCESS, 0), read_session_priority()
 
 
 def test_this_process_gets_the_highest_priority_or_is_told_that_it_may_not():
-    usual = os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")
+    usual = read_priorities()
+    highest = HIGHEST, None if usual[1] is None else HIGHEST
     with lifted_priority() as is_lifted:
-        inside = os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")
-        assert inside == ((HIGHEST, str(HIGHEST)) if is_lifted else usual)
-    assert (os.getpriority(os.PRIO_PROCESS, 0), read_autogroup("self")) == usual
+        assert read_priorities() == (highest if is_lifted else usual)
+    assert read_priorities() == usual
+
+
+@pytest.mark.parametrize("text", [None, ""])
+def test_a_system_that_knows_no_sessions_priority_is_left_alone(monkeypatch, tmp_path, text):
+    path = tmp_path / "autogroup"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setattr("machine.priority._session_path", lambda pid: path)
+    assert read_session_priority() is None
+    with lifted_priority():
+        pass
+    assert (path.read_text() if path.exists() else None) == text
 
 
 def test_a_process_that_is_gone_is_no_error():
@@ -48,7 +58,7 @@ def test_a_server_and_its_child_in_another_session_go_first(monkeypatch, goes_fi
         wait_until(lambda: len(server.processes()) == 2, "the toy started no child")
         sessions = {os.getsid(process.pid) for process in server.processes()}
         priorities = {psutil.Process(process.pid).nice() for process in server.processes()}
-        groups = {read_autogroup(process.pid) for process in server.processes()}
+        of_sessions = {read_session_priority(process.pid) for process in server.processes()}
     assert len(sessions) == 2
     assert priorities == {HIGHEST if goes_first and allowed else usual}
-    assert (groups == {str(HIGHEST)}) or not (goes_first and allowed)
+    assert of_sessions in ({HIGHEST}, {None}) or not (goes_first and allowed)

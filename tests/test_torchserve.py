@@ -92,10 +92,9 @@ def test_training_again_gives_the_same_weights(tmp_path):
 
 
 def test_the_state_dicts_are_float32_and_model_pth_is_version_1():
-    import torch
-
-    weights = torch.load(FOLDER / "model.pth")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    with zipfile.ZipFile(FOLDER / "model.pth") as archive:  # importing torch takes 4 s
+        (name,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        assert set(re.findall(rb"\w+Storage", archive.read(name))) == {b"FloatStorage"}
     assert (FOLDER / "model.pth").read_bytes() == (FOLDER / "models" / "1.0" / "model.pth").read_bytes()
 
 

@@ -12,7 +12,7 @@ HIGHEST = -20  # a nice value; it weighs 87 times as much as 0 (sched_prio_to_we
 @contextlib.contextmanager
 def lifted_priority() -> Iterator[bool]:
     """Give this process the highest priority inside the block, and what it starts there; yield whether that went."""
-    usual, usual_of_session = os.getpriority(os.PRIO_PROCESS, 0), _read_session_priority()
+    usual, usual_of_session = os.getpriority(os.PRIO_PROCESS, 0), read_session_priority()
     is_lifted = lift_priority()
     try:
         yield is_lifted
@@ -30,23 +30,24 @@ def lift_priority(pid: int = 0) -> bool:
     return _set_priority(pid, HIGHEST, HIGHEST)
 
 
-def _set_priority(pid: int, value: int, value_of_session: int) -> bool:
+def read_session_priority(pid: int = 0) -> int | None:
+    """Return the nice value of a process's session, 0 for this one; None if it has none: "/autogroup-12 nice 0"."""
+    try:  # a kernel without autogroups has no such file, a container's may be empty
+        found = re.search(r"nice (-?\d+)", _session_path(pid).read_text())
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+def _set_priority(pid: int, value: int, value_of_session: int | None) -> bool:
     try:
         os.setpriority(os.PRIO_PROCESS, pid, value)
     except (OSError, AttributeError):
         return False
-    with contextlib.suppress(OSError):  # a kernel without autogroups has no such file
-        _session_path(pid).write_text(str(value_of_session))
+    if value_of_session is not None and read_session_priority(pid) is not None:
+        with contextlib.suppress(OSError):
+            _session_path(pid).write_text(str(value_of_session))
     return True
-
-
-def _read_session_priority() -> int:
-    """Return the nice value of this process's session, 0 if the kernel knows none: "/autogroup-12 nice 0"."""
-    try:
-        found = re.search(r"nice (-?\d+)", _session_path(0).read_text())
-    except OSError:
-        return 0
-    return int(found[1]) if found else 0
 
 
 def _session_path(pid: int) -> Path:
