@@ -11,7 +11,6 @@ is written unless all of them agree. Writes
     model.onnx                                    the newest PyTorch version
 """
 
-import argparse
 import csv
 import json
 import logging
@@ -24,6 +23,7 @@ from pathlib import Path
 import progress
 
 if __name__ == "__main__":  # here, because the imports take seconds
+    progress.read_output_dir(__doc__)  # --help and a wrong flag need none of them
     progress.end_on_interrupt("convert_to_onnx")
     progress.show("loading PyTorch, scikit-learn and ONNX Runtime")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
@@ -198,9 +198,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=FOLDER, help="where to write (default: this folder)")
-    output_dir = parser.parse_args().output_dir
+    output_dir = progress.read_output_dir(__doc__)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not installed
 
     missing = [name for name in ("recipe.json", "initial_weights.json", "train.csv") if not (DATA_DIR / name).exists()]

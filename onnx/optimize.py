@@ -15,7 +15,6 @@ and prints one table. Its last rows are a network of random weights, large
 enough for int8 to pay.
 """
 
-import argparse
 import logging
 import os
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 import progress
 
 if __name__ == "__main__":  # here, because the imports take seconds
+    progress.read_output_dir(__doc__)  # --help and a wrong flag need none of them
     progress.end_on_interrupt("optimize")
     progress.show("loading ONNX Runtime")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
@@ -193,9 +193,7 @@ def print_table(results: list[Result]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output-dir", type=Path, default=FOLDER, help="where to write (default: this folder)")
-    output_dir = parser.parse_args().output_dir
+    output_dir = progress.read_output_dir(__doc__)
     source = FOLDER / "model.onnx"
     try:
         ONNXPredictor(source, "cpu")

@@ -1,5 +1,6 @@
-"""What a long script is doing: a spinner on a terminal, a line elsewhere; and an end in one line on Ctrl-C."""
+"""What a long script is told, what it is doing (a spinner on a terminal, a line elsewhere), and its end on Ctrl-C."""
 
+import argparse
 import atexit
 import os
 import shutil
@@ -12,6 +13,14 @@ from rich.console import Console
 console = Console(highlight=False)
 spinner = console.status("")
 unfinished: list[Path] = []  # folders that Ctrl-C removes
+
+
+def read_output_dir(description: str) -> Path:
+    """Return the one thing that these scripts can be told: where to write."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    folder = Path(__file__).resolve().parent
+    parser.add_argument("--output-dir", type=Path, default=folder, help="where to write (default: this folder)")
+    return parser.parse_args().output_dir
 
 
 def show(text: str) -> None:

@@ -191,6 +191,7 @@ def test_monitor_writes_features_and_predictions_of_every_row(tuned_server):
     assert_monitors(tuned_server)
 
 
+@pytest.mark.slow
 def test_the_default_service_monitors_too_and_its_worker_ends_with_it(tmp_path):
     with copied("bentoml", tmp_path / "bentoml") as server:
         assert_monitors(server)

@@ -36,6 +36,7 @@ def settled(result: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return at_s[after], memory_bytes[after], answers[after]
 
 
+@pytest.mark.slow
 def test_memory_is_seen_to_grow_by_what_a_server_keeps_of_each_answer(leaking_toy):
     done, result = leaking_toy
     assert done.returncode == 0, done.stdout + done.stderr

@@ -614,6 +614,7 @@ def test_a_missing_key_in_the_configuration_is_one_line(folder):
 # The launcher: how it ends. These start TorchServe with one worker.
 
 
+@pytest.mark.slow
 def test_a_state_dict_that_cannot_be_loaded_ends_the_server_with_one_line(folder, launch):
     archive = folder / "model_store" / "model_v2.mar"
     rewrite_archive(archive, archive, version="2.0", weights_bytes=5000)
