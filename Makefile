@@ -112,7 +112,8 @@ PEER_ENVIRONMENTS := $(PEERS:%=.venv-peers/%/requirements.txt)
 peers: $(PEER_ENVIRONMENTS) ## install NVIDIA Triton, KServe, MLServer, LitServe and Ray Serve, for comparison
 
 benchmark-peers: train peers ## measure them beside the ONNX server
-	python benchmarks/benchmark_all.py --endpoints null onnx onnx-tuned $(PEERS) $(BENCHMARK_OPTIONS)
+	python benchmarks/benchmark_all.py --endpoints null null-grpc onnx onnx-tuned onnx-infer-tuned \
+		onnx-grpc-tuned $(PEERS) $(BENCHMARK_OPTIONS)
 
 latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)

@@ -21,7 +21,7 @@ PORTS = {  # of the server, then of other steps in the folder's README
     "torchserve": (8080, 8081, 8082, 7070, 7071, 9080),
     "tfserving": (8501, 8500),
     "bentoml": (3000, 3001, 3002),
-    "onnx": (8000,),
+    "onnx": (8000, 8001),
     "gateway": (8443, 8404, 8100),
 }
 LEAST_CURL = (7, 52)  # the first with --retry-connrefused, which waits until a server listens

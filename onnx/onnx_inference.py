@@ -10,7 +10,9 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -44,35 +46,50 @@ CUDA_NEEDS = 'it needs an NVIDIA driver, and CUDA and cuDNN (pip install "onnxru
 
 
 class ModelError(RuntimeError):
-    """A model could not be loaded; the message is one line that says what to do.
-
-    `reason` is for a client of a server: it names no path and no command of this machine.
-    """
-
-    def __init__(self, message: str, reason: str = "cannot be loaded"):
-        super().__init__(message)
-        self.reason = reason
+    """A model could not be loaded; the message is one line."""
 
 
 class DeviceError(ModelError):
     """The demanded device cannot be used, whatever the model."""
 
 
-def open_session(path: Path, device: str, intra_op_threads: int, allow_spinning: bool) -> ort.InferenceSession:
-    """Return a session with the best of the device's providers that loads; one of LOAD_ERRORS for a bad file."""
+def open_session(
+    model: Path | bytes, device: str, intra_op_threads: int, allow_spinning: bool, external: Mapping[str, bytes] = {}
+) -> ort.InferenceSession:
+    """Return a session with the best of the device's providers that loads `model`, a file or what is in one.
+
+    `external` holds the files that it keeps weights in, by the names that it knows them by. Raises one of LOAD_ERRORS
+    for a bad file, and DeviceError where CUDA is demanded and does not load.
+    """
     options = ort.SessionOptions()
+    if external:
+        sizes = [len(content) for content in external.values()]
+        options.add_external_initializers_from_files_in_memory(list(external), list(external.values()), sizes)
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1  # the graph is a chain: no two operators can run at once
     if not allow_spinning:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = LOG_FATAL
     ort.set_default_logger_severity(LOG_FATAL)
+    session = None
     if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints each library that it does not find
             ort.preload_dlls()  # CUDA and cuDNN that came as Python packages are not on the loader's path
         with contextlib.suppress(*LOAD_ERRORS):  # no driver, no GPU; a bad file fails again below
-            return ort.InferenceSession(path, options, PROVIDERS[device], enable_fallback=0)
-    return ort.InferenceSession(path, options, PROVIDERS["cpu"], enable_fallback=0)
+            session = ort.InferenceSession(model, options, PROVIDERS[device], enable_fallback=0)
+    if session is None:
+        session = ort.InferenceSession(model, options, PROVIDERS["cpu"], enable_fallback=0)
+    # Without this check a missing CUDA library means a silent answer from the CPU.
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise DeviceError(f"CUDA was demanded and cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
+    return session
+
+
+def shorten(error: Exception) -> str:
+    """Return ONNX Runtime's message in one line, without its own file and line numbers."""
+    first = str(error).strip().partition("\n")[0]
+    first = re.sub(r"\S*/onnxruntime/\S+ (?:\S+ )?", "", first)
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", first)
 
 
 class ONNXPredictor:
@@ -96,23 +113,13 @@ class ONNXPredictor:
             self.output = self.session.get_outputs()[0]
             for tensor in (self.input, self.output):
                 if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
-                    wrong = (
-                        f"{tensor.name!r} is {tensor.type} {tensor.shape}, expected tensor(float) of (batch, columns)"
-                    )
-                    raise ModelError(
-                        f"{self.path}: {wrong}; run python convert_to_onnx.py", f"cannot be loaded ({wrong})"
-                    )
+                    wrong = f"is {tensor.type} {tensor.shape}, expected tensor(float) of (batch, columns)"
+                    raise ModelError(f"{self.path}: {tensor.name!r} {wrong}; run python convert_to_onnx.py")
             self.run(np.ones((1, self.input.shape[1]), np.float32))  # allocates, and shows that it not only loads
         except LOAD_ERRORS as error:
-            reason = str(error).splitlines()[0]
-            for folder in {str(self.path.parent), str(self.path.resolve().parent)} - {"."}:
-                reason = reason.replace(f"{folder}/", "")
-            reason = f"cannot be loaded ({reason})"
-            raise ModelError(f"{self.path} {reason}; run python convert_to_onnx.py", reason) from None
-        # Without this check a missing CUDA library means a silent answer from the CPU.
+            reason = f"{self.path} cannot be loaded ({shorten(error)})"
+            raise ModelError(f"{reason}; run python convert_to_onnx.py") from None
         self.providers = self.session.get_providers()
-        if device == "cuda" and "CUDAExecutionProvider" not in self.providers:
-            raise DeviceError(f"CUDA was demanded and cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
         self.features = self.input.shape[1]
         noted = self.session.get_modelmeta().custom_metadata_map.get("features")
         self.feature_names = json.loads(noted) if noted else [f"feature {i}" for i in range(self.features)]

@@ -9,7 +9,9 @@ FLOAT32_MAX = 3.4028234663852886e38
 NUMBER = {"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}
 
 
-def describe(models: dict[str, dict], defaults: dict[str, str], model_name: str, max_body_bytes: int) -> dict:
+def describe(
+    models: dict[str, dict], defaults: dict[str, str], model_name: str, max_body_bytes: int, has_metrics: bool
+) -> dict:
     """Return the OpenAPI 3.1 description of what is served now.
 
     `models` holds a Model by name and version, `defaults` the default version by name; `model_name` is the one
@@ -60,20 +62,23 @@ def describe(models: dict[str, dict], defaults: dict[str, str], model_name: str,
     }
     posts = tuple(refusals)
     for version, model in models.get(model_name, {}).items():
+        if not model.is_rows:
+            continue
         schema = {
             "type": "object",
             "required": ["data"],
             "additionalProperties": False,
-            "properties": {"data": _rows_schema(model.predictor)},
+            "properties": {"data": _rows_schema(model)},
         }
         reply = {
             "type": "object",
             "required": ["predictions"],
             "properties": {"predictions": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}},
         }
-        request = {"schema": schema, "example": {"data": [ROW]}}
+        row = model.make_up(next(iter(model.inputs.values())), 1).tolist()
+        request = {"schema": schema, "example": {"data": [ROW] if model.features == len(ROW) else row}}
         paths[f"/predict/{version}"] = {
-            "post": operation(f"P(malignant) and P(benign) of each row, by version {version}", request, reply, posts)
+            "post": operation(f"The prediction of each row, by version {version}", request, reply, posts)
         }
         if version == defaults[model_name]:
             summary = f"The same by the default version, {version} now"
@@ -81,13 +86,13 @@ def describe(models: dict[str, dict], defaults: dict[str, str], model_name: str,
     for name, versions in models.items():
         for version, model in versions.items():
             path = f"/v2/models/{name}/versions/{version}"
-            tensor = {"name": model.predictor.input.name, "shape": [1, len(ROW)], "datatype": "FP32", "data": ROW}
-            request = {"schema": _infer_schema(model.predictor), "example": {"inputs": [tensor]}}
+            request = {"schema": _infer_schema(model), "example": {"inputs": _example_inputs(model)}}
             paths[path] = {"get": operation("Inputs, outputs and versions", None, anything)}
             paths[f"{path}/ready"] = {"get": operation("Whether this version is loaded", None, anything)}
-            paths[f"{path}/infer"] = {
-                "post": operation("Open Inference Protocol: one FP32 tensor of rows", request, anything, posts)
-            }
+            summary = f"Open Inference Protocol: {_name_tensors(model)}"
+            paths[f"{path}/infer"] = {"post": operation(summary, request, anything, posts)}
+            if has_metrics:
+                paths[f"{path}/stats"] = {"get": operation("How often and how fast it has answered", None, anything)}
     return {
         "openapi": "3.1.0",
         "info": {
@@ -120,40 +125,75 @@ def render_page(description: dict) -> bytes:
     ).encode()
 
 
-def _rows_schema(predictor) -> dict:
-    names = ", ".join(predictor.feature_names)
-    row = {"type": "array", "items": NUMBER, "minItems": predictor.features, "maxItems": predictor.features}
+def _name_tensors(model) -> str:
+    tensors = ", ".join(f"{each.name} {each.datatype.name} {list(each.shape)}" for each in model.inputs.values())
+    return tensors or "no input"
+
+
+def _example_inputs(model) -> list[dict]:
+    """Return inputs that can be sent as they are."""
+    if model.features == len(ROW):
+        return [{"name": model.input_name, "shape": [1, len(ROW)], "datatype": "FP32", "data": ROW}]
+    made_up = {tensor: model.make_up(tensor, 1) for tensor in model.inputs.values()}
+    return [
+        {**tensor.describe(), "shape": list(array.shape), "data": array.ravel()[:50].tolist()}
+        for tensor, array in made_up.items()
+    ]
+
+
+def _rows_schema(model) -> dict:
+    names = ", ".join(model.feature_names)
+    row = {"type": "array", "items": NUMBER, "minItems": model.features, "maxItems": model.features}
     return {"type": "array", "items": row, "minItems": 1, "description": f"rows of {names}"}
 
 
-def _infer_schema(predictor) -> dict:
-    shape = [{"type": "integer", "minimum": 1}, {"const": predictor.features}]
-    parameters = {"type": "object", "description": "those of the binary tensor extension; others are ignored"}
-    tensor = {
+def _element_schema(tensor) -> dict:
+    kind = tensor.datatype.numpy.kind
+    if kind in "iu":
+        bits = 8 * tensor.datatype.numpy.itemsize
+        signed = kind == "i"
+        least = -(2 ** (bits - 1)) if signed else 0
+        return {"type": "integer", "minimum": least, "maximum": 2 ** (bits - 1 if signed else bits) - 1}
+    if kind == "f":
+        return NUMBER if tensor.datatype.name == "FP32" else {"type": "number"}
+    return {"type": "boolean" if kind == "b" else "string"}
+
+
+def _tensor_schema(model, tensor, parameters: dict) -> dict:
+    sizes = [{"type": "integer", "minimum": 0} if size == -1 else {"const": size} for size in tensor.shape]
+    count = {"minItems": len(sizes), "maxItems": len(sizes)} if tensor.has_rank else {}
+    flat = {"type": "array", "items": _element_schema(tensor)}
+    return {
         "type": "object",
         "required": ["name", "shape", "datatype", "data"],
         "properties": {
-            "name": {"const": predictor.input.name},
-            "shape": {"type": "array", "prefixItems": shape, "minItems": 2, "maxItems": 2},
-            "datatype": {"const": "FP32"},
+            "name": {"const": tensor.name},
+            "shape": {"type": "array", **({"prefixItems": sizes} if sizes else {}), **count},
+            "datatype": {"const": tensor.datatype.name},
             "data": {
-                "anyOf": [{"type": "array", "items": NUMBER}, _rows_schema(predictor)],
-                "description": "as many numbers as the shape has, flat or by row",
+                "anyOf": [flat, _rows_schema(model) if model.is_rows else {"type": "array"}],
+                "description": "as many values as the shape has, flat or nested",
             },
             "parameters": parameters,
         },
     }
+
+
+def _infer_schema(model) -> dict:
+    parameters = {"type": ["object", "null"], "description": "those of the binary tensor extension; others are ignored"}
+    tensors = [_tensor_schema(model, tensor, parameters) for tensor in model.inputs.values()]
     output = {
         "type": "object",
         "required": ["name"],
-        "properties": {"name": {"const": predictor.output.name}, "parameters": parameters},
+        "properties": {"name": {"enum": list(model.outputs)}, "parameters": parameters},
     }
+    inputs = {"type": "array", "minItems": len(tensors), "maxItems": len(tensors)}
     return {
         "type": "object",
         "required": ["inputs"],
         "properties": {
-            "inputs": {"type": "array", "items": tensor, "minItems": 1, "maxItems": 1},
-            "outputs": {"type": "array", "items": output},
+            "inputs": inputs | ({"items": tensors[0] if len(tensors) == 1 else {"anyOf": tensors}} if tensors else {}),
+            "outputs": {"type": ["array", "null"], "items": output},
             "id": {"type": ["string", "null"]},
             "parameters": parameters,
         },

@@ -19,12 +19,16 @@ class Settings:
     batch_rows: int  # 0: no batching
     workers: int
     max_connections: int
+    max_body_bytes: int
     body_timeout_s: float
     poll_s: float  # 0: the repository is read once
     metrics: bool
 
 
-LEAST = {"intra_op_threads": 0, "batch_rows": 0, "workers": 1, "max_connections": 1, "body_timeout_s": 0.1, "poll_s": 0}
+LEAST = {
+    "intra_op_threads": 0, "batch_rows": 0, "workers": 1, "max_connections": 1, "max_body_bytes": 1,
+    "body_timeout_s": 0.1, "poll_s": 0,
+}  # fmt: skip
 
 
 def read_settings(path: Path, **overrides) -> Settings:

@@ -22,6 +22,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["BENTOML_HOME"] = str(REPOSITORY_DIR / "bentoml" / "store")
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # else a process that has used gRPC aborts between fork and exec
 
 from endpoints.base import load_endpoints  # noqa: E402
 from helpers import start  # noqa: E402

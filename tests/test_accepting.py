@@ -1,4 +1,4 @@
-"""New users are heard while many are connected: accepting.py of three folders, on a real event loop."""
+"""New users are heard while many are connected: accepting.py of two folders, on a real event loop."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ import uvloop
 from endpoints.base import REPOSITORY_DIR
 from helpers import DEADLINE_S, load_script
 
-COPIES = [REPOSITORY_DIR / folder / "accepting.py" for folder in ("bentoml", "onnx", "tfserving/local")]
+COPIES = [REPOSITORY_DIR / folder / "accepting.py" for folder in ("bentoml", "tfserving/local")]
 NEW = 60
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 

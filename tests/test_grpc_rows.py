@@ -73,11 +73,12 @@ def null_grpc():
         yield server.endpoint
 
 
-@pytest.fixture(params=["tfserving", "torchserve"])
+@pytest.fixture(params=["tfserving", "torchserve", "onnx"])
 def real(request):
     """The gRPC endpoint of a real server that runs already; its REST endpoint uses the same process."""
     server = request.getfixturevalue(f"{request.param}_server")
-    return load_endpoints()[f"{request.param}-grpc"](server.endpoint.ports)
+    name = "onnx-grpc-tuned" if request.param == "onnx" else f"{request.param}-grpc"  # it answers alike untuned
+    return load_endpoints()[name](server.endpoint.ports)
 
 
 def load(endpoint: Endpoint, connections: int = 1, batch: int = 1, rows: list = ROWS, expected=None) -> LoadGenerator:
@@ -175,6 +176,7 @@ def test_every_server_that_has_grpc_has_a_row_over_each_protocol():
     over_grpc = {name for name, value in classes.items() if value.protocol == "gRPC"}
     assert over_grpc == {
         "null-grpc",
+        "onnx-grpc-tuned",
         "tfserving-grpc",
         "tfserving-grpc-tuned",
         "torchserve-grpc",

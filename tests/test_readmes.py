@@ -51,7 +51,7 @@ NOT_EXECUTED = {
     "make docker-benchmark": NO_ENGINE,
     "make docker-measure": NO_ENGINE,
     "make docker-down": NO_ENGINE,
-    "ONNX_PORT= docker compose --profile gateway up --detach --wait --scale onnx=3": NO_ENGINE,
+    "ONNX_PORT= ONNX_GRPC_PORT= docker compose --profile gateway up --detach --wait --scale onnx=3": NO_ENGINE,
     r"""curl -s -w '\n' -X POST http://localhost:8090/onnx/predict -H "Content-Type: application/json" """
     r"""-d '{"data": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}'""": NO_ENGINE,
     "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,

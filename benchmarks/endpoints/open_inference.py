@@ -1,10 +1,12 @@
-"""The Open Inference Protocol over REST, as Triton, KServe and MLServer speak it.
+"""The Open Inference Protocol, as Triton, KServe, MLServer and the ONNX server speak it.
 
 POST /v2/models/<name>[/versions/<version>]/infer with named tensors in JSON
-(github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md).
+(github.com/kserve/open-inference-protocol, specification/protocol/inference_rest.md), the same with the tensors in
+bytes behind the JSON (Triton's binary tensor extension), and gRPC (specification/protocol/open_inference_grpc.proto).
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,85 @@ def decode_reply(reply: bytes) -> np.ndarray:
     if len(shape) != 2 or shape[1] != 2 or data.size != shape[0] * 2:
         raise ValueError(f"the output has shape {shape} and {data.size} numbers, expected (n, 2)")
     return data.reshape(shape)
+
+
+def encode_binary_request(rows: list[list[float]]) -> tuple[bytes, int]:
+    """Return the same request with the tensor behind the JSON, float32, and how long the JSON is; so asks the reply."""
+    tensor = np.asarray(rows, "<f4")
+    described: dict[str, Any] = {"name": INPUT, "shape": tensor.shape, "datatype": "FP32"}
+    described["parameters"] = {"binary_data_size": tensor.nbytes}
+    asked = {"inputs": [described], "parameters": {"binary_data_output": True}}
+    header = json.dumps(asked).encode()
+    return header + tensor.tobytes(), len(header)
+
+
+def decode_binary_reply(reply: bytes) -> np.ndarray:
+    """Return the probabilities, (n, 2), behind the JSON of a reply; ValueError where there are none."""
+    try:
+        described, end = json.JSONDecoder().raw_decode(reply.decode("latin-1"))
+        (output,) = described["outputs"]
+        return np.frombuffer(reply[end:], "<f4").reshape(output["shape"]).astype(float)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"no output tensor in {reply[:200]!r}") from error
+
+
+GRPC_METHOD = "/inference.GRPCInferenceService/ModelInfer"
+
+
+def encode_grpc_request(rows: list[list[float]], version: str | None) -> bytes:
+    """Return a ModelInferRequest for `rows`, (n, 5), in raw_input_contents."""
+    tensor = np.asarray(rows, "<f4")
+    shape = b"".join(_varint(size) for size in tensor.shape)
+    described = _field(1, INPUT.encode()) + _field(2, b"FP32") + _field(3, shape)
+    named = _field(2, version.encode()) if version else b""
+    return _field(1, MODEL.encode()) + named + _field(5, described) + _field(7, tensor.tobytes())
+
+
+def decode_grpc_reply(reply: bytes) -> np.ndarray:
+    """Return the probabilities, (n, 2), in the one raw_output_contents of a ModelInferResponse."""
+    found = [value for number, value in _read_fields(reply) if number == 6]
+    if len(found) != 1 or len(found[0]) % 8:
+        raise ValueError(f"no output tensor in {reply[:200]!r}")
+    return np.frombuffer(found[0], "<f4").reshape(-1, 2).astype(float)
+
+
+def _varint(value: int) -> bytes:
+    """Return a number as protobuf writes it (protobuf.dev/programming-guides/encoding)."""
+    written = b""
+    while value > 127:
+        written += bytes([value & 127 | 128])
+        value >>= 7
+    return written + bytes([value])
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """Return a field of bytes, text or a message."""
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _read_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of a message's fields; ValueError for one that is not of bytes, text or a message."""
+    position = 0
+
+    def read_varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            if position >= len(message):
+                raise ValueError("the message is cut off")
+            byte = message[position]
+            position += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while position < len(message):
+        tag, length = read_varint(), read_varint()
+        if tag & 7 != 2 or position + length > len(message):
+            raise ValueError("not a ModelInferResponse")
+        yield tag >> 3, message[position : position + length]
+        position += length
 
 
 class OpenInferencePeer(PeerEndpoint):

@@ -1,4 +1,4 @@
-"""A uvicorn server whose new users are heard under overload, too. The same file is in bentoml/, onnx/ and tfserving/.
+"""A uvicorn server whose new users are heard under overload, too. The same file is in bentoml/ and tfserving/local/.
 
 uvloop accepts one new connection a turn of its event loop, and a turn answers every connection that has a request.
 With 500 to 1,000 of them busy and as many new ones waiting, a new user waited 7 to 10 s to be heard at all; with up

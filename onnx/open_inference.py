@@ -1,0 +1,292 @@
+"""POST .../infer of the Open Inference Protocol: JSON with binary tensors to arrays, and arrays to JSON with tensors.
+
+github.com/kserve/open-inference-protocol (inference_rest.md), and its binary tensor extension as NVIDIA Triton
+documents it. A request is read twice at most: once by a decoder made for models of rows, which takes what almost every
+request is, and where that finds anything unusual, by the general one, which serves it or says what is wrong.
+"""
+
+import itertools
+import struct
+from typing import Any
+
+import msgspec
+import numpy as np
+from http_messages import JSON, Refusal, Request
+from models import Model
+from tensors import NO_JSON_NUMBER, Float32, decode_json, encode
+
+OCTETS = b"application/octet-stream"
+LENGTH = b"inference-header-content-length"
+MANY_ROWS = 64  # with more than these, arrays are cheaper than lists of rows
+REFUSED = {  # parameters that ask for what this server cannot do: ignored, they would be answered wrongly
+    "shared_memory_region": "shared memory is not supported: send the tensor's data",
+    "classification": "the classification extension is not supported: ask for the output itself",
+}
+
+
+class Parameters(msgspec.Struct):
+    """Those that mean something here; others are ignored, as the protocol allows."""
+
+    binary_data_size: int | None = None  # of an input: its bytes behind the JSON
+    binary_data: bool | None = None  # of an output: send it behind the JSON
+    binary_data_output: bool = False  # of the request: the same for all its outputs
+    shared_memory_region: Any = None
+    classification: Any = None
+
+
+class Input(msgspec.Struct):
+    name: str
+    shape: list[int]
+    datatype: str
+    data: msgspec.Raw = msgspec.Raw()  # flat or nested: decoded once the shape is known
+    parameters: Parameters | None = None
+
+
+class Output(msgspec.Struct):
+    name: str
+    parameters: Parameters | None = None
+
+
+class InferRequest(msgspec.Struct):
+    inputs: list[Input] = []
+    outputs: list[Output] | None = None
+    id: str | None = None
+    parameters: Parameters | None = None
+
+
+decode_request = msgspec.json.Decoder(InferRequest).decode
+
+
+class Wanted:
+    """What a request wants back: outputs, in order, each as JSON or bytes."""
+
+    __slots__ = ("binary", "names", "request_id")
+
+    def __init__(self, names: list[str], binary: list[bool], request_id: str | None):
+        self.names = names
+        self.binary = binary
+        self.request_id = request_id
+
+
+class InferCodec:
+    """Reads and writes the requests to one model."""
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.head = f'"model_name":{_json(model.name)},"model_version":{_json(model.version)},"outputs":['.encode()
+        self.all_names = list(model.outputs)
+        self.as_json = Wanted(self.all_names, [False] * len(self.all_names), None)
+        self.as_bytes = Wanted(self.all_names, [True] * len(self.all_names), None)
+        if model.is_rows:
+            self.row_bytes = 4 * model.features
+            row = list[Float32]  # msgspec 0.22.0 crashes on a union of a number with bounds and a tuple of fixed length
+            tensor = msgspec.defstruct(
+                "RowsInput",
+                [
+                    ("name", str), ("shape", list[int]), ("datatype", str),
+                    ("data", list[Float32 | row] | None, None), ("parameters", Parameters | None, None),
+                ],
+            )  # fmt: skip
+            fields: list = [("inputs", list[tensor]), ("outputs", list[Output] | None, None)]
+            fields += [("id", str | None, None), ("parameters", Parameters | None, None)]
+            self.decode_rows = msgspec.json.Decoder(msgspec.defstruct("RowsRequest", fields)).decode
+            self.output_name = self.all_names[0]
+            self.row_head = (f'{{"name":{_json(self.output_name)},"datatype":"FP32","shape":[').encode()
+            self.usual = b"{" + self.head + self.row_head
+
+    # Reading
+
+    def read(self, request: Request) -> tuple[Any, int, int, Any, Wanted]:
+        """Return feeds, rows, elements, key and what is wanted; Refusal where the request is not for this model."""
+        body, tail = request.body, b""
+        length = request.head.headers.get(LENGTH)
+        if length is not None:
+            body, tail = split_body(body, length)
+        if self.model.is_rows:
+            try:
+                asked = self.decode_rows(body)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                pass  # the general decoder says what is wrong
+            else:
+                rows = self.find_rows(asked, tail)
+                if rows is not None:
+                    wanted = self.find_wanted(asked)
+                    return rows, len(rows), len(rows) * self.model.features, True, wanted
+        return self.read_any(body, tail)
+
+    def find_rows(self, asked: Any, tail: bytes | memoryview) -> list | None:
+        """Return the rows of a usual request, None where anything is unusual about it."""
+        if len(asked.inputs) != 1:
+            return None
+        tensor, features = asked.inputs[0], self.model.features
+        shape = tensor.shape
+        if tensor.name != self.model.input_name or tensor.datatype != "FP32" or len(shape) != 2:
+            return None
+        count = shape[0]
+        if shape[1] != features or not 0 < count <= MANY_ROWS:
+            return None
+        data, parameters = tensor.data, tensor.parameters
+        if parameters is not None and parameters.shared_memory_region is not None:
+            return None
+        if parameters is not None and parameters.binary_data_size is not None:
+            if data is not None or not len(tail) == parameters.binary_data_size == count * self.row_bytes:
+                return None
+            data = memoryview(tail).cast("f").tolist()
+        elif data is None or len(tail):
+            return None
+        if len(data) == count and type(data[0]) is list:
+            return data if all(type(row) is list and len(row) == features for row in data) else None
+        if len(data) != count * features or list in map(type, data):
+            return None
+        if count == 1:
+            return [data]
+        return [data[start : start + features] for start in range(0, len(data), features)]
+
+    def read_any(self, body: bytes | memoryview, tail: bytes | memoryview) -> tuple[Any, int, int, Any, Wanted]:
+        """Read a request to any model."""
+        asked: InferRequest = decode_json(decode_request, body)
+        feeds, position = {}, 0
+        check_names([tensor.name for tensor in asked.inputs], self.model)
+        for number, tensor in enumerate(asked.inputs):
+            place = f"inputs[{number}]"
+            declared = self.model.inputs[tensor.name]
+            count = declared.check(place, tensor.datatype, tensor.shape)
+            refuse_parameters(place, tensor.parameters)
+            size = None if tensor.parameters is None else tensor.parameters.binary_data_size
+            if size is not None:
+                if bytes(tensor.data):
+                    raise Refusal(400, f"{place}: both data and the parameter binary_data_size are there")
+                if not 0 <= size <= len(tail) - position:
+                    left = len(tail) - position
+                    raise Refusal(400, f"{place}: binary_data_size is {size}, but {left} bytes are left for it")
+                part = tail[position : position + size]
+                feeds[tensor.name] = declared.from_bytes(part, tensor.shape, count, place)
+                position += size
+            elif not bytes(tensor.data):
+                raise Refusal(400, f"{place}: neither data nor the parameter binary_data_size is there")
+            else:
+                try:
+                    feeds[tensor.name] = declared.from_json(tensor.data, tensor.shape, count, place)
+                except Refusal as refusal:
+                    raise Refusal(400, self.model.name_place(str(refusal))) from None
+        if position != len(tail):
+            raise Refusal(400, f"{len(tail) - position} bytes follow the JSON that no input's binary_data_size counts")
+        return *group(feeds, self.model), self.find_wanted(asked)
+
+    def find_wanted(self, asked: Any) -> Wanted:
+        """Return what is to be sent; Refusal where that is not an output of this model."""
+        parameters = asked.parameters
+        usual = False if parameters is None else parameters.binary_data_output
+        if not asked.outputs:
+            wanted = self.as_bytes if usual else self.as_json
+            return wanted if asked.id is None else Wanted(wanted.names, wanted.binary, asked.id)
+        names, binary = [], []
+        for number, output in enumerate(asked.outputs):
+            check_output(number, output.name, names, self.model)
+            refuse_parameters(f"outputs[{number}]", output.parameters)
+            chosen = None if output.parameters is None else output.parameters.binary_data
+            names.append(output.name)
+            binary.append(usual if chosen is None else chosen)
+        return Wanted(names, binary, asked.id)
+
+    # Writing
+
+    def write(self, wanted: Wanted, answer: list) -> tuple[bytes, bytes, bytes]:
+        """Return body, content type and further lines of the reply's head."""
+        if wanted is self.as_json and type(answer[0]) is list:  # by far the most
+            data = encode(answer[0] if len(answer) == 1 else list(itertools.chain.from_iterable(answer)))
+            if b"null" not in data:
+                return b'%b%d,%d],"data":%b}]}' % (self.usual, len(answer), len(answer[0]), data), JSON, b""
+        start = b"{" if wanted.request_id is None else b'{"id":%b,' % encode(wanted.request_id)
+        if self.model.is_rows and type(answer[0]) is list:
+            described, tail = self.write_rows(wanted, answer)
+        else:
+            described, tail = self.write_arrays(wanted, answer)
+        body = b"%b%b%b]}" % (start, self.head, described)
+        if not any(wanted.binary):
+            return body, JSON, b""
+        return body + tail, OCTETS, b"%b: %d\r\n" % (LENGTH, len(body))
+
+    def write_rows(self, wanted: Wanted, rows: list[list[float]]) -> tuple[bytes, bytes]:
+        """Return the one output's JSON, and its bytes where it is not in there."""
+        flat = rows[0] if len(rows) == 1 else list(itertools.chain.from_iterable(rows))
+        if wanted.binary[0]:
+            data = struct.pack(f"<{len(flat)}f", *flat)
+            size = b',"parameters":{"binary_data_size":%d}}' % len(data)
+            return b"%b%d,%d]%b" % (self.row_head, len(rows), len(rows[0]), size), data
+        data = encode(flat)
+        if b"null" in data:
+            raise Refusal(400, not_finite(rows))
+        return b'%b%d,%d],"data":%b}' % (self.row_head, len(rows), len(rows[0]), data), b""
+
+    def write_arrays(self, wanted: Wanted, answer: list[np.ndarray]) -> tuple[bytes, bytes]:
+        """Return the JSON of the outputs that are wanted, and the bytes of those that are not in there."""
+        by_name = dict(zip(self.all_names, answer, strict=True))
+        described, tail = [], b""
+        for name, as_bytes in zip(wanted.names, wanted.binary, strict=True):
+            tensor, array = self.model.outputs[name], np.asarray(by_name[name])
+            words = {"name": name, "datatype": tensor.datatype.name, "shape": list(array.shape)}
+            if as_bytes:
+                data = tensor.to_bytes(array)
+                tail += data
+                described.append(encode(words | {"parameters": {"binary_data_size": len(data)}}))
+            else:
+                described.append(encode(words | {"data": msgspec.Raw(tensor.to_json(array))}))
+        return b",".join(described), tail
+
+
+def _json(text: str) -> str:
+    return encode(text).decode()
+
+
+def not_finite(rows: list[list[float]]) -> str:
+    """Return what is said where JSON cannot carry the answer to one of `rows`."""
+    row = next(number for number, values in enumerate(rows) if b"null" in encode(values) or _has_infinity(values))
+    return f"row {row}: the model has no finite answer to these features: they are too large; {NO_JSON_NUMBER}"
+
+
+def _has_infinity(values: list[float]) -> bool:
+    return not np.isfinite(values).all()
+
+
+def split_body(body: bytes, length: bytes) -> tuple[bytes, memoryview]:
+    """Return JSON and tensors of a body; Refusal where the header Inference-Header-Content-Length is not right."""
+    if not length.isdigit() or len(length) > 12:
+        raise Refusal(400, f"Inference-Header-Content-Length is {length.decode('latin-1')!r}, expected a number")
+    end = int(length)
+    if end > len(body):
+        raise Refusal(400, f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes")
+    return body[:end], memoryview(body)[end:]
+
+
+def check_names(names: list[str], model: Model) -> None:
+    """Refuse inputs that are not exactly the model's."""
+    if sorted(names) != sorted(model.inputs):
+        expected = ", ".join(map(repr, model.inputs)) or "none"
+        raise Refusal(400, f"inputs: expected exactly {expected}, got {', '.join(map(repr, names)) or 'none'}")
+
+
+def check_output(number: int, name: str, others: list[str], model: Model) -> None:
+    """Refuse an output that the model does not have, or that is named twice."""
+    if name not in model.outputs:
+        raise Refusal(400, f"outputs[{number}]: {name!r} is unknown; there is {', '.join(map(repr, model.outputs))}")
+    if name in others:
+        raise Refusal(400, f"outputs[{number}]: {name!r} is named twice")
+
+
+def refuse_parameters(place: str, parameters: Parameters | None) -> None:
+    """Refuse a parameter whose request would be answered wrongly if it were ignored."""
+    if parameters is not None:
+        for name, reason in REFUSED.items():
+            if getattr(parameters, name) is not None:
+                raise Refusal(400, f"{place}: {reason}")
+
+
+def group(feeds: dict[str, np.ndarray], model: Model) -> tuple[dict[str, np.ndarray], int, int, Any]:
+    """Return feeds, rows, elements, and the key of those that they may share a run with, None for nobody."""
+    size = sum(array.size for array in feeds.values())
+    rows = {array.shape[:1] for array in feeds.values()}
+    if not model.batcher.max_rows or len(rows) != 1 or rows <= {(0,), ()}:
+        return feeds, 1, size, None
+    (count,) = rows.pop()
+    return feeds, count, size, tuple((name, feeds[name].shape[1:]) for name in model.inputs)

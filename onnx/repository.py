@@ -1,0 +1,235 @@
+"""The folder <name>/<version>/model.onnx, followed while the server runs."""
+
+import asyncio
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from models import Model
+from onnx_inference import DeviceError, ModelError, shorten
+from settings import Settings
+
+Key = tuple[str, str]  # name and version
+Files = dict[str, tuple]  # by their path in the version's folder: what changes when the file does
+
+
+class Repository:
+    """What is in the folder is served, also what changes while the server runs.
+
+    A version is its model.onnx and every other file beside it, such as external weights. It is read whole, so that
+    what is served does not depend on the files any more. A file that changes is read again once it has kept still
+    from one look to the next.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Settings, only_version: str | None = None, only_model: str | None = None
+    ):
+        self.folder = folder
+        self.settings = settings
+        self.only_version = only_version  # of every model; None: all of them
+        self.only_model = only_model  # None: all of them
+        self.models: dict[str, dict[str, Model]] = {}  # by name and version, the newest version last
+        self.defaults: dict[str, str] = {}  # by name, the version that answers where a request names none
+        self.bad_defaults: dict[str, tuple[str, str]] = {}  # what was told of: the version named, the one kept
+        self.failures: dict[Key, str] = {}  # what is there and cannot be served: why
+        self.tried: dict[Key, Files] = {}  # the files that were loaded, or could not be
+        self.seen: dict[Key, Files] | None = None  # the files at the last look
+        self.told: set[str] = set()
+
+    def scan(self) -> bool:
+        """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
+
+        What cannot be loaded is told in one line and changes nothing: a version that was served before it goes on as
+        it was. `models` is replaced as a whole, so that a request in another thread sees the old or the new. Raises
+        DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be read:
+        then, too, nothing changes.
+        """
+        found = self.list_versions()
+        versions = {
+            key: model
+            for models in self.models.values()
+            for model in models.values()
+            if (key := (model.name, model.version)) in found
+        }
+        changed = len(versions) != sum(map(len, self.models.values()))
+        for name, version in self.tried.keys() - found:
+            self.failures.pop((name, version), None)
+            self.tell(f"{name} version {version} is gone and no longer served")
+        self.tried = {key: files for key, files in self.tried.items() if key in found}
+        for key, files in found.items():
+            if self.tried.get(key) == files or (self.seen is not None and self.seen.get(key) != files):
+                continue  # known, or still being written
+            self.tried[key] = files
+            try:
+                versions[key] = self.load(key, files)
+                self.failures.pop(key, None)
+                changed = True
+            except DeviceError:
+                raise
+            except ModelError as error:
+                self.failures[key] = str(error)
+                kept = "stays as it was" if key in versions else "is left out"
+                self.tell(f"{key[0]} version {key[1]} {kept}: {error} ({self.folder / key[0] / key[1]})")
+        self.seen = found
+        models: dict[str, dict[str, Model]] = {}
+        for name, version in sorted(versions, key=lambda key: (key[0], int(key[1]))):
+            models.setdefault(name, {})[version] = versions[name, version]
+        defaults = {name: self.choose_default(name, list(models[name])) for name in models}
+        changed |= defaults != self.defaults
+        self.models, self.defaults = models, defaults
+        return changed
+
+    def load(self, key: Key, files: Files) -> Model:
+        """Return the model in these files; ModelError in one line, whatever is wrong with them."""
+        name, version = key
+        folder = self.folder / name / version
+        try:
+            contents = {path: (folder / path).read_bytes() for path in files}
+            if list_files(folder) != files:
+                raise ModelError("its files change while they are read; they are read again")
+            return Model(name, version, contents, self.settings)
+        except ModelError:
+            raise
+        except OSError as error:
+            raise ModelError(f"{Path(error.filename or 'a file').name}: {error.strerror}") from None
+        except Exception as error:  # noqa: BLE001 - the one place where files come in that anybody may have written
+            raise ModelError(f"it cannot be used ({type(error).__name__}: {shorten(error)})") from None
+
+    def list_versions(self) -> dict[Key, Files]:
+        """Return the files of every version, sorted; OSError where the repository cannot be listed.
+
+        A model or version whose folder cannot be read for now is as it was at the last look.
+        """
+        found: dict[Key, Files] = {}
+        for model in os.scandir(self.folder):
+            if not model.name.startswith(".") and self.only_model in (None, model.name) and is_folder(model):
+                if not model.name.isprintable():  # nor can JSON and gRPC say what is not UTF-8
+                    self.tell_once(f"{model.name!r} is not served: its name has characters that cannot be printed")
+                    continue
+                try:
+                    found |= self.list_model(model.name)
+                except OSError:
+                    found |= {key: files for key, files in (self.seen or {}).items() if key[0] == model.name}
+        return dict(sorted(found.items()))
+
+    def list_model(self, name: str) -> dict[Key, Files]:
+        """Return the files of every version of one model; OSError where its folder cannot be listed."""
+        found: dict[Key, Files] = {}
+        strange = []
+        for entry in os.scandir(self.folder / name):
+            key = name, entry.name
+            if not is_folder(entry):
+                strange += [entry.name] if entry.name.endswith(".onnx") else []
+            elif not (entry.name.isascii() and entry.name.isdecimal()):
+                strange += [entry.name] if (self.folder / name / entry.name / "model.onnx").exists() else []
+            elif self.only_version in (None, entry.name):
+                try:
+                    files = list_files(self.folder / name / entry.name)
+                except OSError:
+                    files = (self.seen or {}).get(key, {})
+                if "model.onnx" in files:
+                    found[key] = files
+                elif any(path.endswith(".onnx") for path in files):
+                    strange += [f"{entry.name}/{path}" for path in files if path.endswith(".onnx")]
+        for path in strange:
+            self.tell_once(
+                f"{name}/{path} is not served: a model lies at <name>/<version>/model.onnx, its version a number"
+            )
+        return found
+
+    def choose_default(self, name: str, versions: list[str]) -> str:
+        """Return the version that the file <name>/default names, or the newest where there is no such file.
+
+        What cannot be followed is told once, and the default stays, or is the newest where that one is gone.
+        """
+        path = self.folder / name / "default"
+        try:
+            wanted = None if self.only_version else path.read_text().strip()
+        except FileNotFoundError:
+            wanted = None
+        except (OSError, UnicodeDecodeError):
+            wanted = "something unreadable"
+        if wanted is None or wanted in versions:
+            self.bad_defaults.pop(name, None)
+            return wanted or versions[-1]
+        kept = self.defaults.get(name) if self.defaults.get(name) in versions else versions[-1]
+        if self.bad_defaults.get(name) != (wanted, kept):
+            self.bad_defaults[name] = wanted, kept
+            print(f"server: {path} names {wanted!r}, not one of {', '.join(versions)}; {kept} stays", file=sys.stderr)
+        return kept
+
+    def describe(self) -> str:
+        """Return what is served in a line, and the defaults that are not the newest."""
+        words = []
+        for name, versions in self.models.items():
+            default = self.defaults[name]
+            chosen = "" if default == list(versions)[-1] else f" (default {default})"
+            words.append(f"{name} {', '.join(versions)}{chosen}")
+        return "; ".join(words) or "none"
+
+    def index(self) -> list[dict]:
+        """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
+        served = [
+            {"name": name, "version": version, "state": "READY", "reason": ""}
+            for name, versions in self.models.items()
+            for version in versions
+        ]
+        failed = [
+            {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
+            for (name, version), reason in self.failures.items()
+            if version not in self.models.get(name, {})
+        ]
+        return served + failed
+
+    async def watch(self, on_change: Callable[[], None]) -> None:
+        """Scan every `poll_s` seconds, in a thread, for ever; call `on_change` when what is served has changed."""
+        problem = ""
+        while self.settings.poll_s:
+            await asyncio.sleep(self.settings.poll_s)
+            try:
+                changed = await asyncio.to_thread(self.scan)
+            except Exception as error:  # noqa: BLE001 - whatever lies there, the next look follows
+                if problem != (problem := f"the model repository cannot be read, all stays as it is: {error}"):
+                    self.tell(problem)
+            else:
+                problem = ""
+                if changed:
+                    print(f"models and versions: {self.describe()}\n", end="", flush=True)
+                    on_change()
+
+    def tell_once(self, line: str) -> None:
+        if line not in self.told:
+            self.told.add(line)
+            self.tell(line)
+
+    def tell(self, line: str) -> None:
+        print(f"server: {line}\n", end="", file=sys.stderr, flush=True)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is one, or a link that leads nowhere for now."""
+    return entry.is_dir() or (entry.is_symlink() and not Path(entry.path).exists())
+
+
+def list_files(folder: Path) -> Files:
+    """Return every file below `folder` with what changes when it does; OSError where one cannot be seen."""
+    files: Files = {}
+    for parent, _, names in os.walk(folder, onerror=_raise):
+        for name in names:
+            path = Path(parent, name)
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # a link that leads nowhere for now: reading it says so
+                files[path.relative_to(folder).as_posix()] = ()
+                continue
+            if stat.S_ISREG(status.st_mode):
+                files[path.relative_to(folder).as_posix()] = (
+                    status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode, status.st_uid, status.st_gid
+                )  # fmt: skip
+    return dict(sorted(files.items()))
+
+
+def _raise(error: OSError) -> None:
+    raise error

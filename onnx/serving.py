@@ -1,0 +1,334 @@
+"""What answers: every path and method of REST, and what gRPC asks of the models."""
+
+import contextlib
+import re
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc_api
+import msgspec
+import onnxruntime as ort
+import openapi
+from batching import Job, threads
+from http_messages import JSON, Head, Refusal, Request
+from metrics import CONTENT_TYPE, Metrics
+from models import Model
+from open_inference import LENGTH, OCTETS, InferCodec
+from predict import PredictCodec
+from repository import Repository
+from settings import Settings
+from tensors import encode
+
+# A body of a megabyte takes some 20 ms to read, in which the event loop would answer nobody else: above this size all
+# that belongs to a request is done in a thread (ONNX Runtime frees Python's lock); and so for a compressed one.
+INLINE_BODY_BYTES = 32_000
+ENCODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "identity": "", "": ""}
+NAMES_TOLD = 10  # of models, where one is asked for that is not there
+EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
+
+
+class IndexRequest(msgspec.Struct):
+    """The body of POST /v2/repository/index."""
+
+    ready: bool = False  # only what is ready
+
+
+decode_index_request = msgspec.json.Decoder(IndexRequest).decode
+
+
+class Route:
+    """What answers one path and method."""
+
+    labels: tuple[str, str] | None = None  # model and version, where one is asked: such requests are counted
+
+    def __init__(self, reply: bytes | Callable[[Request], bytes], content_type: bytes = JSON):
+        self.reply = reply
+        self.content_type = content_type
+
+    def handle(self, request: Request) -> None:
+        reply = self.reply
+        request.answer(reply if isinstance(reply, bytes) else reply(request), self.content_type)
+
+
+class ModelRoute(Route):
+    """What answers requests to one version of one model: read, run, write."""
+
+    def __init__(self, model: Model, codec: PredictCodec | InferCodec, largest: int):
+        self.model = model
+        self.codec = codec
+        self.largest = largest  # bytes of a body
+        self.labels = model.name, model.version
+
+    def handle(self, request: Request) -> None:
+        if len(request.body) > INLINE_BODY_BYTES or b"content-encoding" in request.head.headers:
+            threads.submit(self.handle_apart, request)
+            return
+        feeds, rows, size, key, context = self.codec.read(request)
+        self.model.batcher.add(Job(feeds, rows, size, key, (request, context), self.finish))
+
+    def finish(self, job: Job, answer: Any) -> None:
+        """Send the answer, or what went wrong."""
+        request, context = job.context
+        if isinstance(answer, Exception):
+            request.fail(answer)
+            return
+        try:
+            body, content_type, extra = self.codec.write(context, answer)
+        except Exception as error:  # noqa: BLE001 - others whose answers came from the same run are still to be told
+            request.fail(error)
+        else:
+            request.answer(body, content_type, extra)
+
+    def handle_apart(self, request: Request) -> None:
+        """All of it, in a thread."""
+        try:
+            if encoding := request.head.headers.get(b"content-encoding"):
+                request.body = decompress(request.body, encoding, self.largest)
+            feeds, rows, size, key, context = self.codec.read(request)
+            job = Job(feeds, rows, size, key, None, None)
+            (answer,) = self.model.batcher.answer([job])
+            if isinstance(answer, Exception):
+                raise answer
+            reply = self.codec.write(context, answer)
+        except Exception as error:  # noqa: BLE001 - the thread has nobody else to tell
+            request.later(request.fail, error)
+        else:
+            request.later(request.answer, *reply)
+
+
+class Serving:
+    """The application of http_server.py: finds the route of a request, and refuses what has none."""
+
+    def __init__(self, repository: Repository, model_name: str, settings: Settings):
+        self.repository = repository
+        self.model_name = model_name
+        self.settings = settings
+        self.metrics = Metrics() if settings.metrics else None
+        self.update()
+
+    def update(self) -> None:
+        """Serve what the repository holds now; requests under way keep the model that they have."""
+        models, defaults = self.repository.models, self.repository.defaults
+        if self.metrics is not None:
+            self.metrics.set_loaded(models)
+        messages = {
+            key: (model, grpc_api.InferCodec(model))
+            for versions in models.values()
+            for model in versions.values()
+            for key in [(model.name, model.version), *([(model.name, "")] if self.is_default(model) else [])]
+        }
+        self.defaults, self.messages = defaults, messages
+        self.routes = self.make_routes()
+
+    def is_default(self, model: Model) -> bool:
+        return self.repository.defaults[model.name] == model.version
+
+    def observe(self, route: Route, status: int, seconds: float) -> None:
+        """Count an answered request to a model."""
+        if route.labels is not None and self.metrics is not None:
+            self.metrics.observe(route.labels, status, seconds)
+
+    # REST
+
+    def make_routes(self) -> dict[str, dict[bytes, Route]]:
+        """Return every path that is served, and what answers it by method."""
+
+        def get(reply: bytes | Callable[[Request], bytes], content_type: bytes = JSON) -> dict[bytes, Route]:
+            route = Route(reply, content_type)
+            return {b"GET": route, b"HEAD": route}
+
+        models, largest = self.repository.models, self.settings.max_body_bytes
+        description = openapi.describe(
+            models, self.repository.defaults, self.model_name, largest, self.metrics is not None
+        )
+        server = get(encode(self.describe()))
+        routes = {
+            "/v2": server,
+            "/v2/": server,
+            "/v2/health/live": get(encode({"live": True})),
+            "/v2/health/ready": get(self.answer_ready),
+            "/v2/repository/index": {b"POST": Route(self.answer_index)},
+            "/openapi.json": get(encode(description)),
+            "/docs": get(openapi.render_page(description), b"text/html; charset=utf-8"),
+        }
+        if self.metrics is not None:
+            routes["/metrics"] = get(lambda _: self.metrics.render(), CONTENT_TYPE)
+            routes["/v2/models/stats"] = get(lambda _: encode(self.statistics()))
+        for name, versions in models.items():
+            for version, model in versions.items():
+                paths = {f"/v2/models/{name}/versions/{version}": version}
+                if self.is_default(model):
+                    paths[f"/v2/models/{name}"] = ""
+                infer = {b"POST": ModelRoute(model, InferCodec(model), largest)}
+                for path, asked in paths.items():
+                    routes[path] = get(encode(self.describe_model(name, version)))
+                    routes[f"{path}/ready"] = get(encode({"name": name, "ready": True}))
+                    routes[f"{path}/infer"] = infer
+                    if self.metrics is not None:
+                        routes[f"{path}/stats"] = get(
+                            lambda _, name=name, asked=asked: encode(self.statistics(name, asked))
+                        )
+                if name == self.model_name and model.is_rows:
+                    routes[f"/predict/{version}"] = {b"POST": ModelRoute(model, PredictCodec(model), largest)}
+                    if self.is_default(model):
+                        routes["/predict"] = routes[f"/predict/{version}"]
+        return routes
+
+    def find(self, head: Head) -> Route:
+        """Return the route; Refusal 404, 405 or 415 where there is none."""
+        methods = self.routes.get(head.target)
+        if methods is None:
+            path = read_path(head.target)
+            methods = self.routes.get(path)
+            if methods is None:
+                raise Refusal(404, self.explain_unknown(path))
+        route = methods.get(head.method)
+        if route is None:
+            allowed, method = b", ".join(methods).decode(), head.method.decode("latin-1")
+            raise Refusal(405, f"{read_path(head.target)} takes {allowed}, not {method}", f"allow: {allowed}\r\n")
+        if head.method == b"POST":
+            check_content(head.headers)
+        return route
+
+    def explain_unknown(self, path: str) -> str:
+        """Return why `path` is not served: the model, the version, or the path itself."""
+        found = re.match(r"/v2/models/([^/]+)(?:/versions/([^/]+))?", path) or re.match(
+            r"/predict()(?:/([^/]+))?$", path
+        )
+        if found is None:
+            return f"no such path: {path!r}; there are /predict, /predict/<version> and /v2"
+        name, version = found[1] or self.model_name, found[2]
+        try:
+            self.find_model(name, version or "")
+        except Refusal as refusal:
+            return str(refusal)
+        if path.startswith("/predict"):
+            return f"{name} is no model of rows, one FP32 tensor to one: ask /v2/models/{name}/infer"
+        return f"no such path: {path!r}; there are /v2/models/{name} and, behind it, /ready, /infer and /stats"
+
+    def answer_ready(self, _request: Request) -> bytes:
+        if not self.is_ready():
+            raise Refusal(503, f"no version of {self.model_name} is served")
+        return encode({"ready": True})
+
+    def answer_index(self, request: Request) -> bytes:
+        try:
+            only_ready = bool(request.body) and decode_index_request(request.body).ready
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise Refusal(400, str(error)) from None
+        return encode(self.index(only_ready))
+
+    # What REST and gRPC share
+
+    def is_ready(self) -> bool:
+        """Whether the model behind /predict is served, or any where that one never was."""
+        models = self.repository.models
+        return self.model_name in models or (bool(models) and not self.is_expected())
+
+    def is_expected(self) -> bool:
+        return (self.repository.folder / self.model_name).is_dir()
+
+    def describe(self) -> dict:
+        """Return the metadata of the server."""
+        extensions = EXTENSIONS if self.metrics is not None else [name for name in EXTENSIONS if name != "statistics"]
+        return {"name": "onnxruntime", "version": ort.__version__, "extensions": extensions}
+
+    def describe_model(self, name: str, version: str) -> dict:
+        """Return the metadata of a model, whose version may be ""; Refusal 404 where it is not served."""
+        return self.find_model(name, version).describe(list(self.repository.models[name]))
+
+    def index(self, only_ready: bool) -> list[dict]:
+        return [entry for entry in self.repository.index() if not only_ready or entry["state"] == "READY"]
+
+    def statistics(self, name: str = "", version: str = "") -> dict:
+        """Return the protocol's statistics of a version, of all of a model, or of all; Refusal 404 of none."""
+        if self.metrics is None:
+            raise Refusal(404, "metrics are off (see the settings), and so are statistics")
+        if name:
+            self.find_model(name, version)
+        wanted = [
+            (model, each)
+            for model, versions in self.repository.models.items()
+            for each in versions
+            if name in ("", model) and version in ("", each)
+        ]
+        return {"model_stats": self.metrics.statistics(wanted)}
+
+    def find_model(self, name: str, version: str) -> Model:
+        """Return a model, its default version for ""; Refusal 404 that says why it is not served."""
+        return self.find_messages(name, version)[0]
+
+    def find_messages(self, name: str, version: str) -> tuple[Model, "grpc_api.InferCodec"]:
+        """The same with what reads and writes its messages."""
+        found = self.messages.get((name, version))
+        if found is not None:
+            return found
+        models, failures = self.repository.models, self.repository.failures
+        failed = [each for each in failures if each[0] == name and version in ("", each[1])]
+        if failed and (version or name not in models):
+            raise Refusal(404, f"version {failed[-1][1]!r} of {name} is there and not served: {failures[failed[-1]]}")
+        if name not in models:
+            raise Refusal(404, f"model {name!r} is not served; there are {list_some(list(models))}")
+        raise Refusal(404, f"version {version!r} of {name} is not served; there are {list_some(list(models[name]))}")
+
+    @contextlib.contextmanager
+    def counting(self, model: Model) -> Iterator[None]:
+        """Count what happens inside the block as one request."""
+        started_s, status = time.perf_counter(), 500
+        try:
+            yield
+            status = 200
+        except Refusal as refusal:
+            status = refusal.status
+            raise
+        finally:
+            if self.metrics is not None:
+                self.metrics.observe((model.name, model.version), status, time.perf_counter() - started_s)
+
+
+def list_some(names: list[str]) -> str:
+    """Return the first names, and how many there are beside them."""
+    more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
+    return (", ".join(names[:NAMES_TOLD]) or "none") + more
+
+
+def read_path(target: str) -> str:
+    """Return the path of a request's target, which may have a query, a host, and escapes."""
+    if target.startswith(("http://", "https://")):
+        target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
+    return urllib.parse.unquote(target.partition("?")[0])
+
+
+def check_content(headers: dict[bytes, bytes]) -> None:
+    """Refuse what is not JSON, or JSON with tensors behind it, as its headers say, or is encoded in an unknown way."""
+    content_type = headers.get(b"content-type", JSON)
+    if content_type != JSON:
+        word = content_type.partition(b";")[0].strip().lower()
+        if word != JSON and not (word == OCTETS and LENGTH in headers):
+            raise Refusal(415, f"Content-Type is {content_type.decode('latin-1')!r}, expected 'application/json'")
+    if b"content-encoding" in headers:
+        word = headers[b"content-encoding"].strip().lower().decode("latin-1")
+        if word not in ENCODINGS:
+            accepted = "accept-encoding: gzip, deflate\r\n"
+            raise Refusal(415, f"Content-Encoding is {word!r}, expected gzip or deflate", accepted)
+
+
+def decompress(body: bytes, word: bytes, largest: int) -> bytes:
+    """Return a body as it was before its Content-Encoding; Refusal where it is none, or becomes too large."""
+    encoding = ENCODINGS[word.strip().lower().decode("latin-1")]
+    if not encoding:
+        return body
+    is_raw = encoding == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header: RFC 9110, 8.4.1.2
+    decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)
+    try:
+        plain = decoder.decompress(body, largest + 1)
+    except zlib.error:
+        raise Refusal(400, f"the body is not {encoding}, as its Content-Encoding says") from None
+    if len(plain) > largest:
+        raise Refusal(413, f"the body is larger than {largest} bytes after its Content-Encoding is undone")
+    if not decoder.eof or decoder.unused_data:
+        raise Refusal(400, f"the body's {encoding} is cut off, or something follows it")
+    return plain
