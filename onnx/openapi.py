@@ -3,10 +3,11 @@
 import json
 from html import escape
 
+from tensors import FLOAT32_END
+
 VERSION = "1.0"
 ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
-FLOAT32_MAX = 3.4028234663852886e38
-NUMBER = {"type": "number", "minimum": -FLOAT32_MAX, "maximum": FLOAT32_MAX}
+NUMBER = {"type": "number", "exclusiveMinimum": -FLOAT32_END, "exclusiveMaximum": FLOAT32_END}
 
 
 def describe(

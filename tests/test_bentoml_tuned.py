@@ -274,6 +274,7 @@ def test_a_client_that_leaves_within_its_body_keeps_nothing_waiting(monkeypatch)
     asyncio.run(asyncio.wait_for(middleware(scope, receive, send), DEADLINE_S))
 
 
+@pytest.mark.slow
 def test_a_corrupt_version_in_the_store_neither_starts_nor_touches_the_server_that_runs(tuned_server):
     rows, _ = load_test_rows()
     folder = tuned_server.endpoint.folder
@@ -334,6 +335,7 @@ def test_a_worker_that_ends_under_load_loses_at_most_what_was_under_way(capsys, 
     assert outcomes["lost"] <= 8, outcomes
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_the_next_ends_with_its_supervisor(tuned_server):
     """Ends the tuned server, so it is the last test that asks it."""
     worker = find_worker(tuned_server)

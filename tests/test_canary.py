@@ -263,6 +263,7 @@ def version_1():
         yield server.endpoint.port
 
 
+@pytest.mark.slow
 def test_behind_the_gateway_a_good_version_reaches_every_user(ship, version_1, tmp_path, monkeypatch):
     with (
         start("onnx", only_version="2") as version_2,

@@ -210,7 +210,7 @@ def requests(draw) -> tuple[bytes, tuple[str, str, bytes]]:
     return sent, (method, target, body)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(requests(), min_size=1, max_size=4), st.lists(st.integers(1, 400), max_size=6))
 def test_right_requests_are_understood_wherever_the_stream_is_cut(made, cuts):
     stream = b"".join(sent for sent, _ in made)
@@ -221,7 +221,7 @@ def test_right_requests_are_understood_wherever_the_stream_is_cut(made, cuts):
     assert read_with_h11(stream) == (client.echo.asked, False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(requests())
 def test_a_stream_may_be_cut_at_every_place(made):
     sent, said = made
@@ -229,7 +229,7 @@ def test_a_stream_may_be_cut_at_every_place(made):
         assert Client().send(sent + sent, cut, cut + len(sent)).echo.asked == [said, said]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(requests())
 def test_a_head_that_is_known_means_what_it_meant(made):
     sent, said = made
@@ -243,7 +243,7 @@ def test_a_head_that_is_known_means_what_it_meant(made):
 # Streams that are wrong somewhere
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.lists(requests(), min_size=1, max_size=3),
     st.lists(
@@ -596,7 +596,7 @@ def test_an_application_whose_routes_change_is_asked_again():
 
 
 @example(b"")
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_whatever_break_it(junk):
     client = Client().send(junk, 3, 50).send(GET)

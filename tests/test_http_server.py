@@ -292,7 +292,7 @@ steps = st.one_of(
 
 
 @mock.patch.object(http_connection, "MAX_UNANSWERED", 4)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(steps, max_size=12), st.lists(st.integers(1, 3000), max_size=5), st.booleans())
 def test_whatever_order_things_come_in_each_request_gets_its_reply_in_its_place(script, cuts, ends):
     """Answers out of order, at once and late; a client that reads now and then; its last bytes; its end."""

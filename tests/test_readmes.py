@@ -61,7 +61,7 @@ NOT_EXECUTED = {
     "docker run --rm -d --name my_model -p 127.0.0.1:9080:8080 my_model-torchserve": NO_ENGINE,
     "docker stop my_model": NO_ENGINE,
     "docker build -t onnx-server .": NO_ENGINE,
-    "docker run --rm -p 127.0.0.1:8000:8000 onnx-server": NO_ENGINE,
+    "docker run --rm -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 onnx-server": NO_ENGINE,
     "docker compose up --detach --wait": NO_ENGINE,
     "docker compose down": NO_ENGINE,
 }

@@ -649,6 +649,7 @@ def test_a_signal_during_the_start_ends_everything(launch):
     assert list(server.scratch.glob("torchserve-*")) == []
 
 
+@pytest.mark.slow
 def test_killing_the_launcher_by_force_leaves_no_process_and_no_file(folder, launch):
     edit(folder / "config.properties", "disable_token_authorization=true", "")
     server = launch("--only-version", "1.0")
