@@ -2,7 +2,8 @@
 
 When several connections have sent something, the event loop hears of all of them in one turn. The first request asks
 for a run once a turn has brought no further one: by then the others have joined, and those that came while they were
-read. Nobody waits on a clock, only while there is something to read.
+read. Nobody waits on a clock, only while there is something to read; and who comes alone, after one who came alone,
+does not wait at all.
 """
 
 import asyncio
@@ -59,6 +60,7 @@ class Batcher:
         self.slow_runs = 0
         self.waiting: list[Job] = []
         self.joined = 0  # that many waited in the last turn
+        self.is_busy = False  # jobs come together: the next one is made to wait for others
         self.running = 0  # in threads
         self.lock = threading.Lock()  # of the counts
         self.counts = Counts(0, 0, 0.0)
@@ -66,15 +68,25 @@ class Batcher:
     def add(self, job: Job) -> None:
         """Compute `job`, together with others where it may; then it is `done`."""
         if self.max_rows and job.key is not None:
-            if not self.waiting:
+            if self.waiting:
+                self.waiting.append(job)
+            elif self.is_busy or job.size > self.quick_size:
                 self.joined = 0
+                self.waiting.append(job)
                 asyncio.get_running_loop().call_soon(self.flush_when_complete)
-            self.waiting.append(job)
+            else:  # nobody came with the one before: this one does not wait for others either
+                self.is_busy = True
+                asyncio.get_running_loop().call_soon(self.end_turn)
+                self.compute([job])
         elif job.size <= self.quick_size:
             self.compute([job])
         else:
             self.waiting.append(job)
             self.flush()
+
+    def end_turn(self) -> None:
+        """After the turn of a job that was computed at once: whether others came in it."""
+        self.is_busy = bool(self.waiting)
 
     def flush_when_complete(self) -> None:
         """Start what waits once a turn of the event loop has brought nobody new."""
@@ -83,6 +95,7 @@ class Batcher:
             self.joined = count
             asyncio.get_running_loop().call_soon(self.flush_when_complete)
         else:
+            self.is_busy = count > 1
             self.flush()
 
     def flush(self) -> None:
