@@ -40,6 +40,7 @@ def supervise(command: list[str], workers: int) -> int:
 
     def end_with_supervisor() -> None:
         if libc is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != supervisor:  # it ended before that
                 os.kill(os.getpid(), signal.SIGTERM)

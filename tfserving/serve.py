@@ -202,6 +202,7 @@ def end_with_launcher(launcher: int) -> None:
     A child whose launcher has ended before that ends at once.
     """
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:
             os.kill(os.getpid(), signal.SIGTERM)

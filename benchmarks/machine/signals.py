@@ -17,6 +17,7 @@ def end_with_parent(parent: int) -> None:
     For a child, before it runs its program. One whose parent has ended by then ends at once.
     """
     if sys.platform == "linux":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
