@@ -366,19 +366,30 @@ def test_small_replies_do_not_wait_for_nagle(scripts):
     """Every connection has TCP_NODELAY, whether uvloop accepted it or, for a busy server, Server.accept."""
     import uvloop
 
-    count = scripts.http_server.BUSY_CONNECTIONS + 2 * scripts.http_server.ACCEPTS_A_TURN
+    few = scripts.http_server.BUSY_CONNECTIONS + 1
+    count = few + 2 * scripts.http_server.ACCEPTS_A_TURN
     application = SimpleNamespace(routes=None, find=None, observe=None)
 
     async def read_options() -> list[int]:
         server, ended = scripts.http_server.Server(application, scripts.http_messages.Limits()), asyncio.Event()
+        taken: list[int] = []  # how many were in, each time that Server.accept was asked
+
+        def accept(listener: socket.socket) -> None:
+            taken.append(len(server.connections))
+            scripts.http_server.Server.accept(server, listener)
+
+        server.accept = accept
         listener = socket.create_server(("127.0.0.1", 0))
         address = listener.getsockname()
         serving = asyncio.create_task(server.serve(listener, ended))
         with contextlib.ExitStack() as clients:
-            for _ in range(count):
-                clients.enter_context(socket.create_connection(address, timeout=DEADLINE_S))
-                await asyncio.sleep(0.005)
-            await asyncio.to_thread(wait_until, lambda: len(server.connections) == count, "all are in")
+            for more, all_of_them in ((few, few), (count - few, count)):
+                for _ in range(more):
+                    clients.enter_context(socket.create_connection(address, timeout=DEADLINE_S))
+                await asyncio.to_thread(wait_until, lambda n=all_of_them: len(server.connections) == n, "all are in")
+                looked_s = server.now_s  # at its next look it sees how many there are
+                await asyncio.to_thread(wait_until, lambda s=looked_s: server.now_s > s, "it looks again")
+            assert taken and min(taken) >= few
             sockets = [each.transport.get_extra_info("socket") for each in server.connections]
             options = [each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in sockets]
         ended.set()
