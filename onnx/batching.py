@@ -26,15 +26,17 @@ threads = concurrent.futures.ThreadPoolExecutor(4 * RUNS_AT_ONCE, thread_name_pr
 class Job:
     """What one request wants computed, and who is told of the answer."""
 
-    __slots__ = ("context", "done", "feeds", "key", "rows", "size")
+    __slots__ = ("asker", "done", "feeds", "key", "rows", "size", "wanted")
 
-    def __init__(self, feeds: Any, rows: int, size: int, key: Any, context: Any, done: Callable):
+    asker: Any  # the request that gets the answer
+    done: Callable[["Job", Any], None]  # is called on the event loop with this job and its answer, or the exception
+
+    def __init__(self, feeds: Any, rows: int, size: int, key: Any, wanted: Any = None):
         self.feeds = feeds  # what the model's `run` takes
         self.rows = rows  # along the first dimension
         self.size = size  # elements: how much work it is
         self.key = key  # jobs share a run if these are equal; None: with no other
-        self.context = context  # what the codec wants to remember
-        self.done = done  # is called on the event loop with this job and its answer, or the exception
+        self.wanted = wanted  # what is to be written of the answer, for the codec that has read this
 
 
 class Counts(NamedTuple):

@@ -15,13 +15,12 @@ import grpc_messages as messages
 import numpy as np
 from batching import Job, threads
 from http_messages import Refusal
-from models import Model
-from open_inference import MANY_ROWS, REFUSED, check_names, check_output, group
+from models import INLINE_BYTES, Model
+from open_inference import MANY_ROWS, check_names, check_output, make_job, refuse_parameters
 from settings import Settings
 from tensors import to_string
 
 MAX_DETAILS = 500  # characters of a status: gRPC's clients refuse headers of more than 8 KB, %-encoded
-INLINE_BYTES = 32_000  # of a message: all that belongs to a larger one is done in a thread, as over REST
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -51,10 +50,10 @@ class InferCodec:
         self.all_names = list(model.outputs)
         self.described: dict[tuple[int, int], bytes] = {}  # replies of rows without their values, by shape
 
-    def read(self, request: Any) -> tuple[Any, int, int, Any, list[str]]:
-        """Return feeds, rows, elements, key and the outputs that are wanted; Refusal where it is not for this model."""
+    def read(self, request: Any) -> Job:
+        """Return what a ModelInferRequest wants computed; Refusal where it is not one for this model."""
         if self.model.is_rows and (rows := self.find_rows(request)) is not None:
-            return rows, len(rows), len(rows) * self.model.features, True, self.all_names
+            return Job(rows, len(rows), len(rows) * self.model.features, True, (request.id, self.all_names))
         wanted: list[str] = []
         for number, output in enumerate(request.outputs):
             check_output(number, output.name, wanted, self.model)
@@ -72,15 +71,14 @@ class InferCodec:
             declared = self.model.inputs[tensor.name]
             shape = list(tensor.shape)
             count = declared.check(place, tensor.datatype, shape)
-            if tensor.parameters:
-                refuse_parameters(place, tensor.parameters)
+            refuse_parameters(place, tensor.parameters)
             if not raw:
                 feeds[tensor.name] = self.read_contents(tensor, declared, shape, count, place)
             elif tensor.HasField("contents"):
                 raise Refusal(400, f"{place}: contents beside raw_input_contents; give one of them")
             else:
                 feeds[tensor.name] = declared.from_bytes(raw[number], shape, count, place)
-        return *group(feeds, self.model), wanted
+        return make_job(feeds, self.model, (request.id, wanted or self.all_names))
 
     def find_rows(self, request: Any) -> list[list[float]] | None:
         """Return the rows of a usual request to a model of rows, None where anything is unusual about it."""
@@ -112,9 +110,9 @@ class InferCodec:
             values = [to_string(word, place) for word in values]
         return declared.from_values(list(values), shape, count, place)
 
-    def write(self, request: Any, wanted: list[str], answer: list) -> Any:
+    def write(self, wanted: tuple[str, list[str]], answer: list) -> Any:
         """Return the reply or its bytes: tensors in raw_output_contents, as Triton sends them."""
-        model = self.model
+        model, (request_id, names) = self.model, wanted
         if model.is_rows and type(answer[0]) is list:
             shape = len(answer), len(answer[0])
             if shape not in self.described:  # protobuf takes messages that follow each other for one
@@ -123,22 +121,15 @@ class InferCodec:
                 self.described[shape] = described.SerializeToString()
             flat = answer[0] if shape[0] == 1 else [value for row in answer for value in row]
             values = struct.pack(f"<{len(flat)}f", *flat)
-            reply = messages.ModelInferResponse(id=request.id, raw_output_contents=[values])
+            reply = messages.ModelInferResponse(id=request_id, raw_output_contents=[values])
             return self.described[shape] + reply.SerializeToString()
-        reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request.id)
+        reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request_id)
         by_name = dict(zip(self.all_names, answer, strict=True))
-        for name in wanted or self.all_names:
-            tensor, array = self.model.outputs[name], np.asarray(by_name[name])
+        for name in names:
+            tensor, array = model.outputs[name], np.asarray(by_name[name])
             reply.outputs.add(name=name, datatype=tensor.datatype.name, shape=list(array.shape))
             reply.raw_output_contents.append(tensor.to_bytes(array))
         return reply
-
-
-def refuse_parameters(place: str, parameters: Any) -> None:
-    """Refuse a parameter whose request would be answered wrongly if it were ignored."""
-    for name, reason in REFUSED.items():
-        if name in parameters:
-            raise Refusal(400, f"{place}: {reason}")
 
 
 class Servicer:
@@ -196,32 +187,23 @@ class Servicer:
         model, codec = self.serving.find_messages(request.model_name, request.model_version)
         with self.serving.counting(model):
             if request.ByteSize() > INLINE_BYTES:
-                return await asyncio.get_running_loop().run_in_executor(threads, answer_apart, model, codec, request)
-            feeds, rows, size, key, wanted = codec.read(request)
-            future = asyncio.get_running_loop().create_future()
-            model.batcher.add(Job(feeds, rows, size, key, future, _settle))
-            return codec.write(request, wanted, await future)
-
-
-def answer_apart(model: Model, codec: InferCodec, request: Any) -> Any:
-    """Return the reply to one request, in a thread; the exception where there is none."""
-    feeds, rows, size, key, wanted = codec.read(request)
-    (answer,) = model.batcher.answer([Job(feeds, rows, size, key, None, None)])
-    if isinstance(answer, Exception):
-        raise answer
-    return codec.write(request, wanted, answer)
+                return await asyncio.get_running_loop().run_in_executor(threads, model.answer_apart, codec, request)
+            job = codec.read(request)
+            job.asker, job.done = asyncio.get_running_loop().create_future(), _settle
+            model.batcher.add(job)
+            return codec.write(job.wanted, await job.asker)
 
 
 def _settle(job: Job, answer: Any) -> None:
-    if job.context.done():
+    if job.asker.done():
         return  # cancelled: its client has gone
     if isinstance(answer, Exception):
-        job.context.set_exception(answer)
+        job.asker.set_exception(answer)
     else:
-        job.context.set_result(answer)
+        job.asker.set_result(answer)
 
 
-def answer(method: Callable) -> Callable:
+def make_handler(method: Callable) -> Callable:
     """Return the method as gRPC calls it: a Refusal becomes a status."""
     reply_class = messages.CLASSES[f"{method.__name__}Response"]
 
@@ -255,7 +237,7 @@ def make_handlers(serving: Any) -> grpc.GenericRpcHandler:
     for name in dir(servicer):
         if name[0].isupper():
             read = messages.CLASSES[f"{name}Request"].FromString
-            handlers[name] = grpc.unary_unary_rpc_method_handler(answer(getattr(servicer, name)), read, serialize)
+            handlers[name] = grpc.unary_unary_rpc_method_handler(make_handler(getattr(servicer, name)), read, serialize)
     read = messages.ModelInferRequest.FromString
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(servicer.stream, read, serialize)
     return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)

@@ -6,6 +6,7 @@ import re
 import struct
 import threading
 import time
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -15,6 +16,9 @@ from onnx_inference import LOAD_ERRORS, ModelError, open_session, shorten
 from settings import Settings
 from tensors import Tensor, UnsupportedError
 
+# A row takes some 10 µs and is best computed on the spot. A megabyte takes some 20 ms to read, in which the event loop
+# would answer nobody else: all that belongs to a larger request is done in a thread (ONNX Runtime frees Python's lock).
+INLINE_BYTES = 32_000
 TRIAL_ROWS = (1, 2, 3, 32, 256)  # a row has to be answered alone as it is among so many
 TRIAL_LONG_S = 0.1  # a run that takes longer is not repeated, nor tried with many rows
 TRIAL_LIMIT_S = 60.0  # then the trial is ended: a loop in the model may never end by itself
@@ -28,6 +32,16 @@ def find_missing(error: Exception) -> str:
         return ""
     name = re.search(r'path does not exist: "(?:[^"]*/)?([^"/]+)"', str(error))
     return f"it keeps weights in {name[1] if name else 'a file'}, which is not in its version's folder"
+
+
+class Codec(Protocol):
+    """One form of request to one model: how it is read into a job, and the answer written for it."""
+
+    def read(self, request: Any) -> Job:
+        """Return what `request` wants computed; Refusal where it is not one for this model."""
+
+    def write(self, wanted: Any, answer: list) -> Any:
+        """Return the reply: `answer` holds lists of rows or every output, as the job's feeds were; Refusal of none."""
 
 
 class Model:
@@ -55,14 +69,14 @@ class Model:
             raise ModelError(f"ONNX Runtime cannot load it: {find_missing(error) or shorten(error)}") from None
         self.providers = self.session.get_providers()
         self.output_names = list(self.outputs)
-        only = [*self.inputs.values(), *self.outputs.values()]
+        tensors = [*self.inputs.values(), *self.outputs.values()]
         self.is_rows = (len(self.inputs), len(self.outputs)) == (1, 1) and all(
             tensor.datatype.name == "FP32" and not tensor.is_zip_map and tensor.shape[:1] == (-1,)
             and len(tensor.shape) == 2 and tensor.shape[1] > 0
-            for tensor in only
+            for tensor in tensors
         )  # fmt: skip
-        self.input_name = only[0].name if self.inputs else ""
-        self.features = only[0].shape[1] if self.is_rows else 0
+        self.input_name = tensors[0].name if self.inputs else ""
+        self.features = tensors[0].shape[1] if self.is_rows else 0
         self.feature_names = self.read_feature_names()
         options = ort.RunOptions()
         limit = threading.Timer(TRIAL_LIMIT_S, setattr, (options, "terminate", True))
@@ -104,6 +118,14 @@ class Model:
         return message
 
     # Running
+
+    def answer_apart(self, codec: Codec, request: Any) -> Any:
+        """Read, run and write in this thread; return the reply, or raise Refusal or what else went wrong."""
+        job = codec.read(request)
+        (answer,) = self.batcher.answer([job])
+        if isinstance(answer, Exception):
+            raise answer
+        return codec.write(job.wanted, answer)
 
     def run_arrays(self, feeds: dict[str, np.ndarray], options: ort.RunOptions | None = None) -> list[np.ndarray]:
         """Return every output for these inputs; Refusal 400 with ONNX Runtime's reason where the model takes them not.
@@ -166,7 +188,7 @@ class Model:
         quick_size, independent = 0, bool(free and self.inputs)
         alone: list[list[np.ndarray]] = []
         for count in TRIAL_ROWS if independent else (1,):
-            feeds = {name: self.make_up(tensor, count) for name, tensor in self.inputs.items()}
+            feeds = self.make_feeds(count)
             size = sum(array.size for array in feeds.values())
             try:
                 times_s: list[float] = []
@@ -175,8 +197,9 @@ class Model:
                     outputs = self.run_arrays(feeds, options)
                     times_s.append(time.thread_time() - started_s)
                 if independent and not alone:
+                    few = self.make_feeds(len(WORDS))
                     alone = [
-                        self.run_arrays({name: array[row : row + 1] for name, array in self.largest().items()}, options)
+                        self.run_arrays({name: array[row : row + 1] for name, array in few.items()}, options)
                         for row in range(len(WORDS))
                     ]
             except Refusal:
@@ -191,8 +214,8 @@ class Model:
                 break
         return quick_size, independent
 
-    def largest(self) -> dict[str, np.ndarray]:
-        return {name: self.make_up(tensor, len(WORDS)) for name, tensor in self.inputs.items()}
+    def make_feeds(self, rows: int) -> dict[str, np.ndarray]:
+        return {name: self.make_up(tensor, rows) for name, tensor in self.inputs.items()}
 
     def answers_alike(self, outputs: list[np.ndarray], alone: list[list[np.ndarray]]) -> bool:
         """Whether the first rows of `outputs` are the answers that they got alone."""

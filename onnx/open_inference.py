@@ -7,10 +7,12 @@ request is, and where that finds anything unusual, by the general one, which ser
 
 import itertools
 import struct
+from collections.abc import Container
 from typing import Any
 
 import msgspec
 import numpy as np
+from batching import Job
 from http_messages import JSON, Refusal, Request
 from models import Model
 from tensors import NO_JSON_NUMBER, Float32, decode_json, encode
@@ -32,6 +34,9 @@ class Parameters(msgspec.Struct):
     binary_data_output: bool = False  # of the request: the same for all its outputs
     shared_memory_region: Any = None
     classification: Any = None
+
+    def __contains__(self, name: str) -> bool:
+        return getattr(self, name) is not None
 
 
 class Input(msgspec.Struct):
@@ -96,8 +101,8 @@ class InferCodec:
 
     # Reading
 
-    def read(self, request: Request) -> tuple[Any, int, int, Any, Wanted]:
-        """Return feeds, rows, elements, key and what is wanted; Refusal where the request is not for this model."""
+    def read(self, request: Request) -> Job:
+        """Return what is to be computed; Refusal where the request is not one for this model."""
         body, tail = request.body, b""
         length = request.head.headers.get(LENGTH)
         if length is not None:
@@ -110,8 +115,7 @@ class InferCodec:
             else:
                 rows = self.find_rows(asked, tail)
                 if rows is not None:
-                    wanted = self.find_wanted(asked)
-                    return rows, len(rows), len(rows) * self.model.features, True, wanted
+                    return Job(rows, len(rows), len(rows) * self.model.features, True, self.find_wanted(asked))
         return self.read_any(body, tail)
 
     def find_rows(self, asked: Any, tail: bytes | memoryview) -> list | None:
@@ -142,7 +146,7 @@ class InferCodec:
             return [data]
         return [data[start : start + features] for start in range(0, len(data), features)]
 
-    def read_any(self, body: bytes | memoryview, tail: bytes | memoryview) -> tuple[Any, int, int, Any, Wanted]:
+    def read_any(self, body: bytes, tail: bytes | memoryview) -> Job:
         """Read a request to any model."""
         asked: InferRequest = decode_json(decode_request, body)
         feeds, position = {}, 0
@@ -171,7 +175,7 @@ class InferCodec:
                     raise Refusal(400, self.model.name_place(str(refusal))) from None
         if position != len(tail):
             raise Refusal(400, f"{len(tail) - position} bytes follow the JSON that no input's binary_data_size counts")
-        return *group(feeds, self.model), self.find_wanted(asked)
+        return make_job(feeds, self.model, self.find_wanted(asked))
 
     def find_wanted(self, asked: Any) -> Wanted:
         """Return what is to be sent; Refusal where that is not an output of this model."""
@@ -241,12 +245,8 @@ def _json(text: str) -> str:
 
 def not_finite(rows: list[list[float]]) -> str:
     """Return what is said where JSON cannot carry the answer to one of `rows`."""
-    row = next(number for number, values in enumerate(rows) if b"null" in encode(values) or _has_infinity(values))
+    row = next(number for number, values in enumerate(rows) if not np.isfinite(values).all())
     return f"row {row}: the model has no finite answer to these features: they are too large; {NO_JSON_NUMBER}"
-
-
-def _has_infinity(values: list[float]) -> bool:
-    return not np.isfinite(values).all()
 
 
 def split_body(body: bytes, length: bytes) -> tuple[bytes, memoryview]:
@@ -274,19 +274,18 @@ def check_output(number: int, name: str, others: list[str], model: Model) -> Non
         raise Refusal(400, f"outputs[{number}]: {name!r} is named twice")
 
 
-def refuse_parameters(place: str, parameters: Parameters | None) -> None:
+def refuse_parameters(place: str, parameters: Container[str] | None) -> None:
     """Refuse a parameter whose request would be answered wrongly if it were ignored."""
-    if parameters is not None:
-        for name, reason in REFUSED.items():
-            if getattr(parameters, name) is not None:
-                raise Refusal(400, f"{place}: {reason}")
+    for name, reason in REFUSED.items() if parameters else ():
+        if name in parameters:
+            raise Refusal(400, f"{place}: {reason}")
 
 
-def group(feeds: dict[str, np.ndarray], model: Model) -> tuple[dict[str, np.ndarray], int, int, Any]:
-    """Return feeds, rows, elements, and the key of those that they may share a run with, None for nobody."""
+def make_job(feeds: dict[str, np.ndarray], model: Model, wanted: Any) -> Job:
+    """Return the job of any model's inputs; it may share a run with those whose arrays differ in rows only."""
     size = sum(array.size for array in feeds.values())
     rows = {array.shape[:1] for array in feeds.values()}
     if not model.batcher.max_rows or len(rows) != 1 or rows <= {(0,), ()}:
-        return feeds, 1, size, None
+        return Job(feeds, 1, size, None, wanted)
     (count,) = rows.pop()
-    return feeds, count, size, tuple((name, feeds[name].shape[1:]) for name in model.inputs)
+    return Job(feeds, count, size, tuple((name, feeds[name].shape[1:]) for name in model.inputs), wanted)

@@ -42,9 +42,9 @@ class Repository:
         """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
 
         What cannot be loaded is told in one line and changes nothing: a version that was served before it goes on as
-        it was. `models` is replaced as a whole, so that a request in another thread sees the old or the new. Raises
-        DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be read:
-        then, too, nothing changes.
+        it was. What is served is replaced as a whole, so that a request in another thread sees the old or the new.
+        Raises DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be
+        read: then, too, nothing changes.
         """
         found = self.list_versions()
         versions = {
@@ -55,21 +55,21 @@ class Repository:
         }
         changed = len(versions) != sum(map(len, self.models.values()))
         for name, version in self.tried.keys() - found:
-            self.failures.pop((name, version), None)
             self.tell(f"{name} version {version} is gone and no longer served")
         self.tried = {key: files for key, files in self.tried.items() if key in found}
+        failures = {key: reason for key, reason in self.failures.items() if key in found}
         for key, files in found.items():
             if self.tried.get(key) == files or (self.seen is not None and self.seen.get(key) != files):
                 continue  # known, or still being written
             self.tried[key] = files
             try:
                 versions[key] = self.load(key, files)
-                self.failures.pop(key, None)
+                failures.pop(key, None)
                 changed = True
             except DeviceError:
                 raise
             except ModelError as error:
-                self.failures[key] = str(error)
+                failures[key] = str(error)
                 kept = "stays as it was" if key in versions else "is left out"
                 self.tell(f"{key[0]} version {key[1]} {kept}: {error} ({self.folder / key[0] / key[1]})")
         self.seen = found
@@ -78,7 +78,7 @@ class Repository:
             models.setdefault(name, {})[version] = versions[name, version]
         defaults = {name: self.choose_default(name, list(models[name])) for name in models}
         changed |= defaults != self.defaults
-        self.models, self.defaults = models, defaults
+        self.models, self.defaults, self.failures = models, defaults, failures
         return changed
 
     def load(self, key: Key, files: Files) -> Model:

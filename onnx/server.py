@@ -27,6 +27,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
 import grpc_api
@@ -42,8 +43,8 @@ from workers import open_shared, supervise
 FOLDER = Path(__file__).resolve().parent
 
 
-def stop(*_) -> None:
-    """End with exit code 0: being asked to stop is no failure. Only until the event loop takes the signals.
+def stop(*_) -> NoReturn:
+    """End with exit code 0: being asked to stop is no failure. At once: threads that run a model are not waited for.
 
     Raising SystemExit instead would be lost now and then: Python ignores what is raised inside a destructor.
     """
@@ -51,7 +52,7 @@ def stop(*_) -> None:
     os._exit(0)
 
 
-def stop_worker(*_) -> None:
+def stop_worker(*_) -> NoReturn:
     """The same without the line: the supervisor prints it once."""
     os._exit(0)
 
@@ -175,8 +176,7 @@ async def serve(
     await Server(serving, limits).serve(listener, ended)
     watcher.cancel()
     await grpc_server.stop(grace=2)
-    (stop_worker if arguments.worker else stop)()
-    return 0
+    return (stop_worker if arguments.worker else stop)()
 
 
 def start_workers(arguments: argparse.Namespace, workers: int) -> int:

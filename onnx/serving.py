@@ -15,19 +15,16 @@ import openapi
 from batching import Job, threads
 from http_messages import JSON, Head, Refusal, Request
 from metrics import CONTENT_TYPE, Metrics
-from models import Model
+from models import INLINE_BYTES, Codec, Model
 from open_inference import LENGTH, OCTETS, InferCodec
 from predict import PredictCodec
 from repository import Repository
 from settings import Settings
 from tensors import encode
 
-# A body of a megabyte takes some 20 ms to read, in which the event loop would answer nobody else: above this size all
-# that belongs to a request is done in a thread (ONNX Runtime frees Python's lock); and so for a compressed one.
-INLINE_BODY_BYTES = 32_000
 ENCODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "identity": "", "": ""}
 NAMES_TOLD = 10  # of models, where one is asked for that is not there
-EXTENSIONS = ["binary_tensor_data", "statistics", "model_repository"]
+EXTENSIONS = ["binary_tensor_data", "statistics"]  # not model_repository: its index is answered, loading is not
 
 
 class IndexRequest(msgspec.Struct):
@@ -56,43 +53,38 @@ class Route:
 class ModelRoute(Route):
     """What answers requests to one version of one model: read, run, write."""
 
-    def __init__(self, model: Model, codec: PredictCodec | InferCodec, largest: int):
+    def __init__(self, model: Model, codec: Codec, largest: int):
         self.model = model
         self.codec = codec
         self.largest = largest  # bytes of a body
         self.labels = model.name, model.version
 
     def handle(self, request: Request) -> None:
-        if len(request.body) > INLINE_BODY_BYTES or b"content-encoding" in request.head.headers:
+        if len(request.body) > INLINE_BYTES or b"content-encoding" in request.head.headers:
             threads.submit(self.handle_apart, request)
             return
-        feeds, rows, size, key, context = self.codec.read(request)
-        self.model.batcher.add(Job(feeds, rows, size, key, (request, context), self.finish))
+        job = self.codec.read(request)
+        job.asker, job.done = request, self.finish
+        self.model.batcher.add(job)
 
     def finish(self, job: Job, answer: Any) -> None:
         """Send the answer, or what went wrong."""
-        request, context = job.context
         if isinstance(answer, Exception):
-            request.fail(answer)
+            job.asker.fail(answer)
             return
         try:
-            body, content_type, extra = self.codec.write(context, answer)
+            reply = self.codec.write(job.wanted, answer)
         except Exception as error:  # noqa: BLE001 - others whose answers came from the same run are still to be told
-            request.fail(error)
+            job.asker.fail(error)
         else:
-            request.answer(body, content_type, extra)
+            job.asker.answer(*reply)
 
     def handle_apart(self, request: Request) -> None:
         """All of it, in a thread."""
         try:
             if encoding := request.head.headers.get(b"content-encoding"):
                 request.body = decompress(request.body, encoding, self.largest)
-            feeds, rows, size, key, context = self.codec.read(request)
-            job = Job(feeds, rows, size, key, None, None)
-            (answer,) = self.model.batcher.answer([job])
-            if isinstance(answer, Exception):
-                raise answer
-            reply = self.codec.write(context, answer)
+            reply = self.model.answer_apart(self.codec, request)
         except Exception as error:  # noqa: BLE001 - the thread has nobody else to tell
             request.later(request.fail, error)
         else:
@@ -110,21 +102,23 @@ class Serving:
         self.update()
 
     def update(self) -> None:
-        """Serve what the repository holds now; requests under way keep the model that they have."""
-        models, defaults = self.repository.models, self.repository.defaults
+        """Serve what the repository holds now; requests under way keep the model that they have.
+
+        The repository is read again in a thread: what it finds counts here once all of it is taken over.
+        """
+        self.models, self.defaults = self.repository.models, self.repository.defaults
         if self.metrics is not None:
-            self.metrics.set_loaded(models)
-        messages = {
+            self.metrics.set_loaded(self.models)
+        self.messages = {
             key: (model, grpc_api.InferCodec(model))
-            for versions in models.values()
+            for versions in self.models.values()
             for model in versions.values()
             for key in [(model.name, model.version), *([(model.name, "")] if self.is_default(model) else [])]
         }
-        self.defaults, self.messages = defaults, messages
         self.routes = self.make_routes()
 
     def is_default(self, model: Model) -> bool:
-        return self.repository.defaults[model.name] == model.version
+        return self.defaults[model.name] == model.version
 
     def observe(self, route: Route, status: int, seconds: float) -> None:
         """Count an answered request to a model."""
@@ -140,10 +134,8 @@ class Serving:
             route = Route(reply, content_type)
             return {b"GET": route, b"HEAD": route}
 
-        models, largest = self.repository.models, self.settings.max_body_bytes
-        description = openapi.describe(
-            models, self.repository.defaults, self.model_name, largest, self.metrics is not None
-        )
+        largest = self.settings.max_body_bytes
+        description = openapi.describe(self.models, self.defaults, self.model_name, largest, self.metrics is not None)
         server = get(encode(self.describe()))
         routes = {
             "/v2": server,
@@ -157,7 +149,7 @@ class Serving:
         if self.metrics is not None:
             routes["/metrics"] = get(lambda _: self.metrics.render(), CONTENT_TYPE)
             routes["/v2/models/stats"] = get(lambda _: encode(self.statistics()))
-        for name, versions in models.items():
+        for name, versions in self.models.items():
             for version, model in versions.items():
                 paths = {f"/v2/models/{name}/versions/{version}": version}
                 if self.is_default(model):
@@ -225,11 +217,8 @@ class Serving:
 
     def is_ready(self) -> bool:
         """Whether the model behind /predict is served, or any where that one never was."""
-        models = self.repository.models
-        return self.model_name in models or (bool(models) and not self.is_expected())
-
-    def is_expected(self) -> bool:
-        return (self.repository.folder / self.model_name).is_dir()
+        is_expected = (self.repository.folder / self.model_name).is_dir()
+        return self.model_name in self.models or (bool(self.models) and not is_expected)
 
     def describe(self) -> dict:
         """Return the metadata of the server."""
@@ -238,7 +227,7 @@ class Serving:
 
     def describe_model(self, name: str, version: str) -> dict:
         """Return the metadata of a model, whose version may be ""; Refusal 404 where it is not served."""
-        return self.find_model(name, version).describe(list(self.repository.models[name]))
+        return self.find_model(name, version).describe(list(self.models[name]))
 
     def index(self, only_ready: bool) -> list[dict]:
         return [entry for entry in self.repository.index() if not only_ready or entry["state"] == "READY"]
@@ -251,7 +240,7 @@ class Serving:
             self.find_model(name, version)
         wanted = [
             (model, each)
-            for model, versions in self.repository.models.items()
+            for model, versions in self.models.items()
             for each in versions
             if name in ("", model) and version in ("", each)
         ]
@@ -266,7 +255,7 @@ class Serving:
         found = self.messages.get((name, version))
         if found is not None:
             return found
-        models, failures = self.repository.models, self.repository.failures
+        models, failures = self.models, self.repository.failures
         failed = [each for each in failures if each[0] == name and version in ("", each[1])]
         if failed and (version or name not in models):
             raise Refusal(404, f"version {failed[-1][1]!r} of {name} is there and not served: {failures[failed[-1]]}")

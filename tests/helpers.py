@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -220,3 +221,13 @@ def skip_without_haproxy() -> None:
         find_haproxy()
     except GatewayError as error:
         pytest.skip(str(error))
+
+
+def write_onnx_settings(path: Path, **changes: object) -> Path:
+    """Write the ONNX server's tuned.toml with these values changed; return the path."""
+    text = (REPOSITORY_DIR / "onnx" / "tuned.toml").read_text()
+    for key, value in changes.items():
+        text, count = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.M)
+        assert count == 1, key
+    path.write_text(text)
+    return path

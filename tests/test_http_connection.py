@@ -3,146 +3,19 @@
 Connections run in this process, on a transport that keeps what is written: thousands of streams take seconds.
 """
 
+import gc
 import json
 import re
-from dataclasses import dataclass, field
+import weakref
 from types import SimpleNamespace
+from unittest import mock
 
 import h11
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers import REPOSITORY_DIR, load_together
-
-http_server, http_connection, http_messages = load_together(
-    REPOSITORY_DIR / "onnx", "http_server", "http_connection", "http_messages"
-)
-GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
-
-
-class Echo:
-    """An application that answers with what it was asked; and, where the target is /later, when it is told to."""
-
-    routes = object()
-
-    def __init__(self):
-        self.asked: list[tuple[str, str, bytes]] = []
-        self.kept: list = []
-
-    def find(self, head):
-        if head.target.startswith("/none"):
-            raise http_messages.Refusal(404, "nothing here")
-        return SimpleNamespace(handle=self.handle)
-
-    def handle(self, request):
-        head = request.head
-        self.asked.append((head.method.decode(), head.target, request.body))
-        if head.target.startswith("/raise"):
-            raise ValueError("a secret")
-        reply = json.dumps([head.method.decode(), head.target, request.body.hex()]).encode()
-        if head.target.startswith("/later"):
-            self.kept.append((request, reply))
-        else:
-            request.answer(reply)
-
-    def observe(self, route, status, seconds):
-        pass
-
-
-@dataclass
-class Transport:
-    """What uvloop's would do."""
-
-    written: bytearray = field(default_factory=bytearray)
-    ended: str = ""  # how, once it is
-    is_paused: bool = False
-    unread_bytes: int = 0  # of what is written, where the client does not read
-
-    def write(self, data: bytes) -> None:
-        assert not self.ended, "written after the end"
-        self.written += data
-
-    def close(self) -> None:
-        self.ended = self.ended or "closed"
-
-    def abort(self) -> None:
-        self.ended = "aborted"
-
-    def write_eof(self) -> None:
-        self.ended = self.ended or "lingering"
-
-    def can_write_eof(self) -> bool:
-        return True
-
-    def pause_reading(self) -> None:
-        self.is_paused = True
-
-    def resume_reading(self) -> None:
-        self.is_paused = False
-
-    def get_write_buffer_size(self) -> int:
-        return self.unread_bytes
-
-
-class Client:
-    """One connection to a server of its own."""
-
-    def __init__(self, **limits):
-        self.echo = Echo()
-        self.server = http_server.Server(self.echo, http_messages.Limits(**limits))
-        self.transport = Transport()
-        self.connection = http_connection.Connection(self.server)
-        self.connection.connection_made(self.transport)
-
-    def send(self, data: bytes, *cuts: int) -> "Client":
-        """Have the server receive `data`, in pieces that begin at `cuts`."""
-        places = [0, *sorted(cut for cut in set(cuts) if 0 < cut < len(data)), len(data)]
-        for start, end in zip(places, places[1:], strict=False):
-            if self.transport.ended in ("closed", "aborted"):
-                break
-            if start < end:
-                self.connection.data_received(data[start:end])
-        return self
-
-    def wait(self, seconds: float) -> None:
-        """Let so much time pass for the server."""
-        self.server.now_s += seconds
-        self.connection.check_time()
-
-    def replies(self) -> list[tuple[int, bytes]]:
-        """Return status and body of every reply, as h11 reads them; an interim one has no body."""
-        found: list[tuple[int, bytes]] = []
-        text, heads = bytes(self.transport.written), [asked[0] == "HEAD" for asked in self.echo.asked]
-        for is_head in [*heads, *[False] * 1000]:
-            if not text:
-                break
-            reader = h11.Connection(h11.CLIENT)
-            reader.send(h11.Request(method="HEAD" if is_head else "GET", target="/", headers=[("host", "a")]))
-            reader.send(h11.EndOfMessage())
-            reader.receive_data(text)
-            if self.transport.ended:
-                reader.receive_data(b"")
-            status, body = 0, b""
-            while True:
-                event = reader.next_event()
-                if isinstance(event, h11.InformationalResponse):
-                    found.append((event.status_code, b""))
-                elif isinstance(event, h11.Response):
-                    status = event.status_code
-                elif isinstance(event, h11.Data):
-                    body += bytes(event.data)
-                elif isinstance(event, h11.EndOfMessage):
-                    found.append((status, body))
-                    text = reader.trailing_data[0]
-                    break
-                else:
-                    assert not text or event in (h11.NEED_DATA, h11.PAUSED), event
-                    return found
-        return found
-
-    def statuses(self) -> list[int]:
-        return [status for status, _ in self.replies()]
+from http_toys import GET, LATER, SMUGGLED, Client, Transport, http_connection, http_server
 
 
 def read_with_h11(stream: bytes) -> tuple[list[tuple[str, str, bytes]], bool]:
@@ -274,35 +147,6 @@ def test_what_is_understood_of_a_damaged_stream_is_what_h11_understands(made, da
     assert len(whole.echo.asked) <= len(theirs) or objects
     assert all(status == 200 or 400 <= status < 600 for status in whole.statuses())
     assert 500 not in whole.statuses()
-
-
-SMUGGLED = {  # each holds a second request, /smuggled, that a careless server would find in the first one's body
-    "both lengths": b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n",
-    "both lengths, the other way round": b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n",
-    "two lengths": b"Content-Length: 0\r\nContent-Length: 50\r\n",
-    "a list of lengths": b"Content-Length: 0, 50\r\n",
-    "a length with a sign": b"Content-Length: +0\r\n",
-    "a negative length": b"Content-Length: -1\r\n",
-    "a length in hex": b"Content-Length: 0x0\r\n",
-    "an empty length": b"Content-Length: \r\n",
-    "a length that is too large for 64 bits": b"Content-Length: 18446744073709551616\r\n",
-    "an obscured encoding": b"Transfer-Encoding: xchunked\r\n",
-    "chunked, and something after it": b"Transfer-Encoding: chunked, identity\r\n",
-    "chunked twice": b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
-    "chunked twice in a list": b"Transfer-Encoding: chunked, chunked\r\n",
-    "an encoding before chunked": b"Transfer-Encoding: gzip, chunked\r\n",
-    "identity": b"Transfer-Encoding: identity\r\n",
-    "a blank before the colon": b"Transfer-Encoding : chunked\r\n",
-    "a tab before the colon": b"Content-Length\t: 0\r\n",
-    "a folded line": b"Transfer-Encoding:\r\n chunked\r\n",
-    "a form feed in the value": b"Transfer-Encoding: \x0bchunked\r\n",
-    "a NUL in a value": b"X: a\0b\r\n",
-    "a carriage return in a value": b"X: a\rTransfer-Encoding: chunked\r\n",
-    "a line feed alone": b"X: a\nTransfer-Encoding: chunked\r\n",
-    "quoted chunked": b'Transfer-Encoding: "chunked"\r\n',
-    "a name with a blank": b"Content Length: 0\r\n",
-    "no name": b": 0\r\n",
-}
 
 
 @pytest.mark.parametrize("name", SMUGGLED)
@@ -601,3 +445,325 @@ def test_an_application_whose_routes_change_is_asked_again():
 def test_no_bytes_whatever_break_it(junk):
     client = Client().send(junk, 3, 50).send(GET)
     assert 500 not in client.statuses()
+
+
+# Faults that were found one by one
+
+
+@pytest.mark.parametrize("head", [b"POST / HTTP/1.0", b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close"])
+@pytest.mark.parametrize("sent", [b"Content-Length: 5\r\n\r\n", b"Content-Length: 5\r\n\r\nab"])
+def test_the_body_of_a_last_request_is_not_waited_for_without_end(head, sent):
+    client = Client().send(head + b"\r\n" + sent)
+    client.wait(10.2)
+    assert client.statuses() == [408]
+    assert client.transport.ended
+
+
+def test_a_last_request_whose_body_is_malformed_is_refused():
+    client = Client().send(
+        b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+    )
+    assert client.statuses() == [400]
+    assert client.transport.ended
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"GET /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",
+        b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nUpgrade: h2c\r\nConnection: upgrade\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: a\r\nUpgrade: h2c\r\nConnection: upgrade\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_what_follows_the_last_request_is_not_served_while_a_reply_is_due(last, is_cut):
+    follows = b"GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n"
+    client = Client()
+    client.server.remember(follows, Client().send(follows).server.known_heads[follows])
+    client.send(LATER + last + follows, *([len(LATER), len(LATER + last)] if is_cut else []))
+    assert "/smuggled" not in [asked[1] for asked in client.echo.asked]
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert len(client.statuses()) == 2
+    assert client.statuses()[0] == 200
+    assert client.transport.ended
+
+
+@pytest.mark.parametrize(
+    "rest", [b"", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nab", b"GET /half", b"\0"]
+)
+def test_a_client_that_ends_its_half_gets_what_it_asked_for(rest):
+    client = Client().send(LATER + rest)
+    assert client.connection.eof_received()
+    request, reply = client.echo.kept[0]
+    request.answer(reply)
+    assert client.statuses() == ([200, 400] if rest == b"\0" else [200])
+    assert client.transport.ended == "closed"
+
+
+def test_a_body_that_is_not_read_because_of_other_requests_is_read_after_them():
+    client = Client().send(LATER * 64 + b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nab")
+    assert client.transport.is_paused
+    client.wait(1000)
+    assert not client.transport.ended
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert client.statuses() == [200] * 65
+    assert not client.transport.is_paused
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_refused_request_whose_body_is_malformed_gets_one_reply(is_late):
+    client = Client().send(LATER if is_late else b"")
+    client.send(b"POST /none HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    client.send(b"zz\r\n")
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert client.statuses() == [200, 404][not is_late :]
+    assert client.transport.ended == "lingering"
+
+
+def test_a_refused_body_that_does_not_end_costs_no_other_reply():
+    client = Client().send(LATER + b"POST /none HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+    client.wait(10.2)
+    request, reply = client.echo.kept[0]
+    request.answer(reply)
+    assert client.statuses() == [200, 404]
+    assert client.transport.ended == "lingering"
+
+
+def test_requests_that_come_one_by_one_are_not_read_without_bound_either():
+    client = Client().send(GET.replace(b"/ ", b"/later "))
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    sent = 0
+    while not client.transport.is_paused and sent < 1000:
+        client.send(LATER)
+        sent += 1
+    assert sent <= http_connection.MAX_UNANSWERED + 1
+
+
+def test_the_time_that_this_server_takes_is_not_its_clients_fault():
+    client = Client().send(LATER * 100 + b"GET /half")
+    client.wait(1000)
+    assert not client.transport.ended
+    assert client.statuses() == []
+
+
+def test_a_client_that_has_to_wait_for_100_continue_is_not_late():
+    client = Client().send(LATER + b"POST / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+    client.wait(1000)
+    assert client.statuses() == []
+    request, reply = client.echo.kept[0]
+    request.answer(reply)
+    assert client.statuses() == [200, 100]
+    client.wait(9.8)
+    assert not client.transport.ended
+    client.wait(0.4)
+    assert client.statuses() == [200, 100, 408]
+
+
+def test_a_client_that_was_not_read_is_read_again_once_it_is_answered():
+    """Though some replies are still on their way: they are too few for the event loop to tell."""
+    client = Client().send(LATER * 65)
+    assert client.transport.is_paused
+    client.transport.unread_bytes = 100
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert not client.transport.is_paused
+
+
+def test_what_does_not_read_its_replies_is_answered_little_more():
+    client = Client()
+
+    def write(data, write=client.transport.write):
+        write(data)
+        client.connection.pause_writing()
+
+    client.transport.write = write
+    client.send(GET * 9000)
+    assert len(client.echo.asked) == 1
+    del client.transport.write
+    client.connection.resume_writing()
+    assert len(client.echo.asked) == 9000
+    assert not client.transport.is_paused
+
+
+def test_a_client_that_reads_at_once_is_not_answered_twice():
+    """The event loop may pause and resume writing within one write."""
+    client = Client()
+
+    def write(data, write=client.transport.write):
+        client.connection.pause_writing()
+        write(data)
+        client.connection.resume_writing()
+
+    client.transport.write = write
+    client.send(GET * 10)
+    assert len(client.echo.asked) == 10
+    assert client.statuses() == [200] * 10
+    assert not client.transport.is_paused
+
+
+def test_a_full_connection_that_lingers_is_read_so_that_its_replies_are_not_lost():
+    client = Client().send(LATER * 64 + b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert client.transport.is_paused
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert client.statuses() == [200] * 64 + [400]
+    assert client.transport.ended == "lingering"
+    assert not client.transport.is_paused
+
+
+def test_many_upgrades_at_once_are_ignored_one_by_one():
+    client = Client().send(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n" * 3000)
+    assert len(client.echo.asked) == 3000
+
+
+def test_a_head_is_not_remembered_as_that_of_a_request_that_was_read_late():
+    client = Client().send(LATER * 65 + GET)
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    head = b"POST /other HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n"
+    client.send(head).send(b"abcde").send(head).send(b"abcde")
+    assert client.echo.asked[65:] == [("GET", "/", b""), *[("POST", "/other", b"abcde")] * 2]
+
+
+def test_a_known_head_is_not_a_way_around_the_limit():
+    client = Client(max_body_bytes=10)
+    for _ in range(3):
+        client.send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 11\r\n\r\n" + b"x" * 11)
+    assert client.statuses() == [413] * 3
+
+
+def test_an_error_in_the_search_for_a_route_is_500(capsys):
+    client = Client()
+    client.echo.find = lambda head: 1 / 0
+    client.send(GET + GET)
+    assert client.statuses() == [500, 500]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_lost_connection_keeps_nothing():
+    client = Client().send(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 900000\r\n\r\n" + b"x" * 500_000)
+    connection = weakref.ref(client.connection)
+    gc.collect()
+    gc.disable()  # which may come late: a body may be a megabyte
+    try:
+        client.connection.connection_lost(None)
+        client.connection = None
+        assert connection() is None
+    finally:
+        gc.enable()
+
+
+def test_a_late_answer_to_a_lost_connection_is_dropped():
+    client = Client().send(LATER * 100)
+    client.transport.abort()
+    client.connection.connection_lost(None)
+    for request, reply in client.echo.kept:
+        request.answer(reply)
+    assert client.transport.written == b""
+
+
+def test_an_idle_connection_keeps_neither_request_nor_route():
+    class Route:
+        def handle(self, request):
+            request.answer(b"")
+
+    client, routes = Client(), weakref.WeakSet()
+
+    def find(head):
+        route = Route()
+        routes.add(route)
+        return route
+
+    client.echo.find = find
+    client.send(GET + GET).send(GET)
+    assert client.statuses() == [200] * 3
+    assert routes
+    client.echo.routes = object()  # as after a reload
+    client.server.tick()
+    gc.collect()
+    assert not routes
+
+
+steps = st.one_of(
+    st.sampled_from(["read", "answer first", "answer last", "answer all", "tick"]),
+    st.lists(st.sampled_from(["now", "later", "none", "chunked", "upgrade"]), min_size=1, max_size=20),
+)
+
+
+@mock.patch.object(http_connection, "MAX_UNANSWERED", 4)
+@settings(max_examples=40, deadline=None)
+@given(st.lists(steps, max_size=12), st.lists(st.integers(1, 3000), max_size=5), st.booleans())
+def test_whatever_order_things_come_in_each_request_gets_its_reply_in_its_place(script, cuts, ends):
+    """Answers out of order, at once and late; a client that reads now and then; its last bytes; its end."""
+    client, wanted = Client(), []
+    high_water, waiting = 1000, bytearray()  # what arrived while it was not read
+    write = client.transport.write
+
+    def write_and_pause(data):
+        write(data)
+        client.transport.unread_bytes += len(data)
+        if client.transport.unread_bytes > high_water and not client.connection.is_stuck:
+            client.connection.pause_writing()
+
+    client.transport.write = write_and_pause
+
+    def read():
+        client.transport.unread_bytes = 0
+        if client.connection.is_stuck:
+            client.connection.resume_writing()
+
+    def deliver():
+        while waiting and not client.transport.is_paused and not client.transport.ended:
+            count = cuts[len(waiting) % len(cuts)] if cuts else len(waiting)
+            client.connection.data_received(bytes(waiting[:count]))
+            del waiting[:count]
+
+    def answer(place):
+        if client.echo.kept:
+            request, reply = client.echo.kept.pop(place)
+            request.answer(reply)
+
+    for step in script:
+        if isinstance(step, list):
+            for kind in step:
+                target = f"/{kind}{len(wanted)}"
+                wanted.append(target)
+                head = f"{'POST' if kind == 'chunked' else 'GET'} {target} HTTP/1.1\r\nHost: a\r\n".encode()
+                head += {
+                    "chunked": b"Transfer-Encoding: chunked\r\n",
+                    "upgrade": b"Connection: upgrade\r\nUpgrade: x\r\n",
+                }.get(kind, b"")
+                waiting += head + b"\r\n" + (b"3;a\r\nabc\r\n0\r\n\r\n" if kind == "chunked" else b"")
+        elif step == "read":
+            read()
+        elif step == "tick":
+            client.wait(1)
+        elif step == "answer all":
+            while client.echo.kept:
+                answer(0)
+        else:
+            answer(0 if step == "answer first" else -1)
+        deliver()
+    for _ in range(10 * len(wanted)):
+        read()
+        deliver()
+        answer(-1)
+    assert not waiting
+    assert not client.transport.is_paused
+    said = [
+        target if status == 404 else json.loads(body)[1]
+        for target, (status, body) in zip(wanted, client.replies(), strict=True)
+    ]
+    assert said == wanted
+    assert [asked[1] for asked in client.echo.asked] == [target for target in wanted if not target.startswith("/none")]
+    assert not client.transport.ended
+    if ends:
+        assert not client.connection.eof_received()

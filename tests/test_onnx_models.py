@@ -21,7 +21,7 @@ import damaged_requests
 import onnx_corpus
 import toy_onnx_models
 from damaged_requests import pack, unpack, write_message, write_request
-from helpers import DEADLINE_S, REPOSITORY_DIR, get, load_together, post, start, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, get, load_together, post, start, wait_until, write_onnx_settings
 from onnx_corpus import Case, has_json_numbers, same
 from servers.process import ServerProcess
 from toy_onnx_models import DATATYPES, Arrays, Toy
@@ -32,9 +32,9 @@ WAYS = ("json", "nested", "binary", "raw", "contents")  # the last two are gRPC'
 CLIENTS = 16
 
 
-def serve(repository: Path, *options: str, config: str = "tuned.toml") -> ServerProcess:
+def serve(repository: Path, *options: str, config: str | Path = "tuned.toml") -> ServerProcess:
     server = start("onnx")
-    server.endpoint.extra_options = ["--config", config, "--model-repository", str(repository), *options]
+    server.endpoint.extra_options = ["--config", str(config), "--model-repository", str(repository), *options]
     return server
 
 
@@ -46,13 +46,6 @@ def write_models(folder: Path, models: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True)
         path.write_bytes(content)
     return folder
-
-
-def write_settings(path: Path, **changes: object) -> str:
-    lines = (ONNX_DIR / "tuned.toml").read_text().splitlines()
-    kept = [line for line in lines if line.partition(" ")[0] not in changes]
-    path.write_text("\n".join([*kept, *(f"{key} = {value}" for key, value in changes.items())]))
-    return str(path)
 
 
 # Models that others made
@@ -69,7 +62,7 @@ def corpus() -> list[Case]:
 @pytest.fixture(scope="module")
 def corpus_server(corpus, tmp_path_factory) -> Iterator[ServerProcess]:
     folder = write_models(tmp_path_factory.mktemp("corpus"), {case.name: case.model for case in corpus})
-    config = write_settings(folder / "large.toml", max_body_bytes=64_000_000)
+    config = write_onnx_settings(folder / "large.toml", max_body_bytes=64_000_000)
     with serve(folder, config=config) as server:
         yield server
 
@@ -151,7 +144,7 @@ def test_onnxs_own_tests_are_answered_as_onnx_runtime_does(whole_corpus, form, c
 def whole_corpus(tmp_path_factory):
     cases = onnx_corpus.collect(onnx_corpus.list_node_modules())
     folder = write_models(tmp_path_factory.mktemp("whole"), {case.name: case.model for case in cases})
-    config = write_settings(folder / "large.toml", max_body_bytes=64_000_000)
+    config = write_onnx_settings(folder / "large.toml", max_body_bytes=64_000_000)
     with serve(folder, config=config) as server:
         yield cases, make_clients(server)
 
@@ -272,7 +265,7 @@ def toy_server(toys, tmp_path_factory) -> Iterator[ServerProcess]:
         model = toy_onnx_models.make_rows("same", properties={"features": features})
         (folder / name / "1" / "model.onnx").write_bytes(model)
     (folder / "folder" / "1" / "model.onnx").mkdir(parents=True)
-    with serve(folder, config=write_settings(folder / "quick.toml", poll_s=0.1)) as server:
+    with serve(folder, config=write_onnx_settings(folder / "quick.toml", poll_s=0.1)) as server:
         yield server
 
 
@@ -610,7 +603,7 @@ EXTERNAL = toy_onnx_models.make_external()
 @pytest.fixture(scope="module")
 def following(tmp_path_factory) -> Iterator[Following]:
     folder = tmp_path_factory.mktemp("following")
-    config = write_settings(folder / "quick.toml", poll_s=0.1)
+    config = write_onnx_settings(folder / "quick.toml", poll_s=0.1)
     with serve(write_models(folder / "models", {}), config=config) as server:
         yield Following(server, folder / "models")
 

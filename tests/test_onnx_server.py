@@ -35,21 +35,12 @@ from helpers import (
     run_python,
     start,
     wait_until,
+    write_onnx_settings,
 )
 from servers.process import ServerProcess
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
 GOOD_BODY = {"data": [GOOD_ROW]}
-
-
-def write_settings(path: Path, **changes: object) -> Path:
-    """Write tuned.toml with these values changed."""
-    text = (ONNX_DIR / "tuned.toml").read_text()
-    for key, value in changes.items():
-        text, count = re.subn(rf"^{key} = \S+", f"{key} = {value}", text, flags=re.M)
-        assert count == 1, key
-    path.write_text(text)
-    return path
 
 
 def running(*options: str | Path, config: str | Path = "tuned.toml") -> ServerProcess:
@@ -69,7 +60,7 @@ def tuned_server():
 def limited_server(tmp_path_factory):
     """A server that takes few connections, and does not wait long for a body."""
     path = tmp_path_factory.mktemp("limited") / "limited.toml"
-    with running(config=write_settings(path, body_timeout_s=0.3, max_connections=5)) as server:
+    with running(config=write_onnx_settings(path, body_timeout_s=0.3, max_connections=5)) as server:
         yield server
 
 
@@ -109,7 +100,7 @@ class Following:
 @pytest.fixture(scope="module")
 def following_server(tmp_path_factory) -> Iterator[Following]:
     repository = tmp_path_factory.mktemp("repository")
-    config = write_settings(repository / "quick.toml", poll_s=0.1)
+    config = write_onnx_settings(repository / "quick.toml", poll_s=0.1)
     shutil.copytree(ONNX_DIR / "models" / "my_model" / "1", repository / "my_model" / "1")
     with running("--model-repository", repository, config=config) as server:
         yield Following(server, repository / "my_model")
@@ -263,7 +254,7 @@ def test_tritonclient_finds_server_and_model(client):
     assert client.is_model_ready("my_model")
     assert client.is_model_ready("my_model", "1")
     assert not client.is_model_ready("my_model", "9")
-    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "statistics", "model_repository"]
+    assert client.get_server_metadata()["extensions"] == ["binary_tensor_data", "statistics"]
     assert client.get_model_metadata("my_model")["versions"] == ["1", "2"]
 
 

@@ -11,6 +11,7 @@ from endpoints.open_inference import (
     decode_grpc_reply,
     encode_binary_request,
     encode_grpc_request,
+    find_path,
 )
 
 
@@ -62,8 +63,7 @@ class BinaryOnnxEndpoint(TunedOnnxEndpoint):
     name = "onnx-infer-tuned"
 
     def path(self, version: str | None) -> str:
-        chosen = f"/versions/{self.native_version(version)}" if version else ""
-        return f"/v2/models/my_model{chosen}/infer"
+        return find_path(self.native_version(version) if version else None)
 
     def request(self, rows: list[Any], version: str | None) -> Request:
         body, json_bytes = encode_binary_request(rows)

@@ -116,14 +116,18 @@ def _read_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
         position += length
 
 
+def find_path(version: str | None) -> str:
+    """Return the path that predicts with a version, as its server names it; None: the server's default."""
+    return f"/v2/models/{MODEL}{f'/versions/{version}' if version else ''}/infer"
+
+
 class OpenInferencePeer(PeerEndpoint):
     """A peer that speaks the Open Inference Protocol."""
 
     rows_key = "inputs"
 
     def path(self, version: str | None) -> str:
-        chosen = f"/versions/{self.native_version(version)}" if version else ""
-        return f"/v2/models/{MODEL}{chosen}/infer"
+        return find_path(self.native_version(version) if version else None)
 
     def body(self, rows: list[list[float]], version: str | None) -> bytes:
         return encode_request(rows)
