@@ -42,7 +42,7 @@ class Repository:
         """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
 
         What cannot be loaded is told in one line and changes nothing: a version that was served before it goes on as
-        it was. What is served is replaced as a whole, so that a request in another thread sees the old or the new.
+        it was. What is found is new dictionaries: what a thread has taken of the old ones stays whole.
         Raises DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be
         read: then, too, nothing changes.
         """
@@ -77,8 +77,11 @@ class Repository:
         for name, version in sorted(versions, key=lambda key: (key[0], int(key[1]))):
             models.setdefault(name, {})[version] = versions[name, version]
         defaults = {name: self.choose_default(name, list(models[name])) for name in models}
-        changed |= defaults != self.defaults
-        self.models, self.defaults, self.failures = models, defaults, failures
+        if changed or defaults != self.defaults:
+            self.models, self.defaults = models, defaults
+            changed = True
+        changed |= failures != self.failures
+        self.failures = failures
         return changed
 
     def load(self, key: Key, files: Files) -> Model:
@@ -169,25 +172,12 @@ class Repository:
             words.append(f"{name} {', '.join(versions)}{chosen}")
         return "; ".join(words) or "none"
 
-    def index(self) -> list[dict]:
-        """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
-        served = [
-            {"name": name, "version": version, "state": "READY", "reason": ""}
-            for name, versions in self.models.items()
-            for version in versions
-        ]
-        failed = [
-            {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
-            for (name, version), reason in self.failures.items()
-            if version not in self.models.get(name, {})
-        ]
-        return served + failed
-
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Scan every `poll_s` seconds, in a thread, for ever; call `on_change` when what is served has changed."""
+        """Scan every `poll_s` seconds, in a thread, for ever; call `on_change` when what is there has changed."""
         problem = ""
         while self.settings.poll_s:
             await asyncio.sleep(self.settings.poll_s)
+            served = self.models
             try:
                 changed = await asyncio.to_thread(self.scan)
             except Exception as error:  # noqa: BLE001 - whatever lies there, the next look follows
@@ -196,8 +186,9 @@ class Repository:
             else:
                 problem = ""
                 if changed:
-                    print(f"models and versions: {self.describe()}\n", end="", flush=True)
                     on_change()
+                if self.models is not served:
+                    print(f"models and versions: {self.describe()}\n", end="", flush=True)
 
     def tell_once(self, line: str) -> None:
         if line not in self.told:

@@ -106,7 +106,8 @@ class Serving:
 
         The repository is read again in a thread: what it finds counts here once all of it is taken over.
         """
-        self.models, self.defaults = self.repository.models, self.repository.defaults
+        found = self.repository
+        self.models, self.defaults, self.failures = found.models, found.defaults, found.failures
         if self.metrics is not None:
             self.metrics.set_loaded(self.models)
         self.messages = {
@@ -230,7 +231,18 @@ class Serving:
         return self.find_model(name, version).describe(list(self.models[name]))
 
     def index(self, only_ready: bool) -> list[dict]:
-        return [entry for entry in self.repository.index() if not only_ready or entry["state"] == "READY"]
+        """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
+        served = [
+            {"name": name, "version": version, "state": "READY", "reason": ""}
+            for name, versions in self.models.items()
+            for version in versions
+        ]
+        failed = [
+            {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
+            for (name, version), reason in self.failures.items()
+            if version not in self.models.get(name, {})
+        ]
+        return served + ([] if only_ready else failed)
 
     def statistics(self, name: str = "", version: str = "") -> dict:
         """Return the protocol's statistics of a version, of all of a model, or of all; Refusal 404 of none."""
@@ -255,7 +267,7 @@ class Serving:
         found = self.messages.get((name, version))
         if found is not None:
             return found
-        models, failures = self.models, self.repository.failures
+        models, failures = self.models, self.failures
         failed = [each for each in failures if each[0] == name and version in ("", each[1])]
         if failed and (version or name not in models):
             raise Refusal(404, f"version {failed[-1][1]!r} of {name} is there and not served: {failures[failed[-1]]}")

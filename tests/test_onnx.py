@@ -445,6 +445,26 @@ def test_the_newest_version_is_the_highest_number(models_copy, scripts):
     assert routes["/v2/models/my_model/infer"] is routes["/v2/models/my_model/versions/10/infer"]
 
 
+def test_the_index_lists_as_ready_what_answers_and_nothing_else(models_copy, scripts):
+    settings = scripts.settings.read_settings(ONNX_DIR / "tuned.toml")
+    repository = scripts.repository.Repository(models_copy, settings)
+    repository.scan()
+    serving = scripts.serving.Serving(repository, "my_model", settings)
+
+    def states() -> dict[str, str]:
+        return {entry["version"]: entry["state"] for entry in serving.index(False) if entry["name"] == "my_model"}
+
+    shutil.copytree(models_copy / "my_model" / "1", models_copy / "my_model" / "10")
+    (models_copy / "my_model" / "11").mkdir()
+    (models_copy / "my_model" / "11" / "model.onnx").write_bytes(b"junk")
+    for _ in range(2):  # what is new is read once it has kept still
+        repository.scan()  # in a thread of its own: until the loop has taken it over, nothing of it counts
+    assert states() == {"1": "READY", "2": "READY"}
+    serving.update()
+    assert states() == {"1": "READY", "2": "READY", "10": "READY", "11": "UNAVAILABLE"}
+    assert "/v2/models/my_model/versions/10" in serving.routes
+
+
 def test_the_server_can_put_another_model_behind_predict(start_server):
     port = wait_until_serving(start_server("--port", "0", "--model", "my_model_sklearn"))
     rows, _ = load_test_rows()

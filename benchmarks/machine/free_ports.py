@@ -15,7 +15,8 @@ def find_free_ports(roles: list[str]) -> dict[str, int]:
     """Return a free loopback port for each role, none twice.
 
     They lie below the range from which the system gives ports to connections: one of those could take a port before
-    the server does. FREE_PORTS="20000-21999" narrows the choice. OSError if too few are free.
+    the server does. Each stays reserved for a minute: no process finds it again, a server may listen on it.
+    FREE_PORTS="20000-21999" narrows the choice. OSError if too few are free.
     """
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
@@ -31,10 +32,23 @@ def find_free_ports(roles: list[str]) -> dict[str, int]:
                 held.close()
                 continue
             stack.enter_context(held)
+            reserve(held)
             ports.append(port)
         if len(ports) < len(roles):
             raise OSError(f"{len(roles)} free ports are needed from {read_free_ports()}, and there are {len(ports)}")
         return dict(zip(roles, ports, strict=True))
+
+
+def reserve(bound: socket.socket) -> None:
+    """Leave a closed connection on the port that the socket is bound to.
+
+    While it waits out its last packets (TIME-WAIT: RFC 9293, section 3.3.2; a minute on Linux), only sockets with
+    SO_REUSEADDR can be bound to the port. Servers set it, `find_free_ports` does not.
+    """
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.listen(1)
+    with socket.create_connection(bound.getsockname()), bound.accept()[0] as first_to_close:
+        first_to_close.shutdown(socket.SHUT_RDWR)
 
 
 def read_free_ports() -> range:
