@@ -16,7 +16,8 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 ENDPOINT ?= onnx
-TEST_WORKERS ?= 2
+# One more than two cores: a test that waits for its server leaves its core to another.
+TEST_WORKERS ?= 3
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -177,7 +178,7 @@ test: train ## run the tests, on real servers: under five minutes on two cores
 	python -m pytest -n $(TEST_WORKERS) -m "not slow and not timing and not readmes and not containers" $(PYTEST_OPTIONS)
 
 test-readmes: train ## type each folder's README, command by command, as a reader does
-	python -m pytest -n $(TEST_WORKERS) -m readmes $(PYTEST_OPTIONS)
+	python -m pytest -n 2 -m readmes $(PYTEST_OPTIONS)
 
 test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
 	python -m pytest -m "(slow or timing) and not containers" $(PYTEST_OPTIONS)

@@ -44,7 +44,6 @@ from rollout.experiment import (
     tell_look,
 )
 from rollout.gateway_cli import GatewayError, read_share
-from rollout.plot import draw
 from rollout.split_users import Crowd, SplitError
 
 
@@ -112,6 +111,8 @@ def main() -> int:
         if not judgements:
             raise KeyboardInterrupt
         write_result(result, path)
+    from rollout.plot import draw  # only here: matplotlib takes seconds to import
+
     end = describe_end(result, plan, judgements[-1], decode_users(result["looks"]))
     console.print("\n".join(end))
     plot_path = path.with_suffix(".png")

@@ -40,7 +40,6 @@ from rollout.experiment import (
     tell_look,
 )
 from rollout.gateway_cli import MODEL, GatewayError, call_gateway, count_replicas
-from rollout.plot import draw
 from rollout.split_users import Crowd, SplitError
 
 SHARES = (0.05, 0.25, 0.5, 1.0)
@@ -130,6 +129,8 @@ def main() -> int:
     now = 2 if result["verdict"] == PROMOTE else 1
     last = f"verdict: {result['verdict']} ({result['reason']}; {len(users):,} users); all users get version {now}"
     if judgements:
+        from rollout.plot import draw  # only here: matplotlib takes seconds to import
+
         draw(plan, judgements, last, path.with_suffix(".png"))
     console.print(f"wrote {path}")
     console.print(last)

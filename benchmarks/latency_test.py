@@ -25,7 +25,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from scipy import stats
 
 from client.ask import ask
 from client.connection import Connection, begin_connecting
@@ -104,6 +103,8 @@ def judge_steadiness(latencies_s: np.ndarray) -> tuple[bool | None, str]:
     requests it finds differences that nobody cares for, so a change must also be at least LEAST_CHANGE.
     p50 is always judged, p99 where each piece supports it; None where there are too few requests for either.
     """
+    from scipy import stats  # only here: it takes seconds to import
+
     pieces = split_by_time(latencies_s, len(THIRDS) * PIECES_PER_THIRD)
     thirds = split_by_time(latencies_s, len(THIRDS))
     judged = []

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 from rich.console import Console
-from scipy import stats
 
 from client.load_generator import LoadGenerator, make_exchanges, poisson_arrivals
 from endpoints.base import ServerError, describe_choices, load_endpoints
@@ -74,6 +73,8 @@ def measure_growth(at_s: np.ndarray, memory_bytes: np.ndarray) -> Growth:
     chance, worth LEAST_GROWTH_BYTES over the time, that went on in the second half: a cache that has
     filled up, or a heap that was enlarged once, is no leak.
     """
+    from scipy import stats  # only here: it takes seconds to import
+
     times_s, means = (
         np.array([block.mean() for block in np.array_split(values, BLOCKS)]) for values in (at_s, memory_bytes)
     )
@@ -143,6 +144,8 @@ def describe_drift(windows: list) -> str:
     It has drifted where the windows' medians differ by more than chance (Mann and Whitney, "On a test of
     whether one of two random variables is stochastically larger than the other", 1947) and p50 by LEAST_DRIFT.
     """
+    from scipy import stats  # only here: it takes seconds to import
+
     answered = [window.latencies_s for window in windows if len(window.latencies_s)]
     first, last = answered[: len(answered) // 3], answered[-(len(answered) // 3) :]
     if not first:

@@ -1,6 +1,6 @@
 """Shared fixtures: one real server per framework, started once on free ports by its Endpoint; and who runs what.
 
-`make test` runs with two workers (pytest-xdist). Tests that share a server share a worker, so each server is started
+`make test` runs with three workers (pytest-xdist). Tests that share a server share a worker, so each server is started
 once; the groups that take longest come first. Each worker has its own free ports.
 """
 

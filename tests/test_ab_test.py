@@ -165,7 +165,7 @@ def run_ab_test(monkeypatch, tmp_path):
             if not sockets:
                 split.stand_in(patch)
             if not plot:  # drawing takes longer than all the rest
-                patch.setattr(ab_test, "draw", lambda *_: None)
+                patch.setattr("rollout.plot.draw", lambda *_: None)
             where = ["--url", split.url, "--api-key", "k", "--share", "50", "--output", output]
             done = call_main(ab_test, *where, "--timeout", DEADLINE_S, *options)
         assert done.returncode == code, done.stderr

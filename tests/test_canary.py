@@ -77,7 +77,7 @@ def test_a_bad_version_never_gets_half_of_the_users(plant, plan):
 @pytest.fixture
 def no_plot(monkeypatch):
     """Drawing takes longer than all the rest."""
-    monkeypatch.setattr(canary, "draw", lambda *_: None)
+    monkeypatch.setattr("rollout.plot.draw", lambda *_: None)
 
 
 @pytest.fixture

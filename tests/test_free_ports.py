@@ -3,9 +3,9 @@
 import socket
 
 import pytest
-from machine.free_ports import find_free_ports, read_free_ports
 
 from helpers import run_python
+from machine.free_ports import find_free_ports, read_free_ports
 
 IMPORT = "import sys; sys.path.insert(0, 'benchmarks'); from machine.free_ports import find_free_ports"
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import optimize, special, stats
+from scipy import optimize, special
 
 # A density: values of B between the boundaries, their weights in the integral, and the density at each of those who
 # are still going on; three arrays (160,).
@@ -28,7 +28,7 @@ def spend_late(fraction: float, alpha: float) -> float:
     Next to nothing early, nearly all at the end, so that the last boundary hardly differs from that of
     a test with one look. Lan and DeMets 1983, alpha*_1.
     """
-    return float(2 * stats.norm.sf(stats.norm.isf(alpha / 2) / math.sqrt(fraction)))
+    return float(2 * special.ndtr(special.ndtri(alpha / 2) / math.sqrt(fraction)))
 
 
 def spend_evenly(fraction: float, alpha: float) -> float:
@@ -57,9 +57,9 @@ def find_boundaries(fractions: Sequence[float] | np.ndarray, alpha: float, spend
         spent = allowed
         before = fractions[number - 1] if number else 0.0
         if here < NEGLIGIBLE:
-            boundaries.append(float(stats.norm.isf(max(here, 1e-300))))
+            boundaries.append(float(-special.ndtri(max(here, 1e-300))))
         elif density is None or spent - here < NEGLIGIBLE:  # nothing worth the name was stopped before
-            boundaries.append(float(stats.norm.isf(here)))
+            boundaries.append(float(-special.ndtri(here)))
         else:
             boundaries.append(_solve_boundary(density, fraction, before, here))
         density = _advance(density, boundaries[-1], fraction, before, 0.0)
@@ -100,7 +100,7 @@ def _tail(density: Density | None, boundary: float, fraction: float, before: flo
     spread = math.sqrt(fraction - before)
     shift = drift * (fraction - before)
     if density is None:
-        return float(stats.norm.sf(edge, shift, spread))
+        return float(special.ndtr((shift - edge) / spread))
     places, weights, heights = density
     return float(np.sum(weights * heights * special.ndtr((places + shift - edge) / spread)))
 
@@ -112,7 +112,7 @@ def _advance(density: Density | None, boundary: float, fraction: float, before: 
     edge = min(boundary, 9.0 + abs(drift)) * math.sqrt(fraction)
     places, weights = edge * NODES, edge * WEIGHTS
     if density is None:
-        return places, weights, stats.norm.pdf(places, shift, spread)
+        return places, weights, np.exp(-0.5 * ((places - shift) / spread) ** 2) / (spread * math.sqrt(2 * math.pi))
     old_places, old_weights, old_heights = density
     steps = (places[:, None] - old_places[None, :] - shift) / spread  # (new, old)
     kernel = np.exp(-0.5 * steps**2) / (spread * math.sqrt(2 * math.pi))

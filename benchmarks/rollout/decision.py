@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from rollout.alpha_spending import find_boundaries, find_drift, find_power
 
@@ -212,8 +212,8 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
     variance = plan.baseline_accuracy * (1 - plan.baseline_accuracy) / plan.rows_per_user
     for metric in METRICS:
         estimate, error, freedom = find_difference(tally, metric, variance if metric == "accuracy" else 0.0)
-        level = stats.norm.sf((plan.guard_z if metric == "latency" else plan.quality_z)[look])
-        factor = np.where(freedom >= 1, stats.t.isf(level, np.maximum(freedom, 1)), np.inf)
+        level = special.ndtr(-(plan.guard_z if metric == "latency" else plan.quality_z)[look])
+        factor = np.where(freedom >= 1, -special.stdtrit(np.maximum(freedom, 1), level), np.inf)
         with np.errstate(invalid="ignore"):
             half = np.where(np.isfinite(factor) & np.isfinite(error), factor * error, np.inf)
         most = np.inf if metric == "latency" else 1.0  # shares and Brier scores lie between 0 and 1
@@ -237,7 +237,7 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
             (tally.strays >= LEAST_STRAYS) & (tally.strays > STRAY_SHARE * tally.users.sum((-1, -2))),
             UNDECIDED, "users saw both versions or none: the split does not hold",
         ),
-        (failure_p <= stats.norm.sf(plan.guard_z[look]), ROLL_BACK, "version 2 fails more users"),
+        (failure_p <= special.ndtr(-plan.guard_z[look]), ROLL_BACK, "version 2 fails more users"),
         (highs["accuracy"] < 0, ROLL_BACK, "version 2 is less accurate"),
         (lows["brier"] > 0, ROLL_BACK, "version 2's probabilities are worse (Brier score)"),
         (lows["latency"] > slower, ROLL_BACK, "version 2 is slower than allowed"),
@@ -261,8 +261,8 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
 
 def _binomial_p(successes: np.ndarray, count: np.ndarray, share: float) -> np.ndarray:
     """Return the exact two-sided p, twice the smaller tail, of a binomial count."""
-    lower = stats.binom.cdf(successes, count, share)
-    upper = stats.binom.sf(successes - 1, count, share)
+    lower = special.bdtr(successes, count.astype(int), share)
+    upper = special.bdtrc(successes - 1, count.astype(int), share)
     p: np.ndarray = np.minimum(1.0, 2 * np.minimum(lower, upper))
     return p
 
@@ -270,5 +270,9 @@ def _binomial_p(successes: np.ndarray, count: np.ndarray, share: float) -> np.nd
 def _fisher_p(tally: Tally) -> np.ndarray:
     """Return Fisher's exact one-sided p that version 2 fails more users than version 1."""
     failed, users = tally.failed.sum(-2), tally.users.sum(-2)  # (..., 2)
+    if not failed[..., 1].any():
+        return np.ones(failed.shape[:-1])
+    from scipy import stats  # only here: it takes seconds to import
+
     p: np.ndarray = stats.hypergeom.sf(failed[..., 1] - 1, users.sum(-1), failed.sum(-1), users[..., 1])
     return p

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from endpoints.base import Endpoint, load_endpoints
 from endpoints.reference import load_expected, load_test_rows
@@ -106,7 +106,7 @@ def describe_rows(users: Iterable[User]) -> str:
     right = [((values >= 0.5) == truth).astype(float) for values in (ones, twos)]
     figures = []
     for differences in (100 * (right[1] - right[0]), (twos - truth) ** 2 - (ones - truth) ** 2):
-        half = stats.t.isf((1 - CONFIDENCE) / 2, len(rows) - 1) * differences.std(ddof=1) / np.sqrt(len(rows))
+        half = -special.stdtrit(len(rows) - 1, (1 - CONFIDENCE) / 2) * differences.std(ddof=1) / np.sqrt(len(rows))
         figures.append((differences.mean(), differences.mean() - half, differences.mean() + half))
     (accuracy, low, high), brier = figures
     return (
