@@ -78,7 +78,7 @@ class CalibrationError(RuntimeError):
 
 
 @dataclass
-class Measured:
+class Observed:
     """What the rounds gave, one value a round and client; the lists of wrk are empty if it is missing."""
 
     p50_s: dict[str, list[float]] = field(default_factory=lambda: {"own": [], "wrk": []})
@@ -188,20 +188,20 @@ def measure_undisturbed(measure: Callable[[], tuple], most_disturbed: float) -> 
     return min(attempts, key=lambda attempt: attempt[1])
 
 
-def judge(measured: Measured) -> list[Line]:
+def judge(observed: Observed) -> list[Line]:
     """Return the table's lines with the medians over the rounds, and in brackets the least and the most of a round.
 
     If there are two clients the median is of the differences, or ratios, within a round.
     """
 
     def verdict(holds: bool, kind: str, connections: int) -> str:
-        disturbed = statistics.median(measured.disturbed[kind, connections]) > MOST_DISTURBED[kind]
+        disturbed = statistics.median(observed.disturbed[kind, connections]) > MOST_DISTURBED[kind]
         return "holds" if holds else "unclear" if disturbed else "BROKEN"
 
     lines = []
-    if measured.p50_s["wrk"]:
-        p50_s = {client: statistics.median(values) for client, values in measured.p50_s.items()}
-        differences_s = [own - wrk for own, wrk in zip(*measured.p50_s.values(), strict=True)]
+    if observed.p50_s["wrk"]:
+        p50_s = {client: statistics.median(values) for client, values in observed.p50_s.items()}
+        differences_s = [own - wrk for own, wrk in zip(*observed.p50_s.values(), strict=True)]
         difference_s = statistics.median(differences_s)
         lines.append(
             Line(
@@ -214,7 +214,7 @@ def judge(measured: Measured) -> list[Line]:
             )
         )
         for connections, bound in RATE_BOUNDS.items():
-            rates = measured.rates[connections]
+            rates = observed.rates[connections]
             ratios = [own / wrk for own, wrk in zip(rates["own"], rates["wrk"], strict=True)]
             ratio = statistics.median(ratios)
             lines.append(
@@ -227,13 +227,13 @@ def judge(measured: Measured) -> list[Line]:
                     verdict(ratio >= bound, "rate", connections),
                 )
             )
-    late_s = statistics.median(measured.lateness_s)
+    late_s = statistics.median(observed.lateness_s)
     lines.append(
         Line(
             f"late p99 at {OFFERED_RATE:,.0f}/s",
             f"{late_s * 1e6:,.0f} µs",
             "–",
-            f"({min(measured.lateness_s) * 1e6:,.0f} to {max(measured.lateness_s) * 1e6:,.0f})",
+            f"({min(observed.lateness_s) * 1e6:,.0f} to {max(observed.lateness_s) * 1e6:,.0f})",
             f"< {LATENESS_BOUND_S * 1e6:,.0f} µs",
             verdict(late_s < LATENESS_BOUND_S, "late", OPEN_CONNECTIONS),
         )
@@ -277,7 +277,7 @@ def main() -> int:
     exchanges = make_exchanges(endpoint, VERSION, rows[:1], load_expected(VERSION)[:1])
     request = endpoint.request(rows[:1], VERSION)
     url = f"http://127.0.0.1:{endpoint.ports['rest']}{request.path}"
-    measured = Measured()
+    observed = Observed()
     shuffle = random.Random(SHUFFLE_SEED)
     with (
         tempfile.TemporaryDirectory(prefix="calibrate-") as folder,
@@ -311,18 +311,18 @@ def main() -> int:
                     run = partial(run_wrk, wrk, script, url, connections, arguments.seconds)
                     measure = partial(watch, run, other_cpu_s, cpus)
                 figure, disturbed = measure_undisturbed(measure, MOST_DISTURBED[kind])
-                measured.disturbed[kind, connections].append(disturbed)
+                observed.disturbed[kind, connections].append(disturbed)
                 if kind == "late":
-                    measured.lateness_s.append(figure)
+                    observed.lateness_s.append(figure)
                 elif kind == "p50":
-                    measured.p50_s[client].append(figure[0])
+                    observed.p50_s[client].append(figure[0])
                 else:
-                    measured.rates[connections][client].append(figure[1])
-    lines = judge(measured)
+                    observed.rates[connections][client].append(figure[1])
+    lines = judge(observed)
     print_lines(lines)
     counts = Counter(line.verdict for line in lines)
     if counts["unclear"]:
-        most = max(max(shares, default=0.0) for shares in measured.disturbed.values())
+        most = max(max(shares, default=0.0) for shares in observed.disturbed.values())
         console.print(f"other programs took up to {most:.0%} of the cores: stop them and run again")
     console.print(
         f"calibrate: {counts['holds']} of {len(lines)} bounds hold, {counts['BROKEN']} broken, "

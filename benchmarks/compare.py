@@ -6,10 +6,13 @@ intervals.
 For every server and load that is in both files: requests per second and median
 latency, after as a multiple of before. If the interval holds 1, no difference
 is shown. Measure both on the same machine; the floor's rows show whether the
-machine itself changed. Writes nothing.
+machine itself changed. The rounds of a file ask one process of each server, and
+another start of the same server may be a few percent faster or slower: believe
+a small difference once it has come twice. Writes nothing.
 """
 
 import argparse
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,8 @@ from figures.intervals import Interval, median_interval, shift_interval
 from figures.measured import Measured
 from figures.result_file import ResultError, read_result
 from figures.words import describe_load, format_interval
+
+PORT = re.compile(r"(port[ =])\d+")  # a free one, another at each start
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,17 @@ def list_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]
     differences = []
     for part, keys in (
         ("environment", ("cpu", "cores", "system", "python", "packages")),
-        ("settings", ("profile", "version", "seconds", "server_cpus", "client_cpus")),
+        ("settings", ("profile", "version", "seconds", "server_cpus", "client_cpus", "goes_first")),
     ):
         for key in keys:
             if before[part].get(key) != after[part].get(key):
                 differences.append(f"{key}: {before[part].get(key)} before, {after[part].get(key)} after")
+    for name, server in after["endpoints"].items():
+        old = before["endpoints"].get(name, server)
+        for key in ("kind", "command"):
+            one, other = (PORT.sub(r"\1…", str(entry.get(key))) for entry in (old, server))
+            if one != other:
+                differences.append(f"{name}'s {key}: {one} before, {other} after")
     return differences
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import calibrate
-from calibrate import CalibrationError, Measured, format_script, judge, measure_undisturbed, parse_wrk
+from calibrate import CalibrationError, Observed, format_script, judge, measure_undisturbed, parse_wrk
 from endpoints.base import Request
 from helpers import Done, call_main, needs, run_python
 
@@ -109,14 +109,14 @@ def test_the_script_holds_the_request():
 
 def verdicts(own: tuple, wrk: tuple, lateness_s: list[float], disturbed: float = 0.0) -> list[str]:
     """The verdicts on p50s at 1 connection and rates at 16 and 64, of each client, and on lateness."""
-    measured = Measured(
+    observed = Observed(
         p50_s={"own": list(own[0]), "wrk": list(wrk[0])},
         rates={16: {"own": list(own[1]), "wrk": list(wrk[1])}, 64: {"own": list(own[2]), "wrk": list(wrk[2])}},
         lateness_s=lateness_s,
     )
-    for shares in measured.disturbed.values():
+    for shares in observed.disturbed.values():
         shares.append(disturbed)
-    return [line.verdict for line in judge(measured)]
+    return [line.verdict for line in judge(observed)]
 
 
 def test_each_bound_is_judged_by_the_median_of_the_rounds():

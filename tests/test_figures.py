@@ -1,5 +1,6 @@
 """The figures of a result: percentiles, knees, verdicts, warnings, tables and comparisons, from planted windows."""
 
+import copy
 import io
 import json
 from collections import Counter
@@ -226,6 +227,22 @@ def test_compare_tells_a_change_from_noise(tmp_path):
     assert "0 better, 0 worse, 2 figures compared" in compare_with("same")
     assert "0 better, 2 worse, 2 figures compared" in compare_with("slower")
     assert "no difference" in compare_with("same")
+
+
+def test_compare_tells_what_else_differs_and_not_the_ports():
+    before = make_result(make_window(np.full(100, 0.001)))
+    before["endpoints"]["toy"]["command"] = "serve --port 20001 --grpc-port=20002"
+    after = copy.deepcopy(before)
+    after["endpoints"]["toy"]["command"] = "serve --port 20003 --grpc-port=20004"
+    assert compare.list_differences(before, after) == []
+    after["endpoints"]["toy"] |= {"command": "serve --port 20003 --threads 2", "kind": "docker"}
+    before["settings"]["goes_first"], after["settings"]["goes_first"] = True, False
+    kind = before["endpoints"]["toy"]["kind"]
+    assert compare.list_differences(before, after) == [
+        "goes_first: True before, False after",
+        f"toy's kind: {kind} before, docker after",
+        "toy's command: serve --port … --grpc-port=… before, serve --port … --threads 2 after",
+    ]
 
 
 def test_a_percentile_is_withheld_where_the_sample_is_too_small():
