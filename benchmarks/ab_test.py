@@ -111,10 +111,10 @@ def main() -> int:
         if not judgements:
             raise KeyboardInterrupt
         write_result(result, path)
-    from rollout.plot import draw  # only here: matplotlib takes seconds to import
-
     end = describe_end(result, plan, judgements[-1], decode_users(result["looks"]))
     console.print("\n".join(end))
+    from rollout.plot import draw  # only here: matplotlib takes seconds to import
+
     plot_path = path.with_suffix(".png")
     draw(plan, judgements, end[-1], plot_path)
     console.print(f"wrote {plot_path}" if arguments.read else f"wrote {path} and {plot_path.name}")

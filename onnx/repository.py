@@ -42,7 +42,7 @@ class Repository:
         """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
 
         What cannot be loaded is told in one line and changes nothing: a version that was served before it goes on as
-        it was. What is found is new dictionaries: what a thread has taken of the old ones stays whole.
+        it was. Each look makes new dictionaries: what another thread has taken of the old ones stays whole.
         Raises DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be
         read: then, too, nothing changes.
         """
