@@ -348,7 +348,7 @@ class Run:
             rates = {
                 name: [_round(RAISE * max(cell.nominal_rate for cell in measured.open(name)))]
                 for name, knee in measured.knees.items()
-                if knee.broken_rate is None and not self.is_lost(name)
+                if knee.is_open and not self.is_lost(name)
             }
             if not rates:
                 break

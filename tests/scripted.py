@@ -176,6 +176,22 @@ class Scene:
         return load.run_open(due_s)
 
 
+@dataclass
+class BusyScene(Scene):
+    """A scene whose client works: each look at the clock takes it `look_ns`, and only that moves the time."""
+
+    look_ns: int = 50_000
+
+    def clock(self) -> int:
+        self.now_ns += self.look_ns
+        return self.now_ns
+
+    def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
+        times_ns = {polled: polled.ready_ns(events) for polled, events in self.polled.items()}
+        ready = [polled for polled, time_ns in times_ns.items() if time_ns is not None and time_ns <= self.now_ns]
+        return [(polled.fileno(), self.polled[polled]) for polled in ready]
+
+
 def exchanges() -> list[Exchange]:
     return make_exchanges(ScriptedEndpoint(), "1", ROWS, EXPECTED)
 

@@ -18,7 +18,7 @@ from figures.cells import Knee
 from figures.measured import Measured, list_wide_rows
 from figures.result_file import ResultError, Window, encode_window, find_newest_result, read_result, write_result
 from figures.verdicts import Doubt, list_ties, list_verdicts, list_warnings
-from figures.words import describe_verdicts, describe_warnings
+from figures.words import describe_knee, describe_reason, describe_verdicts, describe_warnings
 from helpers import REPOSITORY_DIR, call_main
 
 
@@ -83,6 +83,24 @@ def test_a_knee_is_where_the_rate_or_the_objective_breaks():
     assert knees["late"].is_beyond(knees["behind"])
     assert not knees["behind"].is_beyond(knees["late"])
     assert not knees["late"].is_beyond(knees["strong"])  # it was not offered what would break it
+
+
+def test_a_rate_that_the_client_could_not_ask_breaks_no_server():
+    def sweep(client_idle_s: float, **about) -> dict[str, Knee]:
+        facts = {"load": "open", "client_cpu_s": 10.0, "errors": {}, "wrong": 0}
+        held, short = (
+            {**make_window(np.full(answered, 0.001), nominal_rate=rate, offered_rate=rate), **facts}
+            for rate, answered in ((100.0, 1000), (200.0, 1500))
+        )
+        return Measured(make_result(held, {**short, "client_idle_s": client_idle_s, **about})).knees
+
+    knee = sweep(0.1)["toy"]
+    assert (knee.sustained_rate, knee.broken_rate, knee.client_limit_rate) == (100.0, None, 200.0)
+    assert not knee.is_open
+    assert describe_knee(knee) == "keeps up with 100/s, the most it was offered: the client cannot ask 200/s"
+    assert describe_reason(knee) == "client's limit at 200"
+    for server in (sweep(5.0)["toy"], sweep(0.1, wrong=1)["toy"]):  # the client had time; the server failed
+        assert (server.broken_rate, server.client_limit_rate) == (200.0, None)
 
 
 def test_a_busy_client_foreign_load_and_failures_are_warned_of():

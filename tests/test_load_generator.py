@@ -32,6 +32,7 @@ from scripted import (
     EXPECTED,
     MS,
     ROWS,
+    BusyScene,
     Chunked,
     Closing,
     Dropping,
@@ -139,6 +140,16 @@ def test_a_client_that_is_held_up_is_late_and_the_latency_counts_it():
         window = load.run_open(constant_arrivals(10, 0.1))
     assert window.lateness_s == [0.005]
     assert latencies_ns(window) == [15 * MS]
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(100, 0.95, 1.0), (5_000, 0.2, 0.8), (30_000, 0.0, 0.05)])
+def test_an_open_loop_tells_how_long_its_client_had_nothing_to_do(rate, least, most):
+    """A request costs it two looks at the clock of 50 us and part of a turn: it can ask some 8,000 a second."""
+    with BusyScene(Server(delay_ns=MS)).load(64) as load:
+        window = load.run_open(constant_arrivals(rate, 0.2))
+    assert len(window.latencies_s) == rate * 0.2
+    assert least <= window.client_idle_s / window.elapsed_s <= most
+    assert (window.rate > 0.9 * rate) == (rate < 8_000)
 
 
 def test_poisson_arrivals_have_exponential_gaps_and_the_rate_asked_for():
@@ -325,7 +336,7 @@ def parsers(monkeypatch):
 def list_figures(window: Window) -> dict:
     """All that a window tells of the server."""
     figures = encode_window(window)
-    del figures["client_cpu_s"]
+    del figures["client_cpu_s"], figures["client_idle_s"]
     return figures | {"latencies_ns": latencies_ns(window)}
 
 

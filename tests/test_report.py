@@ -94,7 +94,8 @@ def make_result(rounds: int = ROUNDS, sweep: bool = True, seed: int = 0) -> dict
 def make_window(name, load, number, rows, connections, latencies_s, rate, memory_mb, nominal=0.0) -> dict:
     window = Window(
         connections, elapsed_s=len(latencies_s) / rate, latencies_s=latencies_s, offered_rate=nominal,
-        client_cpu_s=0.6 if load == "closed" else 0.99, request_bytes=180 + 90 * rows, reply_bytes=30 + 40 * rows,
+        client_cpu_s=0.6 if load == "closed" else 0.99, client_idle_s=0.4 if load == "open" else 0.0,
+        request_bytes=180 + 90 * rows, reply_bytes=30 + 40 * rows,
         lateness_s=np.full(20, 4e-5) if nominal else np.empty(0),
     )  # fmt: skip
     return encode_window(

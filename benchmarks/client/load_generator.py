@@ -219,16 +219,22 @@ class LoadGenerator:
 
         A request that is due while every connection is busy waits for one, and its latency counts that
         wait. Waiting ends `reply_timeout_s` after the last was due; what is then unsent counts as failed.
-        The thread never sleeps between two sends: it would wake too late. Give it a core of its own.
+        The thread never sleeps between two sends: it would wake too late. Give it a core of its own. The turns in
+        which it found nothing to do are its `client_idle_s`: without them the client, not the server, is the limit.
         """
         lateness_ns = array.array("q")
+        idle_ns = 0
         with self._observation() as window:
             due_ns = (self._start_ns + np.round(np.asarray(due_s) * 1e9).astype(np.int64)).tolist()
             idle = collections.deque(self.connections)
             position, count = 0, len(due_ns)
             end_ns = (due_ns[-1] if due_ns else self._start_ns) + int(self.reply_timeout_s * 1e9)
+            turn_ns, first = self._start_ns, 0  # when the last turn began, and with which request; -1: it had a reply
             while position < count or self._waiting:
                 now_ns = self.clock()
+                if position == first:
+                    idle_ns += now_ns - turn_ns
+                turn_ns, first = now_ns, position
                 while position < count and due_ns[position] <= now_ns and idle:
                     connection = idle.popleft()
                     if not self._is_open(connection):  # closed while idle: it comes back if it opens again
@@ -238,6 +244,7 @@ class LoadGenerator:
                     connection.sent_ns = due_ns[position]  # the latency counts from here
                     position += 1
                 for descriptor, _ in self._poller.poll(0):
+                    first = -1
                     was_asked = descriptor in self._waiting
                     free = self._take(descriptor)
                     if free is not None and (was_asked or free not in idle):
@@ -248,6 +255,7 @@ class LoadGenerator:
                     break
         window.offered_rate = count / float(due_s[-1]) if count else 0.0
         window.lateness_s = np.array(lateness_ns, dtype=np.int64) / 1e9
+        window.client_idle_s = idle_ns / 1e9
         return window
 
     @contextlib.contextmanager

@@ -11,6 +11,8 @@ from figures.verdicts import FOREIGN_LOAD_SHARE, list_ties, list_verdicts, list_
 from figures.words import (
     NOT_SEEN,
     UNKNOWN,
+    describe_client_limit,
+    describe_reason,
     describe_rounds,
     describe_verdict,
     describe_warnings,
@@ -162,7 +164,7 @@ def answer_breaking(measured: Measured) -> Answer:
         return Answer(question, "No offered rate was swept, so this is not known.")
     rows, parts = [], []
     for name, knee in sorted(measured.knees.items(), key=lambda item: -(item[1].sustained_rate or 0)):
-        cells = [format_offered(knee.sustained_rate), format_broken(knee), knee.reason or "did not break"]
+        cells = [format_offered(knee.sustained_rate), format_broken(knee), describe_reason(knee)]
         rows.append((name, -(knee.sustained_rate or 0.0), cells))
     ordered = _sort(measured, rows)
     names = {measured.label(name): name for name in measured.knees}
@@ -170,7 +172,7 @@ def answer_breaking(measured: Measured) -> Answer:
     note = (
         f"A server breaks when it answers less than 95 % of what it is offered, fails a request, or its p99 passes "
         f"{objective_ms:g} ms. The truth lies between the two rates; finer steps (--rates) narrow it. > marks the "
-        "most that a server was offered without breaking."
+        "most that a server was offered without breaking. At the client's limit, it and not the server fell behind."
     )
     header = ["server", "keeps up with, req/s", "breaks at, req/s", "because"]
     return Answer(question, f"In requests/s: {'; '.join(parts)}.", header, ordered, [note])
@@ -178,7 +180,8 @@ def answer_breaking(measured: Measured) -> Answer:
 
 def _bracket(knee: Knee) -> str:
     if knee.broken_rate is None:
-        return f"not broken up to {format_offered(knee.sustained_rate)}, the most it was offered"
+        most = format_offered(knee.sustained_rate)
+        return f"not broken up to {most}, the most it was offered{describe_client_limit(knee)}"
     if knee.sustained_rate is None:
         return f"below {knee.broken_rate:,.0f}"
     return f"{knee.sustained_rate:,.0f}–{knee.broken_rate:,.0f}"

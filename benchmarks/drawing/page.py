@@ -155,8 +155,8 @@ def _percentiles(cell: Cell) -> list[str]:
 
 
 def _doubts(cell: Cell) -> list[str]:
-    shares = (min(cell.client_share, 1.0), cell.disturbed_share)
-    return [f"{cell.failed:,}", f"{cell.wrong:,}", *(f"{share:.0%}" for share in shares)]
+    client = UNKNOWN if math.isnan(cell.client_share) else f"{min(cell.client_share, 1.0):.0%}"
+    return [f"{cell.failed:,}", f"{cell.wrong:,}", client, f"{cell.disturbed_share:.0%}"]
 
 
 def _servers(measured: Measured) -> tuple[list[str], list[list[str]]]:

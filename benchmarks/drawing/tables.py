@@ -14,6 +14,7 @@ from figures.words import (
     NOT_SEEN,
     UNKNOWN,
     describe_arrivals,
+    describe_reason,
     describe_verdicts,
     describe_warnings,
     format_broken,
@@ -127,7 +128,7 @@ def make_saturation_table(measured: Measured) -> TextTable:
         knee, before = measured.knees[name], measured.before_knee(name)
         _add(
             table, measured, name, format_offered(knee.sustained_rate), format_broken(knee), format_rounds(knee),
-            knee.reason or "did not break", format_interval_ms(before.percentile_s(99)) if before else UNKNOWN,
+            describe_reason(knee), format_interval_ms(before.percentile_s(99)) if before else UNKNOWN,
         )  # fmt: skip
     return table
 

@@ -30,7 +30,7 @@ class Cell:
     rows_per_request: int
     failures: list[int]  # errors and dropped connections, one a round
     wrongs: list[int]  # wrong answers, one a round
-    client_share: float  # of its core that the client used, 0 to 1; an open loop always uses all of it
+    client_share: float  # of its core that the client needed, 0 to 1; nan: an open loop that did not record it
     client_per_server: float  # the client's CPU seconds by the server's
     server_cpu_s: list[float]  # per 1,000 predicted rows, one a round
     rss_bytes: int  # the largest seen
@@ -75,13 +75,13 @@ class Cell:
 
     @property
     def is_client_the_limit(self) -> bool:
-        """Whether a closed loop's server may be as fast as the client.
+        """Whether the server may be as fast as the client.
 
-        The client then uses nearly all of its core, or works as long as the server for a request and the two wait
-        for each other. With one connection they always do, and both are in the latency.
+        The client then needs nearly all of its core, or in a closed loop works as long as the server for a request
+        and the two wait for each other. With one connection they always do, and both are in the latency.
         """
         works_as_long = self.connections > 1 and self.client_per_server > BUSY_CLIENT_SHARE
-        return self.client_share > BUSY_CLIENT_SHARE or works_as_long
+        return self.client_share > BUSY_CLIENT_SHARE or (works_as_long and not self.nominal_rate)
 
     @property
     def keeps_up(self) -> bool:
@@ -112,7 +112,7 @@ def make_cell(windows: Sequence[dict[str, Any]]) -> Cell:
         rows_per_request=first["rows_per_request"],
         failures=[Counter(window["errors"]).total() for window in windows],
         wrongs=[window["wrong"] for window in windows],
-        client_share=sum(window["client_cpu_s"] for window in windows) / sum(elapsed_s),
+        client_share=sum(map(_client_work_s, windows)) / sum(elapsed_s),
         client_per_server=sum(window["client_cpu_s"] for window in windows)
         / max(sum(window["server_cpu_s"] for window in windows), 1e-9),
         server_cpu_s=[
@@ -129,6 +129,13 @@ def make_cell(windows: Sequence[dict[str, Any]]) -> Cell:
         reply_bytes=windows[-1]["reply_bytes"],
         connect_s=max(window.get("connect_s", 0.0) for window in windows),  # not in files of before 2026-11-28
     )
+
+
+def _client_work_s(window: dict[str, Any]) -> float:
+    """The client's CPU seconds without those in which an open loop only looked; nan in files of before 2026-11-29."""
+    if window["load"] == "open":
+        return float(max(window["client_cpu_s"] - window.get("client_idle_s", math.nan), 0.0))
+    return float(window["client_cpu_s"])
 
 
 def _mean(shares: list[float], weights: list[float]) -> float:
@@ -158,6 +165,12 @@ class Knee:
     reason: str  # what broke; "" if nothing did
     low_rate: float = 0.0  # each round judged by itself: the lowest rate that one of them sustained
     high_rate: float = math.inf  # and the highest at which one of them broke; inf: one of them did not
+    client_limit_rate: float | None = None  # the next one, if the client could not ask so fast; then nothing is known
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a higher rate may still be offered."""
+        return self.broken_rate is None and self.client_limit_rate is None
 
     def is_beyond(self, other: "Knee") -> bool:
         """Whether this server surely keeps up with more: with all that broke the other."""
@@ -197,6 +210,9 @@ def _judge(cells: Sequence[Cell], objective_s: float) -> Knee:
     sustained = None
     for cell in sorted(cells, key=lambda cell: cell.nominal_rate):
         p99 = cell.percentile_s(99)
+        breaks = not cell.keeps_up or (p99 is not None and p99.estimate > objective_s)
+        if breaks and cell.is_client_the_limit and not cell.failed and not cell.wrong:
+            return Knee(sustained, None, "", client_limit_rate=cell.nominal_rate)
         if not cell.keeps_up:
             reason = f"{cell.failed + cell.wrong:,} failed" if cell.failed + cell.wrong else ""
             return Knee(sustained, cell.nominal_rate, reason or f"answered {cell.rate.estimate:,.0f}/s")

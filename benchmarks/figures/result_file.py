@@ -33,6 +33,7 @@ class Window:
     errors: Counter[str] = field(default_factory=Counter)  # requests by reason: "status 503", "connection closed"
     wrong: int = 0  # replies with status 200 that break the parity contract
     client_cpu_s: float = 0.0
+    client_idle_s: float = 0.0  # open loop: of that, looking for something to do and finding nothing
     offered_rate: float = 0.0  # open loop: requests due per second
     lateness_s: np.ndarray = field(default_factory=lambda: np.empty(0))  # open loop: sent after it was due
     request_bytes: int = 0  # size of one request on the wire, headers included
@@ -77,6 +78,7 @@ def encode_window(window: Window, **about: Any) -> dict[str, Any]:
         "errors": dict(window.errors),
         "wrong": window.wrong,
         "client_cpu_s": window.client_cpu_s,
+        "client_idle_s": window.client_idle_s,
         "request_bytes": window.request_bytes,
         "reply_bytes": window.reply_bytes,
         "connect_s": window.connect_s,

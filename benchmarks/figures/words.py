@@ -79,7 +79,19 @@ def describe_knee(knee: Knee) -> str:
     held = f"keeps up with {knee.sustained_rate:,.0f}/s" if knee.sustained_rate else "keeps up with no rate offered"
     if knee.broken_rate:
         return f"{held}, breaks at {knee.broken_rate:,.0f}/s ({knee.reason})"
-    return f"{held}, the most it was offered"
+    return f"{held}, the most it was offered{describe_client_limit(knee)}"
+
+
+def describe_client_limit(knee: Knee) -> str:
+    """Why no more was offered, if the client could not ask faster."""
+    return f": the client cannot ask {knee.client_limit_rate:,.0f}/s" if knee.client_limit_rate else ""
+
+
+def describe_reason(knee: Knee) -> str:
+    """Why a server broke, or why no rate is known that breaks it."""
+    if knee.client_limit_rate:
+        return f"client's limit at {knee.client_limit_rate:,.0f}"
+    return knee.reason or "did not break"
 
 
 def describe_load(cell: Cell) -> str:
