@@ -431,6 +431,16 @@ def test_a_reply_is_remembered_only_if_it_is_right_and_keeps_the_connection():
         assert len(load._right_replies) == len(ROWS)
 
 
+@pytest.mark.parametrize("method", ["on_body", "on_message_complete"])
+def test_ctrl_c_while_a_reply_is_parsed_ends_the_run(method, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HttpConnection, method, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        closed(Server(MS), 2, 1.0)
+
+
 def test_the_size_of_the_last_reply_is_told_whether_or_not_it_was_parsed():
     with Scene(Server(MS)).load(1) as load:
         for turn in range(1, 200):

@@ -61,7 +61,9 @@ class HttpConnection(Connection):
             return "connection closed"
         try:
             self._parser.feed_data(data)
-        except HttpParserError:
+        except HttpParserError as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C in an on_ method, which httptools wraps
+                raise error.__context__ from None
             return "not HTTP"
         return None
 
