@@ -306,6 +306,32 @@ class Closing(Server):
         return [(now_ns + self.delay_ns, encode_reply(body, b"Connection: close\r\n")), (now_ns + self.delay_ns, CLOSE)]
 
 
+class Unframed(Server):
+    """Gives no length: the reply ends with the connection, as HTTP/1.0 has it."""
+
+    head = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+
+    def reply(self, now_ns, body):
+        time_ns = now_ns + self.delay_ns
+        return [(time_ns, self.head + body[:9]), (time_ns, body[9:]), (time_ns + MS, CLOSE)]
+
+
+class Cut(Unframed):
+    """Says the length of what it cuts."""
+
+    head = b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\n"
+
+
+class Interim(Server):
+    """Sends 100 and 103 before each reply, in a segment of their own or with it."""
+
+    def reply(self, now_ns, body):
+        interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: </a>; rel=x\r\n\r\n"
+        reply = encode_reply(body)
+        time_ns = now_ns + self.delay_ns
+        return [(now_ns, interim), (time_ns, reply)] if self.is_bad_turn else [(time_ns, interim + reply)]
+
+
 class Silent(Server):
     def reply(self, now_ns, body):
         return []

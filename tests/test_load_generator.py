@@ -35,10 +35,12 @@ from scripted import (
     BusyScene,
     Chunked,
     Closing,
+    Cut,
     Dropping,
     Dying,
     Erring,
     Garbage,
+    Interim,
     Scene,
     ScriptedEndpoint,
     Segmented,
@@ -47,6 +49,7 @@ from scripted import (
     Silent,
     Stalling,
     Truncating,
+    Unframed,
     Wrong,
     closed,
     encode_reply,
@@ -227,6 +230,25 @@ def test_a_server_that_closes_after_each_reply_is_timed_and_named():
     assert window.errors.total() == len(window.latencies_s) == 500
     assert set(latencies_ns(window)) == {MS}  # without the time to connect
     assert window.wrong == 0
+
+
+def test_a_reply_that_ends_with_its_connection_is_timed_to_that_end_and_the_closing_named():
+    window = closed(Unframed(MS), 4, 1.0)
+    assert set(latencies_ns(window)) == {2 * MS}
+    assert window.errors == {"server closes after each reply": len(window.latencies_s)}
+
+
+def test_a_reply_that_is_cut_short_of_its_length_is_a_failure():
+    window = closed(Cut(MS), 4, 1.0)
+    assert not len(window.latencies_s)
+    assert set(window.errors) == {"connection closed"}
+
+
+def test_interim_replies_are_no_answers():
+    window = closed(Interim(MS), 4, 1.0)
+    assert set(latencies_ns(window)) == {MS}
+    assert len(window.latencies_s) == 4000
+    assert not window.errors
 
 
 def test_what_is_not_http_is_a_failure():

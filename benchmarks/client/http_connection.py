@@ -29,7 +29,7 @@ class HttpConnection(Connection):
     def greet(self) -> None:
         """Expect a reply, which an impatient server sends before it is asked."""
         self.keep_alive = True
-        self._is_parsing = False
+        self._is_parsing = self._has_head = self._has_length = False
 
     def send(self, number: int, request: bytes) -> None:
         """Send exchange `number`'s request; a broken connection shows when the reply is read."""
@@ -56,9 +56,13 @@ class HttpConnection(Connection):
         else:
             self._parser = HttpResponseParser(self)
             self._is_parsing = True
+            self._has_head = self._has_length = False
             self.raw, self.body = data, b""
         if not data:
-            return "connection closed"
+            if not self._has_head or self._has_length:
+                return "connection closed"
+            self._finish(keep_alive=False)  # the end of the connection is that of the reply (RFC 9112, 6.3, item 8)
+            return None
         try:
             self._parser.feed_data(data)
         except HttpParserError as error:
@@ -67,10 +71,24 @@ class HttpConnection(Connection):
             return "not HTTP"
         return None
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length" or (name == b"transfer-encoding" and value.lower().rstrip().endswith(b"chunked")):
+            self._has_length = True
+
+    def on_headers_complete(self) -> None:
+        self._has_head = True
+
     def on_body(self, part: bytes) -> None:
         self.body += part
 
     def on_message_complete(self) -> None:
+        if self._parser.get_status_code() < 200:  # an interim reply; the final one follows (RFC 9110, 15.2)
+            self._has_head = self._has_length = False
+            return
+        self._finish(self._parser.should_keep_alive())  # right only while the reply is being parsed
+
+    def _finish(self, keep_alive: bool) -> None:
         self.complete = True
         self.status = self._parser.get_status_code()
-        self.keep_alive = self._parser.should_keep_alive()  # right only while the reply is being parsed
+        self.keep_alive = keep_alive
