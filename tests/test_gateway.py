@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives import serialization
 
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, skip_without_haproxy, start, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, run, skip_without_haproxy, start, wait_until
 from machine.free_ports import find_free_ports
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
@@ -530,6 +530,65 @@ def test_the_access_log_is_json_and_tells_no_key_and_no_user(gateway):
     assert "person" not in text
     line = next(line for line in map(json.loads, text.splitlines()) if line["owner"] == "tester")
     assert {"time", "version", "bucket", "percent", "replica", "total_us", "server", "id"} <= set(line)
+
+
+def ask_for_buckets(gateway: Gateway, *users: str) -> set[str]:
+    """Ask 20 times with these X-User-Id headers, over HTTP/1.1; return the buckets."""
+    headers = [("X-API-Key", gateway.key), ("Content-Type", "application/json"), ("Content-Length", str(len(ONE_ROW)))]
+    ids = set()
+    for _ in range(20):
+        connection = http.client.HTTPSConnection(
+            "localhost", gateway.port, timeout=DEADLINE_S, context=gateway.context()
+        )
+        connection.putrequest("POST", "/onnx/predict")
+        for header in [*headers, *(("X-User-Id", user) for user in users)]:
+            connection.putheader(*header)
+        connection.endheaders(ONE_ROW)
+        reply = connection.getresponse()
+        assert reply.status == 200
+        ids.add(reply.headers["X-Request-Id"])
+        connection.close()
+    return find_buckets(gateway, ids)
+
+
+def find_buckets(gateway: Gateway, ids: set[str]) -> set[str]:
+    """Return the buckets that the access log has for these requests."""
+    for request_id in ids:
+        wait_for_log(gateway, request_id)
+    lines = map(json.loads, (gateway.state / "access.log").read_text().splitlines())
+    return {line["bucket"] for line in lines if line["id"] in ids}
+
+
+@pytest.mark.parametrize("users", [[], [""], ["  "], ["\t"], ["", " "]])
+def test_a_blank_user_is_none_and_chance_decides(gateway, users):
+    assert len(ask_for_buckets(gateway, *users)) > 1  # one bucket by chance: once in 10^38
+
+
+@pytest.mark.parametrize("users", [["anna", ""], ["", "anna"], ["berta", "anna"]])
+def test_a_blank_user_beside_a_name_changes_nothing(gateway, users):
+    assert ask_for_buckets(gateway, *users) == ask_for_buckets(gateway, "anna")
+
+
+@needs("curl")
+def test_a_blank_user_is_none_over_http_2(gateway):
+    command = ["curl", "-sS", "--http2", "--cacert", gateway.state / "tls.pem", "-H", f"X-API-Key: {gateway.key}"]
+    command += ["-H", "X-User-Id;", "-H", "Content-Type: application/json", "--data-binary", ONE_ROW.decode()]
+    command += ["-o", "/dev/null", "-w", "%{http_version} %header{x-request-id}\n"]
+    command += [f"https://localhost:{gateway.port}/onnx/predict"]
+    replies = [run(*command).stdout.split() for _ in range(12)]
+    assert {version for version, _ in replies} == {"2"}
+    assert len(find_buckets(gateway, {request_id for _, request_id in replies})) > 1
+
+
+def test_a_blank_user_is_none_over_grpc(gateway):
+    request = load_endpoints()["tfserving-grpc"]().request(ROWS[:1], None)
+    ids = set()
+    with gateway.channel() as channel:
+        ask = channel.unary_unary(request.path)
+        for _ in range(20):
+            call = ask.with_call(request.body, metadata=[("x-api-key", gateway.key), ("x-user-id", "")])[1]
+            ids.add(dict(call.initial_metadata())["x-request-id"])
+    assert len(find_buckets(gateway, ids)) > 1
 
 
 def test_prometheus_reads_what_each_version_answered(gateway):
