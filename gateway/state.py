@@ -36,21 +36,29 @@ class State:
 
     def create(self) -> None:
         """Make the folder, readable by its owner alone, and the files that HAProxy wants to find."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            for name in (SPLIT, KEYS, RATES):
-                if not (self.folder / name).exists():
-                    self.write(name, {})
-        except OSError as error:
-            raise StateError(f"{self.folder}: {error.strerror}; choose another folder with --state") from None
+        with self.lock():
+            pass
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Let one command at a time read, change and write."""
-        self.create()
-        with (self.folder / "lock").open("w") as file:
+        """Let one command at a time read, change and write; first make the folder and its files if they are missing."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            file = (self.folder / "lock").open("w")
+        except OSError as error:
+            raise self._cannot_be_used(error) from None
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                for name in (SPLIT, KEYS, RATES):
+                    if not (self.folder / name).exists():
+                        self.write(name, {})
+            except OSError as error:
+                raise self._cannot_be_used(error) from None
             yield
+
+    def _cannot_be_used(self, error: OSError) -> StateError:
+        return StateError(f"{self.folder}: {error.strerror}; choose another folder with --state")
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ import ssl
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -856,6 +857,23 @@ def test_a_refused_split_of_one_server_is_told_and_the_others_get_theirs(state):
     with pytest.raises(StateError, match="HAProxy refused"):
         state.set_split({"torchserve": 0, "onnx": 0})
     assert f"set map {SPLIT} onnx 0" in state.told
+
+
+def test_a_key_that_is_added_while_another_command_makes_the_folder_is_kept(tmp_path, monkeypatch):
+    first, second = State(tmp_path / "state"), State(tmp_path / "state")
+    adds = threading.Thread(target=second.add_key, args=("anna", None))
+
+    def write(state: State, name: str, pairs: dict) -> None:
+        if state is first and name == KEYS:
+            adds.start()
+            adds.join(0.5)  # without a lock it would be done by then, and undone by the next line
+        usual_write(state, name, pairs)
+
+    usual_write = State.write
+    monkeypatch.setattr(State, "write", write)
+    first.create()
+    adds.join(DEADLINE_S)
+    assert list(first.read(KEYS).values()) == ["anna"]
 
 
 def test_a_key_is_worthless_whatever_fails_while_it_is_revoked(state):
