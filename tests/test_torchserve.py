@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -204,6 +206,56 @@ def test_a_bad_request_in_a_batch_fails_alone_and_the_others_share_one_forward_p
     assert 'a field "data"' in replies[5]["message"]
 
 
+def test_every_way_to_write_the_media_type_is_json(handler):
+    for text in ("application/json", "Application/JSON", "application/json ", "application/json ;charset=utf-8"):
+        body = json.dumps({"data": [GOOD_ROW]}).encode()
+        _, statuses = handle(handler, [{"body": body}], {"body": {"content-type": text}})
+        assert statuses == [200], text
+    for text in ("", "text/plain", "application/json2", "xapplication/json"):
+        replies, statuses = handle(handler, [{"body": b"{}"}], {"body": {"content-type": text}})
+        assert statuses == [400], text
+        assert replies[0]["message"] == "the content type must be application/json"
+
+
+BODY = json.dumps({"data": [GOOD_ROW]}).encode()
+RAW_DEFLATE = zlib.compressobj(wbits=-15)
+RAW = RAW_DEFLATE.compress(BODY) + RAW_DEFLATE.flush()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", gzip.compress(BODY)), ("GZip", gzip.compress(BODY)), ("x-gzip", gzip.compress(BODY)),
+        ("deflate", zlib.compress(BODY)), ("deflate", RAW), ("identity", BODY), ("", BODY),
+        ("deflate, gzip", gzip.compress(zlib.compress(BODY))),
+    ],
+    ids=["gzip", "GZip", "x-gzip", "zlib", "deflate", "identity", "none", "two"],
+)  # fmt: skip
+def test_a_compressed_body_is_decoded(handler, encoding, body):
+    for name in ("Content-Encoding", "content-encoding"):
+        replies, statuses = handle(handler, [{"body": bytearray(body)}], {name: encoding})
+        assert (statuses, len(replies[0])) == ([200], 1)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "words"),
+    [
+        ("br", BODY, 415, "'br' is not known; gzip and deflate are"),
+        ("gzip", BODY, 400, "is not gzip"),
+        ("gzip", {"data": [GOOD_ROW]}, 400, "is not gzip"),
+        ("gzip", gzip.compress(BODY)[:-3], 400, "is cut off"),
+        ("gzip", gzip.compress(BODY) + b"x", 400, "something follows"),
+        ("gzip", gzip.compress(b" " * 7_000_000), 413, "larger than 6553500 bytes when"),
+        ("gzip, gzip", gzip.compress(BODY), 400, "is not gzip"),
+    ],
+    ids=["unknown", "plain", "read", "cut", "followed", "large", "twice"],
+)
+def test_a_body_that_cannot_be_decoded_is_refused(handler, encoding, body, status, words):
+    replies, statuses = handle(handler, [{"body": body}, {"data": "[]"}], {"Content-Encoding": encoding})
+    assert statuses == [status, 400]
+    assert words in replies[0]["message"]
+
+
 def test_a_batch_of_bad_requests_needs_no_forward_pass(handler):
     replies, statuses = handle(handler, [{"body": {"data": []}}, {"body": {"data": None}}])
     assert (statuses, handler.passes) == ([400, 400], [])
@@ -274,6 +326,17 @@ def test_a_bad_request_is_refused_with_its_reason_and_the_server_goes_on(torchse
         assert reply["type"].endswith("Exception")
         assert WORDS[name] in reply["message"]
     assert ask(endpoint, [GOOD_ROW], "1").shape == (1, 2)
+
+
+def test_media_types_and_compressed_bodies_over_rest(torchserve_server):
+    path, body = "/predictions/my_model", gzip.compress(BODY)
+    for content_type in ("Application/JSON", "application/json ; charset=utf-8"):
+        status, _ = send(torchserve_server.endpoint.port, Request(path, BODY, content_type=content_type))
+        assert status == 200
+    for encoding, expected in (("gzip", 200), ("br", 415)):
+        request = Request(path, body, headers={"Content-Encoding": encoding})
+        status, reply = send(torchserve_server.endpoint.port, request)
+        assert status == expected, reply
 
 
 def test_an_unknown_model_is_404(torchserve_server):

@@ -9,6 +9,7 @@ There must be exactly one class in this file: TorchServe makes one object of it.
 """
 
 import json
+import zlib
 
 import torch
 from ts.metrics.dimension import Dimension
@@ -16,6 +17,9 @@ from ts.torch_handler.base_handler import BaseHandler
 
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
 CLASSES = ["malignant", "benign"]
+CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, 8.4.1
+MAX_BODY_BYTES = 6_553_500  # decompressed; TorchServe's own limit before that (max_request_size)
+PHRASES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type"}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -23,7 +27,7 @@ class CustomClassifier(BaseHandler):
     """`BaseHandler.initialize` loads model.py and the state dict; the rest is here.
 
     Every step takes and returns one entry per request. An entry is what the step is about or, once
-    something is wrong with that request, the ValueError that says so.
+    something is wrong with that request, the ValueError that says so: a message, and a status if it is not 400.
     """
 
     def handle(self, requests: list[dict], context) -> list[str]:
@@ -80,9 +84,12 @@ class CustomClassifier(BaseHandler):
         for index, entry in enumerate(entries):
             self.context.set_response_content_type(index, "application/json")
             if isinstance(entry, ValueError):
-                self.context.set_response_status(400, "Bad Request", index)
+                message, status = (*entry.args, 400)[:2]
+                self.context.set_response_status(status, PHRASES[status], index)
+                if status == 415:
+                    self.context.set_response_header(index, "Accept-Encoding", ", ".join(CODINGS))
                 # The form of TorchServe's own errors.
-                reply = {"code": 400, "type": "BadRequestException", "message": str(entry)}
+                reply = {"code": status, "type": "BadRequestException", "message": message}
             else:
                 reply = entry.tolist()
             replies.append(json.dumps(reply) + "\n")  # TorchServe's own replies end their line, too
@@ -96,9 +103,12 @@ def read_rows(request: dict, headers: dict) -> list[list[float]]:
     has already decoded a body of type application/json, unless it is malformed: then it is bytes still.
     """
     if "body" in request:
-        if headers.get("body") != {"content-type": "application/json"}:
+        part = headers.get("body")  # a client's header of that name would stand here in its place
+        content_type = part["content-type"] if isinstance(part, dict) else ""
+        if content_type.partition(";")[0].strip().lower() != "application/json":
             raise ValueError("the content type must be application/json")
-        body = parse_json(request["body"])
+        encodings = [value for name, value in headers.items() if name.lower() == "content-encoding"]
+        body = parse_json(decompress(request["body"], encodings[0]) if encodings else request["body"])
         if not isinstance(body, dict):
             raise ValueError(f'the body must be a JSON object {{"data": rows}}, not {describe(body)}')
         if "data" not in body:
@@ -110,6 +120,28 @@ def read_rows(request: dict, headers: dict) -> list[list[float]]:
         raise ValueError('there is neither a JSON body (content type application/json) nor a field "data"')
     check_rows(rows)
     return rows
+
+
+def decompress(body, encodings: str) -> bytes:
+    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
+    for word in reversed(encodings.lower().split(",")):
+        if (word := word.strip()) in ("", "identity"):
+            continue
+        if word not in CODINGS:
+            raise ValueError(f"the Content-Encoding {word!r} is not known; gzip and deflate are", 415)
+        if not isinstance(body, (bytes, bytearray)):  # TorchServe has read it as JSON
+            raise ValueError(f"the body is not {word}, as its Content-Encoding says")
+        is_raw = word == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header
+        decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
+        try:
+            body = decoder.decompress(body, MAX_BODY_BYTES + 1)
+        except zlib.error:
+            raise ValueError(f"the body is not {word}, as its Content-Encoding says") from None
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed", 413)
+        if not decoder.eof or decoder.unused_data:
+            raise ValueError(f"the body's {word} is cut off, or something follows it")
+    return body
 
 
 def parse_json(value):
