@@ -16,8 +16,8 @@ import signal
 import socket
 import sys
 
-import accepting
 import click
+import connections
 import uvicorn
 from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from bentoml.exceptions import BentoMLException
@@ -68,7 +68,7 @@ def limit_connections(limit: int) -> None:
 
 def accept_faster() -> None:
     """Make a worker, which is about to start uvicorn, take more new connections at once while it is busy."""
-    uvicorn.Server = accepting.Server
+    uvicorn.Server = connections.Server
 
 
 def cancel_timers() -> None:

@@ -271,7 +271,7 @@ async def serve(
 ) -> None:
     """Serve until one of STOP_SIGNALS comes. `config` is the config file as it was when `library` was loaded."""
     import uvicorn
-    from accepting import Server
+    from connections import Server
     from grpc_api import start_server
     from metrics import Metrics
     from rest_api import RestApi

@@ -1,0 +1,256 @@
+"""uvicorn as strangers need it: connections.py of two folders, on a real event loop."""
+
+import asyncio
+import json
+import socket
+
+import pytest
+import uvicorn
+import uvloop
+
+from endpoints.base import REPOSITORY_DIR
+from helpers import DEADLINE_S, load_script
+
+COPIES = [REPOSITORY_DIR / folder / "connections.py" for folder in ("bentoml", "tfserving/local")]
+NEW = 60
+REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def connections():
+    return load_script(COPIES[1])
+
+
+async def application(_scope, _receive, send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def connect(address: tuple[str, int]) -> socket.socket:
+    return socket.create_connection(address, timeout=DEADLINE_S)
+
+
+def with_ticks(server_class: type[uvicorn.Server]) -> type[uvicorn.Server]:
+    """Return a subclass that sets `ticked` whenever uvicorn has looked around, which it does every 0.1 s."""
+
+    class Server(server_class):
+        ticked = asyncio.Event()
+
+        async def on_tick(self, counter: int) -> bool:
+            should_end = await super().on_tick(counter)
+            self.ticked.set()
+            return should_end
+
+    return Server
+
+
+def turns_until_accepted(server_class: type[uvicorn.Server], connected: int) -> int:
+    """Return the turns of the event loop that NEW connections take to be accepted while `connected` are there.
+
+    Every connection, old and new, gets its answer, and afterwards the server ends and no longer listens.
+    """
+
+    async def run() -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        server = with_ticks(server_class)(
+            uvicorn.Config(application, http="httptools", lifespan="off", log_level="error")
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        clients = []
+        for number in (connected, NEW):
+            clients += [connect(address) for _ in range(number)]
+            turns = 0
+            while len(server.server_state.connections) < len(clients):
+                await asyncio.sleep(0)
+                turns += 1
+            server.ticked.clear()
+            await server.ticked.wait()  # now it knows how many are connected
+        for client in clients:
+            client.sendall(REQUEST)
+            reply = await asyncio.to_thread(client.recv, 1000)
+            assert reply.startswith(b"HTTP/1.1 200"), reply
+        server.should_exit = True
+        await asyncio.wait_for(serving, DEADLINE_S)
+        with pytest.raises(ConnectionRefusedError):
+            connect(address)
+        for client in clients:
+            client.close()
+        return turns
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(run())
+
+
+def test_a_busy_server_takes_new_connections_together(connections):
+    assert turns_until_accepted(uvicorn.Server, 100) >= NEW  # why connections.py is there
+    assert turns_until_accepted(connections.Server, 100) <= NEW / 5
+
+
+def test_a_server_that_is_not_busy_accepts_as_uvicorn_does(connections, monkeypatch):
+    taken = []
+    monkeypatch.setattr(connections.Server, "accept", lambda _, listener: taken.append(listener))
+    turns_until_accepted(connections.Server, connections.BUSY_CONNECTIONS - NEW)
+    assert not taken
+
+
+def test_connections_accepted_in_the_last_turn_do_not_hold_up_the_end(connections):
+    class EndsAtOnce(with_ticks(connections.Server)):
+        late = False
+
+        async def on_tick(self, counter: int) -> bool:
+            if self.late:
+                self.accept(self.listeners[0])
+            return self.late or await super().on_tick(counter)
+
+    async def run() -> list[bytes]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = EndsAtOnce(uvicorn.Config(application, http="httptools", lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        await server.ticked.wait()
+        # No turn of the loop between these, so that it is accept() that takes them.
+        clients = [connect(listener.getsockname()) for _ in range(10)]
+        server.late = True
+        await asyncio.wait_for(serving, DEADLINE_S)
+        return [await asyncio.to_thread(client.recv, 1) for client in clients]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(run()) == [b""] * 10
+
+
+@pytest.fixture
+def serve(connections, monkeypatch):
+    """Run a client's coroutine beside the server, whose waits end soon; the application answers with what it got."""
+    monkeypatch.setattr(connections, "HEAD_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connections, "BODY_TIMEOUT_S", 0.5)
+
+    async def echo(scope, receive, send) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body, more = body + message["body"], message["more_body"]
+        body = f"{scope['method']} {scope['path']} {body.decode()}".encode()
+        headers = [(b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def run(ask, limit: int | None = None):
+        async def main():
+            listener = socket.create_server(("127.0.0.1", 0))
+            config = uvicorn.Config(echo, lifespan="off", log_level="error", limit_concurrency=limit)
+            server = connections.Server(config)
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            try:
+                return await asyncio.wait_for(ask(listener.getsockname()), DEADLINE_S)
+            finally:
+                server.should_exit = True
+                await asyncio.wait_for(serving, DEADLINE_S)
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(main())
+
+    return run
+
+
+def talk(*parts: bytes, asks_to_close: bool = False):
+    """Return a client that sends these parts one after the other, and reads until the server closes."""
+
+    async def ask(address) -> bytes:
+        reader, writer = await asyncio.open_connection(*address)
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(0.05)  # mostly, the server reads them one by one
+        if asks_to_close:
+            writer.write(b"GET /end HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        try:
+            return await reader.read()
+        finally:
+            writer.close()
+
+    return ask
+
+
+def post(headers: bytes, body: bytes = b"hello") -> bytes:
+    return b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n%s\r\n\r\n%s" % (len(body), headers, body)
+
+
+UPGRADES = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB",
+    "websocket": b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    b"Sec-WebSocket-Version: 13",
+    "tls": b"Connection: upgrade\r\nUpgrade: TLS/1.2",
+}
+
+
+@pytest.mark.parametrize("name", UPGRADES)
+@pytest.mark.parametrize("cut", [None, 40, -5, -3], ids=["whole", "in the head", "before the body", "in the body"])
+def test_an_upgrade_is_ignored_and_the_body_read(serve, name, cut):
+    request = post(UPGRADES[name])
+    parts = [request] if cut is None else [request[:cut], request[cut:]]
+    replies = serve(talk(*parts, post(b"X: y", b"second"), asks_to_close=True))
+    assert replies.count(b"HTTP/1.1 200") == 3
+    assert replies.index(b"POST /a hello") < replies.index(b"POST /a second") < replies.index(b"GET /end")
+
+
+def test_an_upgrade_with_a_chunked_body_or_none(serve):
+    head = b"%s /a HTTP/1.1\r\nHost: a\r\n" + UPGRADES["h2c"] + b"\r\n"
+    chunked = head % b"POST" + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+    replies = serve(talk(chunked, head % b"GET" + b"\r\n", asks_to_close=True))
+    assert b"POST /a abc" in replies
+    assert replies.count(b"HTTP/1.1 200") == 3
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"POST /a HT", b"POST /a HTTP/1.1\r\nHost: a\r\nX-Y", post(b"X: y")[:-1], b"\r\n", post(UPGRADES["h2c"])[:-1]],
+    ids=["line", "head", "body", "newline", "upgrade"],
+)
+def test_a_wait_for_a_client_ends_with_408(serve, sent):
+    head, _, body = serve(talk(sent)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 ")
+    assert b"application/json" in head
+    assert "did not arrive within 0.5 s" in json.loads(body)["error"]
+
+
+def test_a_client_that_says_nothing_is_let_go(serve):
+    assert serve(talk()) == b""
+
+
+def test_a_wait_in_a_later_request_of_a_connection_ends_too(serve):
+    replies = serve(talk(post(b"X: y"), post(b"X: y")[:-1]))
+    assert replies.count(b"HTTP/1.1 200") == 1
+    assert b"HTTP/1.1 408" in replies
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GARBAGE\r\n\r\n", 400),
+        (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+        (b"GET /" + b"a" * 70_000, 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 12_000, 431),
+    ],
+    ids=["garbage", "connect", "address", "head"],
+)
+def test_what_is_refused_is_refused_in_json(serve, sent, status):
+    head, _, body = serve(talk(sent)).partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status
+    assert json.loads(body)["error"]
+
+
+def test_what_is_refused_is_refused_after_the_reply_that_is_due(serve):
+    replies = serve(talk(post(b"X: y") + b"GARBAGE\r\n\r\n"))
+    assert replies.index(b"HTTP/1.1 200") < replies.index(b"HTTP/1.1 400")
+
+
+def test_connections_beyond_the_limit_are_refused_in_json(serve):
+    head, _, body = serve(talk(post(b"X: y")), limit=1).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503")
+    assert json.loads(body)["error"].startswith("too many connections")
+
+
+def test_the_copies_are_the_same():
+    assert len({path.read_bytes() for path in COPIES}) == 1
