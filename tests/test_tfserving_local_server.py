@@ -281,6 +281,13 @@ def test_an_output_without_rows_needs_the_columnar_format(port):
     assert (status, reply["error"]) == (400, "Tensor name: mean has no shape information ")
 
 
+def test_a_string_without_a_shape_is_an_output_like_others(port):
+    body = {"signature_name": "named", "inputs": [1, 2]}
+    assert post(port, "toys:predict", body) == (200, {"outputs": {"model": "v1", "y": [2.0, 4.0]}})
+    status, reply = post(port, "toys:predict", {"signature_name": "named", "instances": [1, 2]})
+    assert (status, reply["error"]) == (400, "Tensor name: model has no shape information ")
+
+
 @pytest.mark.parametrize(
     ("body", "error"),
     [
@@ -636,6 +643,21 @@ def test_a_new_version_replaces_the_old_one_without_a_failed_or_mixed_answer(cha
     shutil.rmtree(changing.base / "2")  # the newest goes: the next one answers again
     changing.wait_for_line(f"{changing.name} version 2 retired")
     assert changing.post(":predict", body)[0] == 200
+
+
+def test_a_folder_that_cannot_be_listed_for_a_while_keeps_what_is_served(changing):
+    away = changing.base.with_name(f"{changing.name}_away")
+    changing.base.rename(away)
+    changing.wait_for_line(f"{changing.base}: No such file or directory; what was served of it is kept")
+    assert changing.states() == {"1": "AVAILABLE"}
+    assert changing.post(":predict", {"instances": [GOOD_ROW]})[0] == 200
+    away.rename(changing.base)
+    changing.add_version("2")
+    changing.wait_for_line(f"{changing.name} version 2 loaded")
+    assert changing.log().count("is kept") == 1
+    for version in ("1", "2"):
+        shutil.rmtree(changing.base / version)
+    changing.wait_for_line(f"{changing.name} version 2 retired")  # this folder can be read, and is empty
 
 
 def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing, tmp_path):

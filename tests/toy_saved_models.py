@@ -35,6 +35,10 @@ class Toys(tf.Module):
         return {"sum": tf.reduce_sum(n, axis=1), "even": tf.reduce_all(n % 2 == 0, axis=1)}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
+    def named(self, x):
+        return {"model": tf.constant("v1"), "y": 2 * x}
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float32, "x")])
     def whole(self, x):
         return {"mean": tf.reduce_mean(x)}
 
@@ -154,7 +158,7 @@ def main() -> None:
     target = Path(sys.argv[1])
     toys = Toys()
     signatures = {"serving_default": toys.mixed, "texts": toys.texts, "integers": toys.integers, "whole": toys.whole}
-    save(toys, target / "toys" / "007", **signatures)
+    save(toys, target / "toys" / "007", named=toys.named, **signatures)
     save_with_asset(Gated, "double", "/nowhere\n", target / "gated")
     save_with_asset(Words, "number", "benign\nmalignant\n", target / "words")
     save_half_plus_two(target / "half_plus_two")

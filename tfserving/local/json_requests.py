@@ -7,6 +7,7 @@ and words the error where there is one.
 
 import base64
 import binascii
+import codecs
 import itertools
 import json
 import math
@@ -68,6 +69,7 @@ def parse(body: bytes):
     """Return the document in `body`. NaN, Infinity and -Infinity are numbers, as in TensorFlow Serving."""
     if not body:
         raise invalid("JSON Parse error: The document is empty")
+    body = body.removeprefix(codecs.BOM_UTF8)
     # Bytes that are not UTF-8 pass through strings unchanged, as RapidJSON lets them.
     text = body.decode("utf-8", "surrogateescape")
     try:
@@ -288,7 +290,7 @@ def _convert(value, dtype: int):
     kind = type(value)
     if dtype in FLOATS:
         if kind is float or kind is int:
-            return _lossless(value, dtype)
+            return float(value)  # cast as C++ does: to double, then to what the tensor holds
     elif dtype in INTEGERS:
         least, most = INTEGERS[dtype]
         if kind is int and least <= value <= most:
@@ -306,17 +308,6 @@ def _convert(value, dtype: int):
     names = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
     name = str(value) if kind is bool else names.get(kind, "Number")
     raise invalid(f"JSON Value: {quote(value)} Type: {name} is not of expected type: {type_name(dtype)}")
-
-
-def _lossless(value: int | float, dtype: int) -> int | float:
-    limits = np.finfo(FLOATS[dtype])
-    if type(value) is int and -(2**63) <= value < 2**64:
-        fits = abs(value) < 2 ** (limits.nmant + 1)
-    else:
-        fits = not math.isfinite(value) or abs(value) <= float(limits.max)
-    if not fits:
-        raise invalid(f"Cannot convert JSON value: {quote(value)} to {type_name(dtype)} without loss of precision.")
-    return value
 
 
 def decode_base64(value: dict) -> bytes:

@@ -43,16 +43,19 @@ def single_model_config(name: str, base_path: str) -> model_server_config_pb2.Mo
 
 
 def list_versions(base_path: str) -> dict[int, Path]:
-    """Return the version folders under `base_path`. Names are read as integers (007 is 7), others are ignored."""
-    try:
-        folders = [path for path in Path(base_path).iterdir() if path.is_dir()]
-    except OSError:
-        return {}
+    """Return the version folders under `base_path`. Names are read as integers (007 is 7), others are ignored.
+
+    OSError if they cannot be listed.
+    """
+    folders = [path for path in Path(base_path).iterdir() if path.is_dir()]
     return {int(path.name): path for path in folders if path.name.isascii() and path.name.isdecimal()}
 
 
 def choose_versions(model: model_server_config_pb2.ModelConfig) -> dict[int, Path]:
-    """Return the version folders that the model's version policy asks for. Default: the newest one."""
+    """Return the version folders that the model's version policy asks for. Default: the newest one.
+
+    OSError if the folders cannot be listed.
+    """
     found = list_versions(model.base_path)
     policy = model.model_version_policy
     match policy.WhichOneof("policy_choice"):

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import re
+import sys
 import time
 import urllib.parse
 import weakref
@@ -144,6 +145,9 @@ class RestApi:
             code, reply = "DEADLINE_EXCEEDED", json_replies.write_error("Timed out waiting for notification")
         except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser lets them be
             code, reply = "INVALID_ARGUMENT", json_replies.write_error("JSON Value is nested too deep")
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is this request's error, and nobody else's
+            print(f"local server: {method_of(scope)}: {error!r}", file=sys.stderr, flush=True)
+            code, reply = "INTERNAL", json_replies.write_error(f"Internal error: {type(error).__name__}")
         if self.metrics and route and route.verb in RUNNING_VERBS and route.name in self.library.models:
             self.metrics.record(route.name, route.verb, "REST", code, time.perf_counter() - started_s)
         return HTTP_STATUS.get(code, 500), reply, [JSON_HEADER]
@@ -207,6 +211,10 @@ class RestApi:
         model_spec = to_json(response.model_spec)
         metadata = f'{{"signature_def": {to_json(signatures)}\n}}'
         return f'{{\n"model_spec":{model_spec}\n,\n"metadata": {metadata}\n}}\n'.encode()
+
+
+def method_of(scope) -> str:
+    return f"{scope['method']} {scope['raw_path'].decode('latin-1')[:100]}"
 
 
 async def send_reply(send, status: int, reply: bytes, headers: list) -> None:

@@ -103,7 +103,8 @@ class Signature:
     def _run_timed(self, *arrays: np.ndarray) -> list[np.ndarray]:
         run = self._run  # made at its first use, which is no run
         started_s = time.perf_counter()
-        outputs = run(*arrays)
+        # A string without a shape comes back as Python's bytes.
+        outputs = [out if isinstance(out, (np.ndarray, np.generic)) else np.array(out, object) for out in run(*arrays)]
         self.run_s += (time.perf_counter() - started_s - self.run_s) / 8
         return outputs
 
@@ -325,6 +326,7 @@ class Model:
     statuses: dict[int, VersionStatus] = field(default_factory=dict)  # newest first
     labels: dict[str, int] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
+    unread: str = ""  # why its folder could not be listed, the last time
 
     def label_version(self, label: str) -> int:
         if label not in self.labels:
@@ -390,7 +392,14 @@ class Library:
         """
         model = self.models.get(config.name) or Model(config.name)
         changes = []
-        wanted = choose_versions(config)
+        try:
+            wanted = choose_versions(config)
+            model.unread = ""
+        except OSError as error:  # a folder that cannot be listed for a moment is no empty one
+            is_news = model.unread != error.strerror
+            model.unread = error.strerror
+            self.models = {**self.models, config.name: model}
+            return [f"{config.base_path}: {error.strerror}; what was served of it is kept"] * is_news
         for version, folder in sorted(wanted.items(), reverse=True):
             if version in model.servables:
                 continue
@@ -446,7 +455,10 @@ class Library:
         if len(set(names)) < len(names):
             raise ServingError("INVALID_ARGUMENT", "Illegal to list a model twice in the config")
         for config in configs:
-            wanted = choose_versions(config)
+            try:
+                wanted = choose_versions(config)
+            except OSError:
+                wanted = {}
             if not wanted:
                 raise ServingError("NOT_FOUND", f"No versions of servable {config.name} found under {config.base_path}")
             model = self.models.get(config.name) or Model(config.name)

@@ -170,9 +170,11 @@ def read_models(arguments: argparse.Namespace) -> list:
     else:
         config = single_model_config(arguments.model_name, arguments.model_base_path)
     models = list(config.model_config_list.config)
-    if not any(choose_versions(model) for model in models):
-        sys.exit(f"local server: no version folder in {models[0].base_path}; run python export_model.py")
-    return models
+    for model in models:
+        with contextlib.suppress(OSError):
+            if choose_versions(model):
+                return models
+    sys.exit(f"local server: no version folder in {models[0].base_path}; run python export_model.py")
 
 
 def read_batching(arguments: argparse.Namespace):
