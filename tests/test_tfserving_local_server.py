@@ -182,6 +182,8 @@ def server(only_damaged, toy_models, tmp_path_factory):
         f'  config {{ name: "toys" base_path: "{toy_models}/toys" }}\n'
         f'  config {{ name: "half_plus_two" base_path: "{toy_models}/half_plus_two" }}\n'
         f'  config {{ name: "verbs" base_path: "{toy_models}/verbs" }}\n'
+        f'  config {{ name: "defaults" base_path: "{toy_models}/defaults" }}\n'
+        f'  config {{ name: "verbs_of_2" base_path: "{toy_models}/verbs_of_2" }}\n'
         f'  config {{ name: "gated" base_path: "{toy_models}/gated" }}\n'
         f'  config {{ name: "words" base_path: "{toy_models}/words" }}\n'
         f'  config {{ name: "keras2" base_path: "{KERAS_2}" }}\n'
@@ -385,11 +387,28 @@ def test_with_no_version_that_loads_the_server_ends(only_damaged):
 # Classify, regress, multi-inference.
 
 
-def test_classify_gives_labels_and_scores_and_regress_gives_values(port):
+@pytest.mark.parametrize("model", ["verbs", "verbs_of_2"])
+def test_classify_gives_labels_and_scores_and_regress_gives_values(port, model):
     body = {"context": {"bias": 0.25}, "examples": [{"x": 0.5}, {"x": [0.25], "bias": 0.5}]}
     labelled = [[["yes", 0.75], ["no", 0.25]], [["yes", 0.75], ["no", 0.25]]]
-    assert post(port, "verbs:classify", body) == (200, {"results": labelled})
-    assert post(port, "verbs:regress", {**body, "signature_name": "value"}) == (200, {"results": [0.75, 0.75]})
+    assert post(port, f"{model}:classify", body) == (200, {"results": labelled})
+    assert post(port, f"{model}:regress", {**body, "signature_name": "value"}) == (200, {"results": [0.75, 0.75]})
+
+
+def test_method_names_are_checked_if_asked_for_and_warm_up_replays_the_older_verbs(toy_models, tmp_path):
+    ports = find_free_ports(["rest", "grpc"])
+    config = tmp_path / "models.config"
+    models = ((name, toy_models / name) for name in ("verbs", "verbs_of_2"))
+    entries = " ".join(f'config {{ name: "{name}" base_path: "{path}" }}' for name, path in models)
+    config.write_text(f"model_config_list {{ {entries} }}")
+    flags = [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}", f"--model_config_file={config}"]
+    flags += ["--enable_signature_method_name_check"]
+    body = {"examples": [{"x": 0.5}]}
+    with running(tmp_path / "log", sys.executable, LOCAL_SERVER, *flags):
+        assert post(ports["rest"], "verbs:classify", body)[0] == 200  # its warm-up would have kept it out
+        status, reply = post(ports["rest"], "verbs_of_2:classify", body)
+        assert status == 400
+        assert "method_name to be tensorflow/serving/classify. Was: tensorflow/serving/predict" in reply["error"]
 
 
 @pytest.mark.parametrize(
@@ -402,8 +421,8 @@ def test_classify_gives_labels_and_scores_and_regress_gives_values(port):
         ("verbs:classify", {"examples": [{"x": [0.5, "a"]}]}, "all values must be of one type"),
         ("verbs:classify", {"examples": [{"x": 1}]}, "Data types don't match"),
         ("verbs:classify", {"examples": [{}], "signature_name": "z"}, "No signature was found with the name: z"),
-        ("verbs:regress", {"examples": [{"x": 0.5}]}, "method_name to be tensorflow/serving/regress. Was: tensorflow"),
-        ("toys:classify", {"examples": [{"x": 0.5}]}, "Was: tensorflow/serving/predict"),
+        ("verbs:regress", {"examples": [{"x": 0.5}]}, "No regression outputs found in SignatureDef."),
+        ("toys:classify", {"examples": [{"x": 0.5}]}, "No classification inputs found in SignatureDef."),
     ],
 )
 def test_a_wrong_classify_or_regress_request_is_told(port, path, body, error):
@@ -443,6 +462,23 @@ def test_grpc_has_the_older_verbs_too(server, apis):
             stub.MultiInference(both, timeout=DEADLINE_S)
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.details() == "Duplicate evaluation of signature: serving_default"
+
+
+def test_an_input_that_is_left_out_has_its_default_over_grpc(server):
+    messages = import_messages()
+    for offset, expected in ((None, 7.0), (10.0, 15.0)):
+        request = messages.PredictRequest.FromString(predict_request("defaults", "x", 5.0))
+        if offset is not None:
+            request.inputs["offset"].dtype = 1
+            request.inputs["offset"].float_val.append(offset)
+            request.inputs["offset"].tensor_shape.SetInParent()
+        body = request.SerializeToString()
+        status, reply = grpc_connection.send(server[1]["grpc"], Request(METHOD, body, content_type="application/grpc"))
+        assert status == 200, reply
+        assert list(messages.PredictResponse.FromString(reply).outputs["y"].float_val) == [expected]
+    status, metadata = get(server[1]["rest"], "/v1/models/defaults/metadata")
+    assert status == 200
+    assert not metadata["metadata"]["signature_def"]["signature_def"]["serving_default"]["defaults"]
 
 
 def test_grpcs_own_options_are_passed_on(server):
@@ -866,10 +902,6 @@ def test_a_wrong_request_for_a_slow_graph_fails_alone(batching_ports, gate):
         ),
         (["--grpc_channel_arguments=a", "--model_base_path=m"], "'a' is not key=value"),
         (["--monitoring_config_file=x", "--model_base_path=m"], "--monitoring_config_file needs --rest_api_port"),
-        (
-            ["--port={free}", "--rest_api_port=0", "--grpc_socket_path={socket}", "--model_base_path=m"],
-            "(--grpc_socket_path) is in use; choose another path or stop what uses it",
-        ),
         (["--port={free}", "--grpc_socket_path=client.py", "--model_base_path=m"], "is a file; choose another path"),
         (
             ["--batching_parameters_file=batching.config", "--model_base_path=m"],

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tfserving" / "l
 from model_config import single_model_config  # noqa: E402
 from quiet_tensorflow import tf  # noqa: E402
 from servables import Library, LoadSettings  # noqa: E402
+from tensorflow_serving.apis import prediction_log_pb2  # noqa: E402
 
 keras, v1 = tf.keras, tf.compat.v1
 
@@ -110,6 +111,17 @@ def save_half_plus_two(target: Path) -> None:
         v1.saved_model.simple_save(session, str(target / "123"), {"x": x}, {"y": y})
 
 
+def save_defaults(target: Path) -> None:
+    """Write a model with an input that has a default value."""
+    with tf.Graph().as_default(), v1.Session() as session:
+        x, offset = v1.placeholder(tf.float32, [None], "x"), v1.placeholder(tf.float32, [], "offset")
+        signature = v1.saved_model.predict_signature_def({"x": x, "offset": offset}, {"y": x + offset})
+        signature.defaults["offset"].CopyFrom(tf.make_tensor_proto(2.0))
+        builder = v1.saved_model.Builder(str(target / "1"))
+        builder.add_meta_graph_and_variables(session, ["serve"], {"serving_default": signature})
+        builder.save()
+
+
 def save_verbs(target: Path) -> None:
     """Write a model of the older verbs: signatures that take serialized tf.Examples."""
     with tf.Graph().as_default(), v1.Session() as session:
@@ -126,6 +138,29 @@ def save_verbs(target: Path) -> None:
         builder = v1.saved_model.Builder(str(target / "1"))
         builder.add_meta_graph_and_variables(session, ["serve"], signatures)
         builder.save()
+        write_warm_up(target / "1")
+        # The same as TensorFlow 2 writes it: every signature is one to predict with.
+        for signature in signatures.values():
+            signature.method_name = "tensorflow/serving/predict"
+        builder = v1.saved_model.Builder(str(target.with_name("verbs_of_2") / "1"))
+        builder.add_meta_graph_and_variables(session, ["serve"], signatures)
+        builder.save()
+
+
+def write_warm_up(folder: Path) -> None:
+    """Record a request of each older verb."""
+    classify, regress, both = (prediction_log_pb2.PredictionLog() for _ in range(3))
+    requests = classify.classify_log.request, regress.regress_log.request, both.multi_inference_log.request
+    for request in requests:
+        request.input.example_list.examples.add().features.feature["x"].float_list.value.append(0.5)
+    requests[1].model_spec.signature_name = "value"
+    requests[2].tasks.add(method_name="tensorflow/serving/classify")
+    requests[2].tasks.add(method_name="tensorflow/serving/regress").model_spec.signature_name = "value"
+    path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    path.parent.mkdir()
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for log in (classify, regress, both):
+            writer.write(log.SerializeToString())
 
 
 def save_keras(target: Path) -> None:
@@ -163,6 +198,7 @@ def main() -> None:
     save_with_asset(Words, "number", "benign\nmalignant\n", target / "words")
     save_half_plus_two(target / "half_plus_two")
     save_verbs(target / "verbs")
+    save_defaults(target / "defaults")
     save_keras(target / "keras3")
     tried = {
         "at once": try_damaged(target / "at_once", 5, LoadSettings(max_retries=2, retry_interval_s=-1)),

@@ -1,7 +1,7 @@
 """Classify, Regress and MultiInference: tf.Examples in, labelled scores or one value each out.
 
-These are TensorFlow Serving's older verbs (its prediction_service.proto). They work on signatures that say so by
-their method_name, which tf.compat.v1.saved_model.classification_signature_def and regression_signature_def write;
+These are TensorFlow Serving's older verbs (its prediction_service.proto). They work on signatures whose inputs and
+outputs have the names that tf.compat.v1.saved_model.classification_signature_def and regression_signature_def write;
 the signature parses the serialized examples itself.
 """
 
@@ -70,8 +70,11 @@ def regress(servable: Servable, signature_name: str, examples) -> regression_pb2
     return result
 
 
-def multi_inference(library, request) -> inference_pb2.MultiInferenceResponse:
-    """Answer every task of a MultiInferenceRequest on the same examples. Raises ServingError."""
+def multi_inference(find, request) -> inference_pb2.MultiInferenceResponse:
+    """Answer every task of a MultiInferenceRequest on the same examples. Raises ServingError.
+
+    `find` returns the servable that a ModelSpec asks for.
+    """
     response = inference_pb2.MultiInferenceResponse()
     names = {task.model_spec.name for task in request.tasks}
     if not request.tasks:
@@ -85,9 +88,7 @@ def multi_inference(library, request) -> inference_pb2.MultiInferenceResponse:
         if signature_name in seen:
             raise invalid(f"Duplicate evaluation of signature: {signature_name}")
         seen.add(signature_name)
-        version = spec.version.value if spec.HasField("version") else None
-        label = spec.version_label if spec.WhichOneof("version_choice") == "version_label" else None
-        servable = library.find(spec.name, version, label)
+        servable = find(spec)
         result = response.results.add()
         match task.method_name:
             case "tensorflow/serving/classify":
@@ -149,7 +150,7 @@ def _choose(servable: Servable, signature_name: str, method: str, kind: str) -> 
     if signature_name not in servable.signatures:
         raise invalid(f"No signature was found with the name: {signature_name}")
     found = servable.definitions[signature_name].method_name
-    if found != method:
+    if servable.checks_method_names and found != method:
         raise invalid(f"Expected {kind} signature method_name to be {method}. Was: {found}")
     signature = servable.signatures[signature_name]
     if list(signature.inputs) != ["inputs"]:

@@ -175,6 +175,9 @@ def reports_errors(method):
             return await method(self, request)
         except ServingError as error:
             await context.abort(grpc.StatusCode[error.code], error.message)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong is this call's error, and nobody else's
+            print(f"local server: {method.__name__}: {error!r}", file=sys.stderr, flush=True)
+            await context.abort(grpc.StatusCode.INTERNAL, f"Internal error: {type(error).__name__}")
 
     return wrapped
 
@@ -287,7 +290,8 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
 
     @reports_errors
     async def MultiInference(self, request) -> inference_pb2.MultiInferenceResponse:
-        return await asyncio.to_thread(examples.multi_inference, self.library, request)
+        find = functools.partial(find_servable, self.library)
+        return await asyncio.to_thread(examples.multi_inference, find, request)
 
 
 class ModelService(model_service_pb2_grpc.ModelServiceServicer):

@@ -81,23 +81,20 @@ class Metrics:
 
     def write(self) -> bytes:
         """Return the page for Prometheus, laid out as TensorFlow Serving lays it out: no HELP lines."""
-        lines = []
-        if self.counts:
-            name = ":tensorflow:serving:request_count"
-            lines.append(f"# TYPE {name} counter")
-            for (model, status), count in sorted(self.counts.items()):
-                lines.append(f'{name}{{model_name="{escape(model)}",status="{status}"}} {count}')
-        if self.latencies:
-            name = ":tensorflow:serving:request_latency"
-            lines.append(f"# TYPE {name} histogram")
-            for (model, api, entrypoint), histogram in sorted(self.latencies.items()):
-                labels = f'model_name="{escape(model)}",API="{api}",entrypoint="{entrypoint}"'
-                total = 0
-                for limit, count in zip([*map("{:g}".format, LIMITS_US), "+Inf"], histogram.counts, strict=True):
-                    total += count
-                    lines.append(f'{name}_bucket{{{labels},le="{limit}"}} {total}')
-                lines.append(f"{name}_sum{{{labels}}} {histogram.sum_us:.1f}")
-                lines.append(f"{name}_count{{{labels}}} {total}")
+        name = ":tensorflow:serving:request_count"
+        lines = [f"# TYPE {name} counter"]
+        for (model, status), count in sorted(self.counts.items()):
+            lines.append(f'{name}{{model_name="{escape(model)}",status="{status}"}} {count}')
+        name = ":tensorflow:serving:request_latency"
+        lines.append(f"# TYPE {name} histogram")
+        for (model, api, entrypoint), histogram in sorted(self.latencies.items()):
+            labels = f'model_name="{escape(model)}",API="{api}",entrypoint="{entrypoint}"'
+            total = 0
+            for limit, count in zip([*map("{:g}".format, LIMITS_US), "+Inf"], histogram.counts, strict=True):
+                total += count
+                lines.append(f'{name}_bucket{{{labels},le="{limit}"}} {total}')
+            lines.append(f"{name}_sum{{{labels}}} {histogram.sum_us:.1f}")
+            lines.append(f"{name}_count{{{labels}}} {total}")
         return ("\n".join(lines) + "\n").encode()
 
 

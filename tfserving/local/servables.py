@@ -20,11 +20,10 @@ from google.protobuf.message import DecodeError
 from model_config import choose_versions
 from quiet_tensorflow import tf
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, predict_pb2, prediction_log_pb2
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
 DEFAULT_SIGNATURE = "serving_default"
 INIT_SIGNATURE = "__saved_model_init_op"  # written by TensorFlow 2 for the loader, not for clients
-MAX_WARM_UP_RECORDS = 1000  # TensorFlow Serving refuses more
 SLOW_RUN_S = 0.01  # a signature whose runs take longer is run on a thread
 FLOAT = tf.float32.as_datatype_enum
 MAX_TENSOR_BYTES = 2**31  # protobuf's own limit: a larger tensor can only be a forged shape
@@ -77,6 +76,7 @@ class Signature:
         self._batcher: Batcher | None = None
         self.inputs = dict(sorted(definition.inputs.items()))  # alias → TensorInfo
         self.outputs = dict(sorted(definition.outputs.items()))
+        self.defaults = {alias: tf.make_ndarray(tensor) for alias, tensor in definition.defaults.items()}
         self._types = [(alias, numpy_type(info.dtype)) for alias, info in self.inputs.items()]
         self._session = session
         self.run_s = 0.0  # how long a run takes, smoothed over about eight
@@ -128,6 +128,8 @@ class Signature:
 
     def check(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
         """Return the input arrays in the signature's order. ServingError where they do not fit it."""
+        if self.defaults:
+            inputs = {**self.defaults, **inputs}
         if inputs.keys() != self.inputs.keys():
             raise self._wrong_names(inputs.keys())
         arrays = []
@@ -184,7 +186,9 @@ class LoadSettings:
 
     batching: BatchingParameters | None = None  # lets requests share runs; None: each has its own
     tags: tuple[str, ...] = (tf.saved_model.SERVING,)  # of the graph in the SavedModel
-    warm_up_iterations: int = 1  # how often each recorded request is replayed
+    warm_up_iterations: int = 0  # how often each recorded request is replayed, by `warm_up`
+    warm_up: Callable[["Servable", Path], None] | None = None
+    checks_method_names: bool = False  # whether classify and regress refuse signatures that are made for another verb
     max_retries: int = 5  # how often a version that failed is tried again while its files stay as they are
     retry_interval_s: float = 60.0  # how long after a failure
 
@@ -193,7 +197,7 @@ class Servable:
     """One loaded version of one model."""
 
     def __init__(self, name: str, version: int, folder: Path, settings: LoadSettings = LoadSettings()):
-        """Load the SavedModel in `folder`, replay its warm-up requests. Raises one of LOAD_ERRORS or ServingError."""
+        """Load the SavedModel in `folder`, and warm it up. Raises one of LOAD_ERRORS or ServingError."""
         self.name = name
         self.version = version
         graph = tf.Graph()
@@ -208,8 +212,9 @@ class Servable:
         self.signatures = {
             key: Signature(session, definition, settings.batching) for key, definition in self.definitions.items()
         }
+        self.checks_method_names = settings.checks_method_names
         for _ in range(settings.warm_up_iterations):
-            self._warm_up(folder / "assets.extra" / "tf_serving_warmup_requests")
+            settings.warm_up(self, folder)
 
     @property
     def is_slow(self) -> bool:
@@ -257,23 +262,9 @@ class Servable:
         signatures = get_model_metadata_pb2.SignatureDefMap()
         for name, definition in self.definitions.items():
             signatures.signature_def[name].CopyFrom(definition)
+            signatures.signature_def[name].ClearField("defaults")  # TensorFlow Serving does not show them
         response.metadata["signature_def"].Pack(signatures)
         return response
-
-    def _warm_up(self, path: Path) -> None:
-        """Replay the recorded requests, so that no client waits for what the first calls cost."""
-        if not path.exists():
-            return
-        for i, record in enumerate(tf.compat.v1.io.tf_record_iterator(str(path))):
-            if i >= MAX_WARM_UP_RECORDS:
-                raise ServingError("INVALID_ARGUMENT", f"more than {MAX_WARM_UP_RECORDS} warm-up records: {path}")
-            log = prediction_log_pb2.PredictionLog.FromString(record)
-            if log.WhichOneof("log_type") != "predict_log":
-                raise ServingError(
-                    "UNIMPLEMENTED", f"the local server replays only predict requests; record {i} is none: {path}"
-                )
-            request: predict_pb2.PredictRequest = log.predict_log.request
-            self.predict(read_tensors(request.inputs), request.model_spec.signature_name, request.output_filter)
 
 
 def read_tensors(tensors) -> dict[str, np.ndarray]:

@@ -92,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add("max_num_load_retries", 5, "how often a version that failed to load is tried again")
     add("load_retry_interval_micros", 60_000_000, "how long after a failure, if no file has changed before")
     add("saved_model_tags", "serve", "tags of the graph to load, separated by commas", str)
+    add_switch("enable_signature_method_name_check", False, "classify and regress refuse signatures of another verb")
     add_switch("enable_model_warmup", True, "replay assets.extra/tf_serving_warmup_requests at load")
     add("num_request_iterations_for_warmup", 1, "how often each of them")
     add_switch("enable_batching", False, "let concurrent requests share a run of the graph")
@@ -125,16 +126,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def free_socket_path(path: Path) -> None:
-    """Make way for a unix socket: gRPC takes over a path without asking. Exits where a server or file has it."""
+    """Make way for a unix socket: as with gRPC, a new server takes the path over. Exits where a file has it."""
     try:
         mode = path.stat().st_mode
     except OSError:
         return
     if not stat.S_ISSOCK(mode):
         sys.exit(f"local server: {path} (--grpc_socket_path) is a file; choose another path")
-    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
-        probe.connect(str(path))
-        sys.exit(f"local server: {path} (--grpc_socket_path) is in use; choose another path or stop what uses it")
     path.unlink()
 
 
@@ -205,10 +203,13 @@ def read_metrics(arguments: argparse.Namespace) -> str | None:
 def load_library(models: list, batching, arguments: argparse.Namespace):
     """Load all models. A version that fails is told on stderr; exits where every one fails."""
     from servables import Library, LoadSettings
+    from warm_up import warm_up
 
     settings = LoadSettings(
         batching=batching,
         tags=tuple(arguments.saved_model_tags.split(",")),
+        warm_up=warm_up,
+        checks_method_names=arguments.enable_signature_method_name_check,
         warm_up_iterations=arguments.num_request_iterations_for_warmup if arguments.enable_model_warmup else 0,
         max_retries=arguments.max_num_load_retries,
         retry_interval_s=arguments.load_retry_interval_micros / 1e6,
