@@ -30,6 +30,7 @@ OPTIONAL = {
     "curl": "the READMEs ask the servers with it, the gateway's tests speak HTTP/2 with it",
     "wrk": "make calibrate compares the measuring client with it",
     "chromium": "the report's tests look at the page in it",
+    "nginx": "the tests of onnx's HTTP layer put it in front",
 }
 
 
@@ -89,8 +90,9 @@ def check_curl() -> tuple[str, str]:
 
 
 def check_optional(program: str) -> tuple[str, str]:
-    if shutil.which(program):
-        return "ok", f"{shutil.which(program)}: {OPTIONAL[program]}"
+    path = os.environ.get("PATH", os.defpath) + os.pathsep + "/usr/sbin"  # Debian's place for servers
+    if found := shutil.which(program, path=path):
+        return "ok", f"{found}: {OPTIONAL[program]}"
     return "note", f"none: {OPTIONAL[program]}; sudo apt-get install {program}"
 
 
@@ -155,6 +157,7 @@ def main() -> int:
         "curl": check_curl,
         "wrk": lambda: check_optional("wrk"),
         "Chromium": lambda: check_optional("chromium"),
+        "nginx": lambda: check_optional("nginx"),
         "cores": check_cores,
     }
     findings = {name: check() for name, check in checks.items()}
