@@ -19,7 +19,7 @@ PORT = re.compile(r"(?:localhost:|127\.0\.0\.1:|--port[ =]|\bport in )(\d{4,5}(?
 def test_curl_is_found_and_an_old_one_is_named(monkeypatch, version, verdict):
     printed = version and f"curl {version} (x86_64-pc-linux-gnu) libcurl/{version}"
     monkeypatch.setattr(doctor, "output_of", lambda *command: printed)
-    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program, path=None: None)
     assert doctor.check_curl()[0] == verdict
 
 
@@ -29,7 +29,7 @@ def test_haproxy_is_found_or_its_installation_is_named(monkeypatch, tmp_path):
     assert doctor.check_haproxy() == ("ok", "2.6.12: gateway uses /usr/sbin/haproxy")
     monkeypatch.delenv("GATEWAY_HAPROXY")
     monkeypatch.setattr(doctor, "VENV_DIR", tmp_path)
-    monkeypatch.setattr(doctor.shutil, "which", lambda program: None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda program, path=None: None)
     verdict, text = doctor.check_haproxy()
     assert verdict == "note"
     assert "make setup" in text
