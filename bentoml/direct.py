@@ -5,8 +5,9 @@ import gc
 import json
 
 import numpy as np
+from bodies import JsonOnly
 from pydantic_core import from_json
-from service import MONITOR, VERSIONS, JsonOnly, check_features, check_version, load_models, log_predictions
+from service import MONITOR, VERSIONS, check_features, check_version, load_models, log_predictions
 from sklearn.pipeline import Pipeline
 from threadpoolctl import threadpool_limits
 

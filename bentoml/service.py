@@ -12,25 +12,22 @@ requests.
 import functools
 import os
 import random
-import zlib
 from typing import Annotated, Any
 
 import bentoml
 import guard
 import numpy as np
 from bentoml.exceptions import BentoMLException, NotFound
+from bodies import JsonOnly
 from pydantic import ConfigDict, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 from sklearn.pipeline import Pipeline
-from starlette.responses import JSONResponse
 
 MODEL_NAME = "my_model"
 VERSIONS = ["v1.0.0", "v2.0.0"]  # as in bentofile.yaml; the last one answers when a request names none
 if only_version := os.environ.get("ONLY_VERSION"):
     VERSIONS = [only_version]  # one of the servers behind a gateway that splits requests between versions
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
-MAX_BODY_BYTES = 1_000_000  # as sent, and decompressed
-CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, 8.4.1
 MAX_CONNECTIONS = 512  # to one worker; beyond them 503, so that nobody waits long
 SHARE_OF_V2 = 0.5  # of the requests to /predict_ab
 MONITOR = os.environ.get("MONITOR", "")  # the name of a log of all features and predictions; empty: none is written
@@ -203,86 +200,6 @@ def load_model(tag: str) -> Pipeline:
     except Exception as error:  # a damaged pickle can raise anything
         raise BentoMLException(f"{tag} cannot be loaded ({type(error).__name__}): {remedy}") from error
     return model
-
-
-class Refusal(Exception):
-    """A body that is not taken: the reply's status and its message."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.headers = status, headers
-
-
-def decompress(body: bytes, encodings: str) -> bytes:
-    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
-    for word in reversed(encodings.lower().split(",")):
-        if (word := word.strip()) in ("", "identity"):
-            continue
-        if word not in CODINGS:
-            known = {"Accept-Encoding": ", ".join(CODINGS)}
-            raise Refusal(415, f"the Content-Encoding {word!r} is not known; gzip and deflate are", known)
-        is_raw = word == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header
-        decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
-        try:
-            body = decoder.decompress(body, MAX_BODY_BYTES + 1)
-        except zlib.error:
-            raise Refusal(400, f"the body is not {word}, as its Content-Encoding says") from None
-        if len(body) > MAX_BODY_BYTES:
-            raise Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed")
-        if not decoder.eof or decoder.unused_data:
-            raise Refusal(400, f"the body's {word} is cut off, or something follows it")
-    return body
-
-
-class JsonOnly:
-    """ASGI middleware: decompress a body, and refuse one that does not call itself JSON or is too large.
-
-    BentoML would read what is no JSON as JSON all the same, or as a form, and a malformed form is answered with 500;
-    it has no limit for the size, and takes a compressed body for malformed JSON.
-    """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        try:
-            body = await self.read(scope["headers"], receive)
-        except Refusal as refusal:
-            reply = JSONResponse({"error": str(refusal)}, refusal.status, refusal.headers)
-            await reply(scope, receive, send)
-            return
-        if await self.answer(scope, body, send):
-            return
-        first = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def receive_again() -> dict:
-            return first.pop() if first else await receive()
-
-        await self.app(scope, receive_again, send)
-
-    async def read(self, headers: list[tuple[bytes, bytes]], receive) -> bytes:
-        """Return the whole body; Refusal says why it is not taken."""
-        content_type = dict(headers).get(b"content-type", b"application/json")
-        if content_type.split(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(415, "the request's Content-Type is not application/json")
-        body, more_body = b"", True
-        while more_body:
-            message = await receive()
-            if message["type"] != "http.request":  # the client has gone; BentoML would wait for a reply for 60 s
-                raise Refusal(400, "the body ended early")
-            body += message.get("body", b"")
-            more_body = message.get("more_body", False)
-            if len(body) > MAX_BODY_BYTES:
-                raise Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer rows at a time")
-        encodings = b",".join(value for name, value in headers if name == b"content-encoding")
-        return decompress(body, encodings.decode("latin-1")) if encodings else body
-
-    async def answer(self, _scope, _body: bytes, _send) -> bool:
-        """Answer the request and return True, or leave it to BentoML."""
-        return False
 
 
 def make_service(middleware: type) -> bentoml.Service:

@@ -290,7 +290,7 @@ def bento(folder_copy) -> Path:
 
 
 def test_a_bento_carries_its_own_files_and_both_models(bento):
-    ours = {"service.py", "connections.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
+    ours = {"service.py", "bodies.py", "connections.py", "guard.py", "direct.py", "tuned_service.py", "tuned.yaml"}
     assert {path.name for path in (bento / "src").iterdir()} == {*ours, "bentofile.yaml"}
     manifest = yaml.safe_load((bento / "bento.yaml").read_text())
     assert {model["tag"] for model in manifest["models"]} == set(TAGS.values())

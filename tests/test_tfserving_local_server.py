@@ -395,6 +395,29 @@ def test_classify_gives_labels_and_scores_and_regress_gives_values(port, model):
     assert post(port, f"{model}:regress", {**body, "signature_name": "value"}) == (200, {"results": [0.75, 0.75]})
 
 
+def test_whatever_goes_wrong_inside_is_an_error_that_names_no_path(toy_models, apis, tmp_path):
+    ports, log = find_free_ports(["rest", "grpc"]), tmp_path / "log"
+    flags = ["--model_name=half", f"--model_base_path={toy_models / 'half_plus_two'}"]
+    flags += [f"--port={ports['grpc']}", f"--rest_api_port={ports['rest']}"]
+    flags += [f"--monitoring_config_file={FOLDER / 'monitoring.config'}"]
+    request = apis.classification_pb2.ClassificationRequest()
+    request.model_spec.name = "half"
+    with running(log, sys.executable, TESTS / "broken_server.py", *flags):
+        assert post(ports["rest"], "half:predict", {"inputs": [1]}) == (
+            500,
+            {"error": "Internal error: AttributeError"},
+        )
+        with grpc.insecure_channel(f"127.0.0.1:{ports['grpc']}") as channel, pytest.raises(grpc.RpcError) as caught:
+            apis.prediction_service_pb2_grpc.PredictionServiceStub(channel).Classify(request, timeout=DEADLINE_S)
+        assert caught.value.code() == grpc.StatusCode.INTERNAL
+        assert caught.value.details() == "Internal error: AttributeError"
+        assert post(ports["rest"], "half:predict", {"instances": [1]}) == (200, {"predictions": [2.5]})
+        _, page = get(ports["rest"], "/monitoring/prometheus/metrics")
+        assert ':tensorflow:serving:request_count{model_name="half",status="INTERNAL"} 2' in page
+    assert "POST /v1/models/half:predict: AttributeError" in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
 def test_method_names_are_checked_if_asked_for_and_warm_up_replays_the_older_verbs(toy_models, tmp_path):
     ports = find_free_ports(["rest", "grpc"])
     config = tmp_path / "models.config"

@@ -133,9 +133,8 @@ def make_cell(windows: Sequence[dict[str, Any]]) -> Cell:
 
 def _client_work_s(window: dict[str, Any]) -> float:
     """The client's CPU seconds without those in which an open loop only looked; nan in files of before 2026-11-29."""
-    if window["load"] == "open":
-        return float(max(window["client_cpu_s"] - window.get("client_idle_s", math.nan), 0.0))
-    return float(window["client_cpu_s"])
+    idle_s = window.get("client_idle_s", math.nan) if window["load"] == "open" else 0.0
+    return float(np.maximum(window["client_cpu_s"] - idle_s, 0.0))  # which keeps nan
 
 
 def _mean(shares: list[float], weights: list[float]) -> float:

@@ -190,7 +190,7 @@ def is_counted(method):
         if not self.metrics:
             return await method(self, request)
         started_s = time.perf_counter()
-        code = "UNKNOWN"
+        code = "INTERNAL"  # what reports_errors makes of any other failure
         try:
             reply = await method(self, request)
             code = "OK"

@@ -387,10 +387,11 @@ class Library:
             wanted = choose_versions(config)
             model.unread = ""
         except OSError as error:  # a folder that cannot be listed for a moment is no empty one
-            is_news = model.unread != error.strerror
+            if model.unread == error.strerror:
+                return []
             model.unread = error.strerror
             self.models = {**self.models, config.name: model}
-            return [f"{config.base_path}: {error.strerror}; what was served of it is kept"] * is_news
+            return [f"{config.base_path}: {error.strerror}; what was served of it is kept"]
         for version, folder in sorted(wanted.items(), reverse=True):
             if version in model.servables:
                 continue

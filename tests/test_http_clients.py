@@ -1,4 +1,4 @@
-"""What clients of all kinds send, asked of all four servers: each form of one request has the plain form's answer."""
+"""What HTTP clients send, asked of all four servers: each form of a request has the answer of the plain form."""
 
 import gzip
 import json

@@ -1,0 +1,88 @@
+"""What `bentoml serve` lacks for the bodies of requests: their type, their size, their compression."""
+
+import zlib
+
+from starlette.responses import JSONResponse
+
+MAX_BODY_BYTES = 1_000_000  # as sent, and decompressed
+CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, 8.4.1
+
+
+class Refusal(Exception):
+    """A body that is not taken: the reply's status and its message."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def decompress(body: bytes, encodings: str) -> bytes:
+    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
+    for word in reversed(encodings.lower().split(",")):
+        if (word := word.strip()) in ("", "identity"):
+            continue
+        if word not in CODINGS:
+            known = {"Accept-Encoding": ", ".join(CODINGS)}
+            raise Refusal(415, f"the Content-Encoding {word!r} is not known; gzip and deflate are", known)
+        is_raw = word == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header
+        decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
+        try:
+            body = decoder.decompress(body, MAX_BODY_BYTES + 1)
+        except zlib.error:
+            raise Refusal(400, f"the body is not {word}, as its Content-Encoding says") from None
+        if len(body) > MAX_BODY_BYTES:
+            raise Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed")
+        if not decoder.eof or decoder.unused_data:
+            raise Refusal(400, f"the body's {word} is cut off, or something follows it")
+    return body
+
+
+class JsonOnly:
+    """ASGI middleware: decompress a body, and refuse one that does not call itself JSON or is too large.
+
+    BentoML would read what is no JSON as JSON all the same, or as a form, and a malformed form is answered with 500;
+    it has no limit for the size, and takes a compressed body for malformed JSON.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await self.read(scope["headers"], receive)
+        except Refusal as refusal:
+            reply = JSONResponse({"error": str(refusal)}, refusal.status, refusal.headers)
+            await reply(scope, receive, send)
+            return
+        if await self.answer(scope, body, send):
+            return
+        first = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def receive_again() -> dict:
+            return first.pop() if first else await receive()
+
+        await self.app(scope, receive_again, send)
+
+    async def read(self, headers: list[tuple[bytes, bytes]], receive) -> bytes:
+        """Return the whole body; Refusal says why it is not taken."""
+        content_type = dict(headers).get(b"content-type", b"application/json")
+        if content_type.split(b";")[0].strip().lower() != b"application/json":
+            raise Refusal(415, "the request's Content-Type is not application/json")
+        body, more_body = b"", True
+        while more_body:
+            message = await receive()
+            if message["type"] != "http.request":  # the client has gone; BentoML would wait for a reply for 60 s
+                raise Refusal(400, "the body ended early")
+            body += message.get("body", b"")
+            more_body = message.get("more_body", False)
+            if len(body) > MAX_BODY_BYTES:
+                raise Refusal(413, f"the body is larger than {MAX_BODY_BYTES} bytes; send fewer rows at a time")
+        encodings = b",".join(value for name, value in headers if name == b"content-encoding")
+        return decompress(body, encodings.decode("latin-1")) if encodings else body
+
+    async def answer(self, _scope, _body: bytes, _send) -> bool:
+        """Answer the request and return True, or leave it to BentoML."""
+        return False
