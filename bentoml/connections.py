@@ -98,17 +98,21 @@ class Protocol(httptools_impl.HttpToolsProtocol):
 
     def check_time(self) -> None:
         """End a wait for the client that has taken too long."""
+        if self.flow.read_paused:  # it is the client that waits
+            self.wait_for(self.awaited)
         limit_s = {"head": HEAD_TIMEOUT_S, "body": BODY_TIMEOUT_S, "end": LINGER_S}.get(self.awaited)
         if limit_s is None or time.monotonic() - self.since_s <= limit_s:
             return
-        is_answered = self.awaited == "end" or (self.awaited == "body" and self.cycle.response_started)
-        if is_answered or (self.awaited == "head" and not self.head_bytes):
+        if self.awaited == "end" or (self.awaited == "head" and not self.head_bytes):
             self.transport.close()
         else:
             self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {self.awaited} did not arrive within {limit_s:g} s")
 
     def refuse(self, status: HTTPStatus, message: str) -> None:
         """Answer with an error, after the reply that is due, and close once the client has."""
+        if self.awaited == "body" and self.cycle.response_started:  # it has its answer
+            self.transport.close()
+            return
         if self.awaited != "body" and self.cycle and not self.cycle.response_complete:
             self.refusal = status, message
             self.wait_for("")

@@ -124,14 +124,19 @@ class Client:
     """Sends to a server in this process, whose clock stands until `wait_too_long`."""
 
     def __init__(self, connections: ModuleType, monkeypatch: pytest.MonkeyPatch):
-        self.now_s = self.sent_bytes = self.received_bytes = 0
-        self.news = asyncio.Event()
+        self.now_s = self.sent_bytes = self.received_bytes = self.looks = 0
+        self.news, self.release = asyncio.Event(), asyncio.Event()
         client = self
 
         class Protocol(connections.Protocol):
             def data_received(self, data: bytes) -> None:
                 super().data_received(data)
                 client.received_bytes += len(data)
+                client.news.set()
+
+            def check_time(self) -> None:
+                super().check_time()
+                client.looks += 1
                 client.news.set()
 
         monkeypatch.setattr(connections, "Protocol", Protocol)
@@ -150,17 +155,31 @@ class Client:
 
     def wait_too_long(self) -> None:
         self.now_s += 1000
+        self.looks = 0
+
+    async def looked_at(self, times: int) -> None:
+        """Wait until the server has looked so often at how long this takes."""
+        while self.looks < times:
+            self.news.clear()
+            await self.news.wait()
 
 
 @pytest.fixture
 def talk(connections, monkeypatch):
     """A function that sends these parts, each once the server has read the last, and returns all that comes back.
 
-    Then it asks to close the connection, or waits too long. The application answers with what it got.
+    Then it asks to close the connection, or waits too long; with `releases` the application then answers what is slow,
+    and these bytes are sent before it asks. The application answers with what it got.
     """
     client = Client(connections, monkeypatch)
 
     async def echo(scope, receive, send) -> None:
+        if scope["path"] == "/refused":
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        if scope["path"] == "/slow":
+            await client.release.wait()
         body, more = b"", True
         while more:
             message = await receive()
@@ -172,31 +191,35 @@ def talk(connections, monkeypatch):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def exchange(listener: socket.socket, parts: tuple[bytes, ...], waits: bool) -> bytes:
+    async def exchange(listener: socket.socket, parts: tuple[bytes, ...], waits: bool, releases: bytes) -> bytes:
         await client.open(listener.getsockname())
         for part in parts:
             await client.send(part)
         if waits:
             client.wait_too_long()
-        else:
+        if releases:
+            await client.looked_at(1)
+            client.release.set()
+            client.writer.write(releases)
+        if releases or not waits:
             client.writer.write(b"GET /end HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         replies = await client.reader.read()
         client.writer.close()
         return replies
 
-    async def serve(parts: tuple[bytes, ...], waits: bool, limit: int | None) -> bytes:
+    async def serve(parts: tuple[bytes, ...], limit: int | None, **turns) -> bytes:
         listener = socket.create_server(("127.0.0.1", 0))
         server = connections.Server(uvicorn.Config(echo, lifespan="off", log_level="error", limit_concurrency=limit))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         try:
-            return await asyncio.wait_for(exchange(listener, parts, waits), DEADLINE_S)
+            return await asyncio.wait_for(exchange(listener, parts, **turns), DEADLINE_S)
         finally:
             server.should_exit = True
             await asyncio.wait_for(serving, DEADLINE_S)
 
-    def run(*parts: bytes, waits: bool = False, limit: int | None = None) -> bytes:
+    def run(*parts: bytes, waits: bool = False, releases: bytes = b"", limit: int | None = None) -> bytes:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(serve(parts, waits, limit))
+            return runner.run(serve(parts, limit, waits=waits, releases=releases))
 
     return run
 
@@ -267,6 +290,22 @@ def test_what_is_refused_is_refused_in_json(talk, sent, status):
     head, _, body = talk(sent).partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status
     assert json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("rest", [b"", b"no chunk\r\n"], ids=["late", "wrong"])
+def test_a_request_that_has_its_answer_gets_no_second_one(talk, rest):
+    head = b"POST /refused HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"
+    replies = talk(head, *[rest] * bool(rest), waits=True)
+    assert replies.count(b"HTTP/1.1 ") == 1
+    assert b"HTTP/1.1 413" in replies
+
+
+def test_a_request_behind_a_slow_one_is_not_waited_for_while_nothing_is_read(talk):
+    """The server reads no more of the second before the first is answered."""
+    slow = b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n"
+    replies = talk(slow + post(b"X: y")[:-1], waits=True, releases=post(b"X: y")[-1:])
+    assert replies.count(b"HTTP/1.1 200") == 3
+    assert replies.index(b"GET /slow") < replies.index(b"POST /a hello") < replies.index(b"GET /end")
 
 
 def test_what_is_refused_is_refused_after_the_reply_that_is_due(talk):
