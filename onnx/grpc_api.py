@@ -7,6 +7,7 @@ by name.
 import asyncio
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -14,13 +15,16 @@ import grpc
 import grpc_messages as messages
 import numpy as np
 from batching import Job, threads
+from google.protobuf.message import DecodeError
 from http_messages import Refusal
 from models import INLINE_BYTES, Model
 from open_inference import MANY_ROWS, check_names, check_output, make_job, refuse_parameters
 from settings import Settings
 from tensors import to_string
 
+MANY_KNOWN, MAX_KNOWN_BYTES = 256, 2048  # of messages that are read without parsing them
 MAX_DETAILS = 500  # characters of a status: gRPC's clients refuse headers of more than 8 KB, %-encoded
+RAW_TAG = 7 << 3 | 2  # of raw_input_contents on the wire
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     404: grpc.StatusCode.NOT_FOUND,
@@ -48,12 +52,12 @@ class InferCodec:
     def __init__(self, model: Model):
         self.model = model
         self.all_names = list(model.outputs)
-        self.described: dict[tuple[int, int], bytes] = {}  # replies of rows without their values, by shape
+        self.starts: dict[tuple[int, int], bytes] = {}  # what stands before the values in a reply of rows, by shape
 
     def read(self, request: Any) -> Job:
         """Return what a ModelInferRequest wants computed; Refusal where it is not one for this model."""
-        if self.model.is_rows and (rows := self.find_rows(request)) is not None:
-            return Job(rows, len(rows), len(rows) * self.model.features, True, (request.id, self.all_names))
+        if self.model.is_rows and self.is_usual(request):
+            return self.read_rows(request.raw_input_contents[0], request.id)
         wanted: list[str] = []
         for number, output in enumerate(request.outputs):
             check_output(number, output.name, wanted, self.model)
@@ -80,22 +84,24 @@ class InferCodec:
                 feeds[tensor.name] = declared.from_bytes(raw[number], shape, count, place)
         return make_job(feeds, self.model, (request.id, wanted or self.all_names))
 
-    def find_rows(self, request: Any) -> list[list[float]] | None:
-        """Return the rows of a usual request to a model of rows, None where anything is unusual about it."""
+    def is_usual(self, request: Any) -> bool:
+        """Whether a request to a model of rows holds a few of them in bytes, and nothing else."""
         inputs, raw, width = request.inputs, request.raw_input_contents, self.model.features
         if len(inputs) != 1 or len(raw) != 1 or request.outputs:
-            return None
+            return False
         tensor = inputs[0]
         shape = tensor.shape
         if tensor.datatype != "FP32" or len(shape) != 2 or tensor.parameters or tensor.HasField("contents"):
-            return None
-        count = shape[0]
-        if tensor.name != self.model.input_name or shape[1] != width or not 0 < count <= MANY_ROWS:
-            return None
-        if len(raw[0]) != 4 * count * width:
-            return None
-        flat = memoryview(raw[0]).cast("f").tolist()
-        return [flat] if count == 1 else [flat[at : at + width] for at in range(0, len(flat), width)]
+            return False
+        if tensor.name != self.model.input_name or shape[1] != width or not 0 < shape[0] <= MANY_ROWS:
+            return False
+        return len(raw[0]) == 4 * shape[0] * width
+
+    def read_rows(self, values: bytes, request_id: str) -> Job:
+        """Return what the bytes of a usual request want computed."""
+        flat, width = memoryview(values).cast("f").tolist(), self.model.features
+        rows = [flat] if len(flat) == width else [flat[at : at + width] for at in range(0, len(flat), width)]
+        return Job(rows, len(rows), len(flat), True, (request_id, self.all_names))
 
     def read_contents(self, tensor: Any, declared: Any, shape: list[int], count: int, place: str) -> np.ndarray:
         """Return the array in the typed fields of a tensor."""
@@ -115,14 +121,15 @@ class InferCodec:
         model, (request_id, names) = self.model, wanted
         if model.is_rows and type(answer[0]) is list:
             shape = len(answer), len(answer[0])
-            if shape not in self.described:  # protobuf takes messages that follow each other for one
+            flat = answer[0] if shape[0] == 1 else [value for row in answer for value in row]
+            if shape not in self.starts:
                 described = messages.ModelInferResponse(model_name=model.name, model_version=model.version)
                 described.outputs.add(name=self.all_names[0], datatype="FP32", shape=shape)
-                self.described[shape] = described.SerializeToString()
-            flat = answer[0] if shape[0] == 1 else [value for row in answer for value in row]
-            values = struct.pack(f"<{len(flat)}f", *flat)
-            reply = messages.ModelInferResponse(id=request_id, raw_output_contents=[values])
-            return self.described[shape] + reply.SerializeToString()
+                described.raw_output_contents.append(bytes(4 * len(flat)))
+                self.starts[shape] = described.SerializeToString()[: -4 * len(flat)]
+            reply = self.starts[shape] + struct.pack(f"<{len(flat)}f", *flat)
+            # Protobuf takes messages that follow each other for one.
+            return reply + messages.ModelInferResponse(id=request_id).SerializeToString() if request_id else reply
         reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request_id)
         by_name = dict(zip(self.all_names, answer, strict=True))
         for name in names:
@@ -140,6 +147,9 @@ class Servicer:
 
     def __init__(self, serving: Any):
         self.serving = serving
+        self.messages = serving.messages
+        self.known: dict[bytes, tuple[Model, InferCodec, int]] = {}  # by all of a message but the values at its end
+        self.sizes: dict[int, int] = {}  # bytes of those values, by the message's length
 
     async def ServerLive(self, _request: Any) -> dict:
         return {"live": True}
@@ -166,53 +176,112 @@ class Servicer:
     async def RepositoryIndex(self, request: Any) -> dict:
         return {"models": self.serving.index(request.ready)}
 
-    async def ModelInfer(self, request: Any) -> Any:
-        return await self.infer(request)
-
-    async def stream(self, requests: AsyncIterator, _context: grpc.aio.ServicerContext) -> AsyncIterator:
+    async def stream(self, requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext) -> AsyncIterator:
         """ModelStreamInfer: the same for one request after the other; an error is an answer, and not the end."""
-        async for request in requests:
+        async for data in requests:
             try:
-                reply = await self.infer(request)
+                reply = await self.infer(data)
             except Refusal as refusal:
-                nothing = messages.ModelInferResponse(id=request.id)
+                nothing = messages.ModelInferResponse(id=parse(data).id)
                 yield messages.ModelStreamInferResponse(error_message=str(refusal), infer_response=nothing)
             else:
                 if isinstance(reply, bytes):
                     reply = messages.ModelInferResponse.FromString(reply)
                 yield messages.ModelStreamInferResponse(infer_response=reply)
 
-    async def infer(self, request: Any) -> Any:
-        """Return the reply to one ModelInferRequest; Refusal where there is none."""
-        model, codec = self.serving.find_messages(request.model_name, request.model_version)
-        with self.serving.counting(model):
-            if request.ByteSize() > INLINE_BYTES:
-                return await asyncio.get_running_loop().run_in_executor(threads, model.answer_apart, codec, request)
-            job = codec.read(request)
-            job.asker, job.done = asyncio.get_running_loop().create_future(), _settle
-            model.batcher.add(job)
-            return codec.write(job.wanted, await job.asker)
+    async def infer(self, data: bytes, _context: grpc.aio.ServicerContext | None = None) -> Any:
+        """ModelInfer: return the reply to a request, both in bytes; Refusal where there is none."""
+        started_s, status = time.perf_counter(), 500
+        known = self.find_known(data)
+        if known is None:
+            request = parse(data)
+            model, codec = self.serving.find_messages(request.model_name, request.model_version)
+        else:
+            model, codec, size = known
+        try:
+            if len(data) > INLINE_BYTES:
+                loop = asyncio.get_running_loop()
+                reply = await loop.run_in_executor(threads, model.answer_apart, codec, request)
+            else:
+                job = codec.read_rows(data[-size:], "") if known else codec.read(request)
+                reply = codec.write(job.wanted, await compute(job, model))
+                if known is None and model.is_rows and codec.is_usual(request):
+                    self.remember(data, request, model, codec)
+            status = 200
+        except Refusal as refusal:
+            status = refusal.status
+            raise
+        finally:
+            self.serving.observe_model(model, status, time.perf_counter() - started_s)
+        return reply
+
+    def find_known(self, data: bytes) -> tuple[Model, InferCodec, int] | None:
+        """Return model and codec of a request that differs from an earlier one in its values only, and their bytes."""
+        if self.messages is not self.serving.messages:  # other models are served since
+            self.known.clear()
+            self.messages = self.serving.messages
+        size = self.sizes.get(len(data), 1)
+        known = self.known.get(data[:-size])
+        return known if known is not None and known[2] == size else None
+
+    def remember(self, data: bytes, request: Any, model: Model, codec: InferCodec) -> None:
+        """Have the next request that differs in its values only not parsed: clients repeat all else byte for byte."""
+        size = len(request.raw_input_contents[0])
+        if request.id or size >= 128 or len(data) > MAX_KNOWN_BYTES:
+            return
+        usual = messages.ModelInferRequest(
+            model_name=request.model_name, model_version=request.model_version, inputs=request.inputs
+        )
+        if data[:-size] != usual.SerializeToString() + bytes([RAW_TAG, size]):  # the values stand elsewhere
+            return
+        if len(self.known) >= MANY_KNOWN:
+            self.known.clear()
+            self.sizes.clear()
+        self.known[data[:-size]] = model, codec, size
+        self.sizes[len(data)] = size
+
+
+async def compute(job: Job, model: Model) -> Any:
+    """Return the answer to a job; raise what went wrong."""
+    given: list = []  # the answer; before that, where it does not come at once, the future that waits for it
+    job.asker, job.done = given, _settle
+    model.batcher.add(job)
+    if not given:
+        given.append(asyncio.get_running_loop().create_future())
+        return await given[0]
+    if isinstance(given[0], Exception):
+        raise given[0]
+    return given[0]
 
 
 def _settle(job: Job, answer: Any) -> None:
-    if job.asker.done():
-        return  # cancelled: its client has gone
-    if isinstance(answer, Exception):
-        job.asker.set_exception(answer)
+    given = job.asker
+    if not given:
+        given.append(answer)
+    elif given[0].done():
+        pass  # cancelled: its client has gone
+    elif isinstance(answer, Exception):
+        given[0].set_exception(answer)
     else:
-        job.asker.set_result(answer)
+        given[0].set_result(answer)
+
+
+def parse(data: bytes) -> Any:
+    """Return the ModelInferRequest in `data`; Refusal where it is none."""
+    try:
+        return messages.ModelInferRequest.FromString(data)
+    except DecodeError:
+        raise Refusal(400, "the message is no ModelInferRequest") from None
 
 
 def make_handler(method: Callable) -> Callable:
     """Return the method as gRPC calls it: a Refusal becomes a status."""
-    reply_class = messages.CLASSES[f"{method.__name__}Response"]
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
-            reply = await method(request)
+            return await method(request)
         except Refusal as refusal:
             await context.abort(CODES.get(refusal.status, grpc.StatusCode.INTERNAL), str(refusal)[:MAX_DETAILS])
-        return reply_class(**reply) if isinstance(reply, dict) else reply
 
     return call
 
@@ -236,10 +305,12 @@ def make_handlers(serving: Any) -> grpc.GenericRpcHandler:
     handlers = {name: grpc.unary_unary_rpc_method_handler(refuse(reason)) for name, reason in UNSUPPORTED.items()}
     for name in dir(servicer):
         if name[0].isupper():
-            read = messages.CLASSES[f"{name}Request"].FromString
-            handlers[name] = grpc.unary_unary_rpc_method_handler(make_handler(getattr(servicer, name)), read, serialize)
-    read = messages.ModelInferRequest.FromString
-    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(servicer.stream, read, serialize)
+            read, reply_class = messages.CLASSES[f"{name}Request"].FromString, messages.CLASSES[f"{name}Response"]
+            handlers[name] = grpc.unary_unary_rpc_method_handler(
+                make_handler(getattr(servicer, name)), read, lambda fields, make=reply_class: serialize(make(**fields))
+            )
+    handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(make_handler(servicer.infer), None, serialize)
+    handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(servicer.stream, None, serialize)
     return grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers)
 
 

@@ -1,11 +1,9 @@
 """What answers: every path and method of REST, and what gRPC asks of the models."""
 
-import contextlib
 import re
-import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grpc_api
@@ -275,19 +273,10 @@ class Serving:
             raise Refusal(404, f"model {name!r} is not served; there are {list_some(list(models))}")
         raise Refusal(404, f"version {version!r} of {name} is not served; there are {list_some(list(models[name]))}")
 
-    @contextlib.contextmanager
-    def counting(self, model: Model) -> Iterator[None]:
-        """Count what happens inside the block as one request."""
-        started_s, status = time.perf_counter(), 500
-        try:
-            yield
-            status = 200
-        except Refusal as refusal:
-            status = refusal.status
-            raise
-        finally:
-            if self.metrics is not None:
-                self.metrics.observe((model.name, model.version), status, time.perf_counter() - started_s)
+    def observe_model(self, model: Model, status: int, seconds: float) -> None:
+        """Count an answered request over gRPC."""
+        if self.metrics is not None:
+            self.metrics.observe((model.name, model.version), status, seconds)
 
 
 def list_some(names: list[str]) -> str:

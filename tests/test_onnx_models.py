@@ -407,6 +407,36 @@ def test_the_largest_number_is_taken_as_programs_print_it(asker):
     assert (status, json.loads(reply)) == (200, {"predictions": [[0.0] * 5]})
 
 
+@pytest.mark.parametrize("way", ["binary", "raw"])
+def test_requests_that_differ_in_their_values_only_get_their_own_answers(toys, asker, way):
+    """From the second one on they are not parsed: all but their values is known."""
+    random = np.random.default_rng(3)
+    for _ in range(3):
+        for count in (1, 2, 30, 1):
+            for name in ("rows", "same_fp32"):
+                arrays = {"x": random.normal(size=(count, 3)).astype(np.float32)}
+                assert find_difference(asker.ask(way, name, arrays), toys[name].answer(**arrays)) == "", (name, count)
+
+
+def test_a_message_that_goes_on_behind_known_values_is_read_to_its_end(asker):
+    """It is as long as another known one, and begins as a known one."""
+    call = asker.channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    one, two = (write_message("rows", {"x": rows[:count]}, raw=True).SerializeToString() for count in (1, 2))
+    for message in (one, two, one, two):
+        call(message, timeout=DEADLINE_S)
+    reply = asker.messages.ModelInferResponse.FromString(call(one + b"\x1a\x0a" + b"i" * 10, timeout=DEADLINE_S))
+    assert reply.id == "i" * 10
+    assert reply.raw_output_contents[0] == rows[:1].tobytes()
+    for message in (one + b"\xff" * 12, b"\xff", one[:-1]):
+        with pytest.raises(asker.error) as refused:
+            call(message, timeout=DEADLINE_S)
+        assert (refused.value.code().name, refused.value.details()) == (
+            "INVALID_ARGUMENT",
+            "the message is no ModelInferRequest",
+        )
+
+
 @pytest.mark.parametrize(
     ("datatype", "field", "values", "words"),
     [
