@@ -182,7 +182,7 @@ class Servicer:
             try:
                 reply = await self.infer(data)
             except Refusal as refusal:
-                nothing = messages.ModelInferResponse(id=parse(data).id)
+                nothing = messages.ModelInferResponse(id=read_id(data))
                 yield messages.ModelStreamInferResponse(error_message=str(refusal), infer_response=nothing)
             else:
                 if isinstance(reply, bytes):
@@ -199,14 +199,16 @@ class Servicer:
         else:
             model, codec, size = known
         try:
-            if len(data) > INLINE_BYTES:
+            if known is not None:
+                job = codec.read_rows(data[-size:], "")
+                reply = codec.write(job.wanted, await compute(job, model))
+            elif len(data) > INLINE_BYTES:
                 loop = asyncio.get_running_loop()
                 reply = await loop.run_in_executor(threads, model.answer_apart, codec, request)
             else:
-                job = codec.read_rows(data[-size:], "") if known else codec.read(request)
+                job = codec.read(request)
                 reply = codec.write(job.wanted, await compute(job, model))
-                if known is None and model.is_rows and codec.is_usual(request):
-                    self.remember(data, request, model, codec)
+                self.remember(data, request, model, codec)
             status = 200
         except Refusal as refusal:
             status = refusal.status
@@ -226,14 +228,16 @@ class Servicer:
 
     def remember(self, data: bytes, request: Any, model: Model, codec: InferCodec) -> None:
         """Have the next request that differs in its values only not parsed: clients repeat all else byte for byte."""
-        size = len(request.raw_input_contents[0])
-        if request.id or size >= 128 or len(data) > MAX_KNOWN_BYTES:
+        if not model.is_rows or request.id or len(data) > MAX_KNOWN_BYTES or not codec.is_usual(request):
             return
+        if self.serving.messages.get((request.model_name, request.model_version)) != (model, codec):
+            return  # another one is served since
+        size = len(request.raw_input_contents[0])
         usual = messages.ModelInferRequest(
             model_name=request.model_name, model_version=request.model_version, inputs=request.inputs
         )
-        if data[:-size] != usual.SerializeToString() + bytes([RAW_TAG, size]):  # the values stand elsewhere
-            return
+        if size > 127 or data[:-size] != usual.SerializeToString() + bytes([RAW_TAG, size]):
+            return  # the values are many, or stand elsewhere
         if len(self.known) >= MANY_KNOWN:
             self.known.clear()
             self.sizes.clear()
@@ -272,6 +276,14 @@ def parse(data: bytes) -> Any:
         return messages.ModelInferRequest.FromString(data)
     except DecodeError:
         raise Refusal(400, "the message is no ModelInferRequest") from None
+
+
+def read_id(data: bytes) -> str:
+    """Return the id of a request, as far as it is one."""
+    try:
+        return str(parse(data).id)
+    except Refusal:
+        return ""
 
 
 def make_handler(method: Callable) -> Callable:

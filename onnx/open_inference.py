@@ -123,7 +123,7 @@ class InferCodec:
                 rows = self.find_rows(asked, tail)
                 if rows is not None:
                     wanted = self.find_wanted(asked)
-                    if tail and asked.id is None and len(body) <= MAX_KNOWN_BYTES:  # an id is another each time
+                    if tail and not asked.id and len(body) <= MAX_KNOWN_BYTES:  # an id is another each time
                         if len(self.known) >= MANY_KNOWN:
                             self.known.clear()
                         self.known[body] = len(rows), wanted
@@ -200,7 +200,7 @@ class InferCodec:
         usual = False if parameters is None else parameters.binary_data_output
         if not asked.outputs:
             wanted = self.as_bytes if usual else self.as_json
-            return wanted if asked.id is None else Wanted(wanted.names, wanted.binary, asked.id)
+            return Wanted(wanted.names, wanted.binary, asked.id) if asked.id else wanted
         names, binary = [], []
         for number, output in enumerate(asked.outputs):
             check_output(number, output.name, names, self.model)
@@ -214,7 +214,7 @@ class InferCodec:
 
     def write(self, wanted: Wanted, answer: list) -> tuple[bytes, bytes, bytes]:
         """Return body, content type and further lines of the reply's head."""
-        start = self.start if wanted.request_id is None else b'{"id":%b,%b' % (encode(wanted.request_id), self.head)
+        start = b'{"id":%b,%b' % (encode(wanted.request_id), self.head) if wanted.request_id else self.start
         if type(answer[0]) is not list:
             described, tail = self.write_arrays(wanted, answer)
             body = b"%b%b]}" % (start, described)

@@ -231,7 +231,7 @@ class Serving:
     def index(self, only_ready: bool) -> list[dict]:
         """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
         served = [
-            {"name": name, "version": version, "state": "READY", "reason": ""}
+            {"name": name, "version": version, "state": "READY"}
             for name, versions in self.models.items()
             for version in versions
         ]

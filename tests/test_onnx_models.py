@@ -428,6 +428,10 @@ def test_a_message_that_goes_on_behind_known_values_is_read_to_its_end(asker):
     reply = asker.messages.ModelInferResponse.FromString(call(one + b"\x1a\x0a" + b"i" * 10, timeout=DEADLINE_S))
     assert reply.id == "i" * 10
     assert reply.raw_output_contents[0] == rows[:1].tobytes()
+    stream = asker.channel.stream_stream("/inference.GRPCInferenceService/ModelStreamInfer")
+    first, second = stream(iter([b"\xff", one]), timeout=DEADLINE_S)
+    assert b"no ModelInferRequest" in first
+    assert rows[:1].tobytes() in second
     for message in (one + b"\xff" * 12, b"\xff", one[:-1]):
         with pytest.raises(asker.error) as refused:
             call(message, timeout=DEADLINE_S)
@@ -615,8 +619,10 @@ class Following:
         wait_until(lambda: self.state(name, version) == state, lambda: f"{name} {state}: {self.server.log()}")
 
     def answer(self, name: str) -> list[float]:
-        """Return what a model of rows says to zeros: its weights."""
-        return self.asker.ask("json", name, {"x": np.zeros((1, 5), np.float32)})["y"][0].tolist()
+        """Return what a model of rows says to zeros, its weights; nothing while two ways to ask are answered apart."""
+        zeros = {"x": np.zeros((1, 5), np.float32)}
+        answers = [self.asker.ask(way, name, zeros)["y"][0].tolist() for way in ("raw", "binary", "json")]
+        return answers[0] if answers.count(answers[0]) == len(answers) else []
 
     def assert_still(self) -> None:
         """A model that is added now is served: by then all that came before has been looked at."""

@@ -17,6 +17,7 @@ from endpoints.base import Request
 from endpoints.endpoint_onnx import OnnxEndpoint, TunedOnnxEndpoint
 from endpoints.reference import load_expected, load_test_rows
 from helpers import DEADLINE_S, start
+from machine.priority import lifted_priority
 from servers.process import ServerProcess
 
 NEEDED_CORES = 4  # a core for each worker, one for the client, one for what stands between them
@@ -130,6 +131,7 @@ def test_a_small_model_keeps_its_p99_beside_a_large_one_in_a_process_of_its_own(
         "beside, the same process": [],
     }
     with (
+        lifted_priority(),
         serve(TunedOnnxEndpoint, cores[0], "--only-model", "my_model") as small,
         serve(LargeEndpoint, cores[-1], "--only-model", "large") as large,
         serve(TunedOnnxEndpoint, cores[0]) as both,

@@ -176,7 +176,7 @@ def list_remarks(measured: Measured) -> list[str]:
         f"commit {environment['git_commit'] or 'unknown'}{' with changes' if environment['git_dirty'] else ''}.",
         f"`{environment['command']}`, profile {settings['profile']}: version {settings['version']}, "
         f"{describe_rounds(measured)} of windows of {settings['seconds']:g} s or more in random order, {pinning}. Each "
-        "server was warmed up until its rate levelled off, for seconds at most, and for "
+        f"server was warmed up until its rate levelled off, for {settings['settle_seconds']:g} s at most, and for "
         f"{settings['warmup_seconds']:g} s before each window.",
         f"Rates and ratios are medians of the rounds, with {CONFIDENCE:.0%} intervals from order statistics; ratios "
         "are taken round by round.",

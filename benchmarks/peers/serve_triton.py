@@ -1,7 +1,7 @@
 r"""Serve the ONNX model with NVIDIA Triton, over the Open Inference Protocol.
 
     ../../.venv-peers/triton/bin/python serve_triton.py \
-        [--port 8041] [--metrics-port 8042]
+        [--port 8041] [--metrics-port 8042] [--grpc-port 8043]
 
 Run it in benchmarks/peers/. The wheel nvidia-pytriton brings the binary
 tritonserver and its Python backend, and no backend for ONNX, so
@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8041, help="REST port (default: 8041)")
     parser.add_argument("--metrics-port", type=int, default=8042, help="port of the metrics (default: 8042)")
+    parser.add_argument("--grpc-port", type=int, help="port of gRPC (default: none)")
     arguments = parser.parse_args()
 
     # The backend runs models in its stub, a program that embeds one version of Python; the wheel brings several.
@@ -47,7 +48,8 @@ def main() -> None:
         "--http-address=127.0.0.1",
         f"--http-port={arguments.port}",
         f"--metrics-port={arguments.metrics_port}",
-        "--allow-grpc=false",
+        *(["--allow-grpc=false"] if arguments.grpc_port is None else [f"--grpc-port={arguments.grpc_port}"]),
+        "--grpc-address=127.0.0.1",
         "--allow-gpu-metrics=false",
         "--exit-timeout-secs=15",
     ]
