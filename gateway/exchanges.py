@@ -13,8 +13,8 @@ short reason.
 |---|---|---|
 | `/v1/models/M[/versions/N or /labels/L]:predict` | `instances` or `inputs` | `predictions` or `outputs` |
 | `/v2/models/M[/versions/N]/infer` | the one input; JSON, or bytes behind it | the one output of two columns |
-| `/predictions/M[/V]` | `data` in JSON, or a field `data` of a form | a list |
-| `/predict[/V]`, `/predict_ab`, `/predict_batched` | `data`, `features`, `rows` | `predictions`, `probability`, a list |
+| `/predictions/M[/V]` | `data` in JSON, or a field `data` of a form | list |
+| `/predict[/V]`, `/predict_ab`, `/predict_batched` | `data`, `features`, `rows` | `predictions`, `probability`, list |
 
 A body of no row, rows of different lengths, and what no number is are Unreadable; so are probabilities outside 0 to 1.
 NaN and Infinity are numbers in rows, for TensorFlow Serving predicts them. The status of a reply is not looked at, and

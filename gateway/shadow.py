@@ -32,19 +32,23 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
+try:
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f"shadow: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent / "benchmarks"))
 
 from endpoints.base import (  # noqa: E402
     Endpoint,
-    ServerError,  # noqa: E402
+    ServerError,
     load_endpoints,
 )
 from endpoints.reference import load_test_rows  # noqa: E402
+from exchanges import Rows, Unreadable, read_probabilities, read_rows  # noqa: E402
 from gateway import GatewayError, end_with_parent, find_haproxy  # noqa: E402
 from machine.free_ports import find_free_ports  # noqa: E402
 from machine.signals import interrupt_on_sigterm  # noqa: E402
@@ -57,8 +61,16 @@ SO_MEMINFO, MEMINFO_FIELDS, SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_DROPS = 55, 9, 0, 
 START_TIMEOUT_S = 30.0
 POLL_S = 0.05
 MOST_FLIPS_SHOWN = 10
-UNREADABLE = (ValueError, KeyError, TypeError, IndexError)  # what reading a stranger's JSON raises
+MESSAGE_BYTES = 12_288  # of headers and body: what surely fits into HAProxy's buffer
+# RFC 9110, 7.6.1: what a proxy does not pass on. The length is counted anew, and HAProxy has said 100 Continue.
+NOT_COPIED = (
+    "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
+    "content-length", "expect",
+)  # fmt: skip
 THRESHOLD = 0.5  # P(benign) from which a row is called benign
+
+
+Headers = list[tuple[str, bytes]]
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,10 @@ class Copy:
     """A request, and what version 1 answered."""
 
     path: str
-    content_type: str
+    headers: Headers
     body: bytes
     status: int
+    reply_headers: Headers
     reply: bytes
     duration_s: float  # request sent to reply's header, by HAProxy
 
@@ -78,12 +91,39 @@ class Copy:
         values = json.loads(record)  # fails where the line was cut
         if values["body_bytes"] == "-":
             return None
-        body, reply = base64.b64decode(values["body"]), base64.b64decode(values["reply"])
+        headers, body = read_message(values["headers"], values["body"], values["body_bytes"])
         answered = values["us"] != "-"  # else HAProxy itself said 502, 503 or 504
-        if len(body) != int(values["body_bytes"]) or (answered and len(reply) != int(values["reply_bytes"])):
-            raise ValueError("a body larger than HAProxy's buffer")
-        duration_s = int(values["us"]) / 1e6 if answered else float("nan")
-        return cls(values["path"], values["type"], body, values["status"], reply, duration_s)
+        reply_headers, reply, duration_s = [], b"", float("nan")
+        if answered:
+            reply_headers, reply = read_message(values["reply_headers"], values["reply"], values["reply_bytes"])
+            duration_s = int(values["us"]) / 1e6
+        return cls(values["path"], headers, body, values["status"], reply_headers, reply, duration_s)
+
+
+def read_message(headers: str, body: str, body_bytes: str) -> tuple[Headers, bytes]:
+    """Return headers and body of a log record, all base64; ValueError where HAProxy's buffer did not hold the body.
+
+    Of a body whose length the headers do not name, HAProxy knows only what is in the buffer.
+    """
+    head, content = base64.b64decode(headers), base64.b64decode(body)
+    lines = [line.partition(b":") for line in head.split(b"\r\n") if line]
+    read = [(name.decode("latin-1").lower(), value.strip()) for name, _, value in lines]
+    has_length = any(name == "content-length" for name, _ in read)
+    if len(content) != int(body_bytes) or (not has_length and len(head) + len(content) > MESSAGE_BYTES):
+        raise ValueError("a body larger than HAProxy's buffer")
+    return read, content
+
+
+def choose_copied(headers: Headers, own: dict[str, str]) -> Headers:
+    """Return the headers of a copy: the request's, without what is the connection's, and `own` in their place."""
+    names = b",".join(value for name, value in headers if name == "connection").decode("latin-1").lower().split(",")
+    left_out = {*NOT_COPIED, *(name.strip() for name in names), *own}
+    kept = [(name, value) for name, value in headers if name not in left_out]
+    return kept + [(name, value.encode()) for name, value in own.items()]
+
+
+def as_text(headers: Headers) -> list[tuple[str, str]]:
+    return [(name, value.decode("latin-1")) for name, value in headers]
 
 
 @dataclass
@@ -120,27 +160,35 @@ class Comparison:
         """Which rows the versions put in different classes, (n,) of bool."""
         return (np.array(self.v1) >= THRESHOLD) != (np.array(self.v2) >= THRESHOLD)
 
-    def add(self, copy: Copy, rows: list, v1: np.ndarray, v2: np.ndarray, v2_s: float) -> None:
+    def add(self, copy: Copy, rows: Rows, v1: Rows, v2: Rows, v2_s: float) -> None:
         """Add a request that both predicted: `rows` (n, 5), probabilities (n, 2)."""
         self.rows += rows
-        self.v1 += v1[:, 1].tolist()
-        self.v2 += v2[:, 1].tolist()
+        self.v1 += [benign for _, benign in v1]
+        self.v2 += [benign for _, benign in v2]
         self.v1_s.append(copy.duration_s)
         self.v2_s.append(v2_s)
 
     def flipped_rows(self) -> list[tuple[list[float], float, float, int]]:
         """The different rows that flip, most often seen first: features, P(benign) of both, times seen."""
-        seen = Counter(tuple(self.rows[i]) for i in np.flatnonzero(self.flips))
-        places = {tuple(self.rows[i]): i for i in np.flatnonzero(self.flips)}
-        return [(list(row), self.v1[places[row]], self.v2[places[row]], count) for row, count in seen.most_common()]
+        places = np.flatnonzero(self.flips)
+        seen = Counter(as_float32(self.rows[i]) for i in places)
+        first = {as_float32(self.rows[i]): i for i in reversed(places)}
+        found = [(first[row], count) for row, count in seen.most_common()]
+        return [(self.rows[i], self.v1[i], self.v2[i], count) for i, count in found]
+
+
+def as_float32(row: list[float]) -> bytes:
+    """Return what the models take a row for: the same row in JSON and in bytes is one row."""
+    with np.errstate(over="ignore"):  # TensorFlow Serving takes 1e39, as infinity
+        return np.array(row, "<f4").tobytes()
 
 
 class Shadow:
     """HAProxy before version 1, and the threads that send its copies to version 2 and compare.
 
     A context manager: inside the block `users_port` (None: a free one) answers with what version 1 says. `endpoint`
-    tells how bodies and replies are read. At most `queue_size` copies wait and `at_once` are under way; what comes
-    beyond is dropped and counted. On leaving the block, what waits has `drain_s` to be compared. GatewayError where
+    is version 1's, and the kind of version 2's. At most `queue_size` copies wait and `at_once` are under way; further
+    ones are dropped and counted. On leaving the block, what waits has `drain_s` to be compared. GatewayError where
     HAProxy is missing, ServerError where it does not start or has ended.
     """
 
@@ -149,7 +197,7 @@ class Shadow:
         *, users_port: int | None = None, queue_size: int = 1000, at_once: int = 4, timeout_s: float = 5.0,
         drain_s: float = 10.0,
     ):  # fmt: skip
-        self.endpoint = endpoint
+        self._v2 = type(endpoint)({"rest": v2_port})
         self.comparison = Comparison(endpoint.name)
         self.timeout_s, self.drain_s = timeout_s, drain_s
         self.ports = {**find_free_ports(["users", "copies"]), "v1": v1_port, "v2": v2_port}
@@ -274,6 +322,8 @@ class Shadow:
                     continue
                 try:
                     self._compare_one(connection, record)
+                except Exception as error:  # noqa: BLE001 - one copy must not end the comparison of all
+                    self._count(self.comparison.refused, f"not understood, {type(error).__name__}: {error}")
                 finally:
                     self._records.task_done()
 
@@ -286,11 +336,15 @@ class Shadow:
         if copy is None:
             return
         try:
-            content_type = copy.content_type.encode(errors="replace")  # a string may have only Latin-1 here
-            connection.request("POST", copy.path, copy.body, {"Content-Type": content_type})
+            has_host = any(name == "host" for name, _ in copy.headers)
+            connection.putrequest("POST", copy.path, skip_host=has_host, skip_accept_encoding=True)
+            for name, value in choose_copied(copy.headers, self._find_token()):
+                connection.putheader(name, value)
+            connection.putheader("content-length", str(len(copy.body)))
+            connection.endheaders(copy.body)
             answer = connection.getresponse()
             reply = answer.read()
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, ValueError):  # ValueError: a path that http.client does not send
             connection.close()
             self._count(self.comparison.failed, "no reply")
             return
@@ -298,24 +352,30 @@ class Shadow:
             self._count(self.comparison.refused, f"{copy.status} and {answer.status}")
             return
         try:
-            rows = json.loads(copy.body)[self.endpoint.rows_key]
-            rows = rows if isinstance(rows[0], list) else [rows]
-            v1 = self.endpoint.decode(copy.reply)
-        except UNREADABLE:
-            self._count(self.comparison.refused, "200, but no prediction of rows")
+            rows = read_rows(copy.path, as_text(copy.headers), copy.body)
+            v1 = read_probabilities(copy.path, as_text(copy.reply_headers), copy.reply)
+            if len(v1) != len(rows):
+                raise Unreadable(f"{len(v1)} probabilities for {len(rows)} rows")
+        except Unreadable as error:
+            self._count(self.comparison.refused, f"200, but no prediction of rows: {error}")
             return
         if answer.status != 200:
             self._count(self.comparison.failed, f"status {answer.status}")
             return
         try:
-            v2 = self.endpoint.decode(reply)
-            if v2.shape != v1.shape or not ((v2 >= 0) & (v2 <= 1)).all():
-                raise ValueError(f"no probabilities: {v2}")
-        except UNREADABLE:
+            v2 = read_probabilities(copy.path, answer.getheaders(), reply)
+            if len(v2) != len(rows):
+                raise Unreadable(f"{len(v2)} probabilities for {len(rows)} rows")
+        except Unreadable:
             self._count(self.comparison.failed, "no probabilities in the reply")
             return
         with self._lock:
             self.comparison.add(copy, rows, v1, v2, int(answer.headers["X-Duration-Us"]) / 1e6)
+
+    def _find_token(self) -> dict[str, str]:
+        """Return the header that version 2 wants, by its name in lower case; version 1's is another."""
+        headers = self._v2.request([[0.0] * 5], None).headers
+        return {name.lower(): value for name, value in headers.items() if name == "Authorization"}
 
     def _count(self, counter: Counter, reason: str) -> None:
         with self._lock:
@@ -343,7 +403,8 @@ def send_users(endpoint: Endpoint, port: int, rate: float, seconds: float, conne
                 time.sleep(max(0.0, start_s + number / rate - time.monotonic()))
                 try:
                     request = requests[number % len(requests)]
-                    connection.request("POST", request.path, request.body, {"Content-Type": request.content_type})
+                    headers = {"Content-Type": request.content_type, **request.headers}
+                    connection.request("POST", request.path, request.body, headers)
                     answer = connection.getresponse()
                     answer.read()
                     right = answer.status == 200
@@ -364,9 +425,9 @@ def print_comparison(comparison: Comparison, users: Users | None, tolerance: flo
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("row of test.csv", "P(benign) v1", "v2", "times"):
         shown.add_column(title, justify="right")
-    test_rows, _ = load_test_rows()
+    names = {as_float32(row): str(number) for number, row in enumerate(load_test_rows()[0])}
     for row, v1, v2, count in comparison.flipped_rows()[:MOST_FLIPS_SHOWN]:
-        name = str(test_rows.index(row)) if row in test_rows else "none: " + ", ".join(map(str, row))
+        name = names.get(as_float32(row)) or "none: " + ", ".join(map(str, row))
         shown.add_row(name, f"{v1:.3f}", f"{v2:.3f}", f"{count:,}")
     console.print(shown)
     uncompared = {

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import http.client
 import importlib.util
 import json
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -21,6 +23,7 @@ import pytest
 
 from client.ask import send
 from endpoints.base import Request, ServerError
+from endpoints.open_inference import encode_binary_request
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, skip_without_haproxy, start, wait_until
 from machine.free_ports import find_free_ports
@@ -347,6 +350,136 @@ def test_every_servers_real_replies_are_read(name, request):
     assert sorted(order) == list(range(20))
     assert comparison.v1 == comparison.v2
     assert np.abs(np.array(comparison.v1) - load_expected("2")[order, 1]).max() <= TOLERANCE
+
+
+def tensor(**data) -> dict:
+    return {"inputs": [{"name": "input", "shape": [2, 5], "datatype": "FP32", **data}]}
+
+
+def compress(encoding: str, body: bytes) -> bytes:
+    return {"gzip": gzip.compress, "deflate": zlib.compress, "": bytes}[encoding](body)
+
+
+BINARY, JSON_BYTES = encode_binary_request(ROWS[:2])
+INFER = "/v2/models/my_model/infer"
+FORMS = {
+    "onnx": [
+        ("/predict", {"data": ROWS[:2]}, {}),
+        (INFER, tensor(data=sum(ROWS[:2], [])), {}),
+        (INFER, tensor(data=ROWS[:2]), {"Content-Type": "Application/JSON; charset=utf-8"}),
+        (INFER, BINARY, {"Content-Type": "application/octet-stream", "Inference-Header-Content-Length": JSON_BYTES}),
+    ],
+    "tfserving": [
+        ("/v1/models/my_model:predict", {"instances": ROWS[:2]}, {}),
+        ("/v1/models/my_model:predict", {"instances": [{"features": row} for row in ROWS[:2]]}, {}),
+        ("/v1/models/my_model:predict", {"inputs": ROWS[:2]}, {}),
+        ("/v1/models/my_model:predict", {"inputs": {"features": ROWS[:2]}}, {}),
+    ],
+    "bentoml": [
+        ("/predict", {"features": ROWS[:2], "version": "v2.0.0"}, {}),
+        ("/predict_batched", {"rows": ROWS[:2]}, {}),
+    ],
+    "torchserve": [
+        ("/predictions/my_model", {"data": ROWS[:2]}, {}),
+        ("/predictions/my_model/1.0", f"data={json.dumps(ROWS[:2])}".encode(),
+         {"Content-Type": "application/x-www-form-urlencoded"}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_that_version_1_predicts_is_compared(name, request):
+    server = request.getfixturevalue(f"{name}_server")
+    asked = 0
+    with open_shadow(server, server.endpoint.port) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.users_port, timeout=DEADLINE_S)
+        for path, document, headers in FORMS[name]:
+            body = document if isinstance(document, bytes) else json.dumps(document).encode()
+            for encoding in ("", "gzip") if name == "tfserving" else ("", "gzip", "deflate"):
+                if encoding and "urlencoded" in headers.get("Content-Type", ""):
+                    continue  # TorchServe reads a form itself, before the handler
+                encoded = {"Content-Encoding": encoding} if encoding else {}
+                headers = {"Content-Type": "application/json", **headers, **encoded}
+                connection.request("POST", path, compress(encoding, body), {k: str(v) for k, v in headers.items()})
+                reply = connection.getresponse()
+                assert reply.status == 200, (path, headers, reply.read())
+                reply.read()
+                asked += 1
+        connection.close()
+    comparison = running.comparison
+    assert comparison.compared == asked and not (comparison.failed or comparison.dropped or comparison.refused)
+    assert np.abs(np.array(comparison.rows) - ROWS[:2] * asked).max() < 1e-5
+    assert comparison.v1 == comparison.v2
+
+
+def test_a_copy_has_all_headers_of_its_request_but_the_connections(v1):
+    seen = []
+
+    def answer(handler):
+        seen.append([(name.lower(), value) for name, value in handler.headers.items()])
+        reply_with(handler, b'{"predictions": [[0.5, 0.5]]}')
+
+    request = predictions(v1, 1)[0]
+    lines = [
+        f"POST {request.path}?x=%C3%A4 HTTP/1.1", "Host: example.org", "X-Twice: 1", "X-Twice: 2", "X-User-Id: anna",
+        "User-Agent: me", "X-Bytes: \xe4", "Connection: close, X-Hop", "X-Hop: 1", "Upgrade: h2c", "TE: trailers",
+        f"Content-Length: {len(request.body)}", "Content-Type: Application/json ;charset=utf-8", "", "",
+    ]  # fmt: skip
+    with planted_server(answer) as port, open_shadow(v1, port) as running:
+        with socket.create_connection(("127.0.0.1", running.users_port), timeout=DEADLINE_S) as user:
+            user.sendall("\r\n".join(lines).encode("latin-1") + request.body)
+            assert user.makefile("rb").readline() == b"HTTP/1.1 200 OK\r\n"
+        running.wait_until_compared()
+    assert sorted(seen[0]) == sorted(
+        [
+            ("host", "example.org"), ("x-twice", "1"), ("x-twice", "2"), ("x-user-id", "anna"), ("user-agent", "me"),
+            ("x-bytes", "\xe4"), ("content-length", str(len(request.body))),
+            ("content-type", "Application/json ;charset=utf-8"),
+        ]
+    )  # fmt: skip
+    assert running.comparison.compared == 1
+
+
+def test_a_body_without_a_length_is_compared_where_it_is_whole_and_dropped_where_not(v1, v2):
+    small, large = v1.endpoint.request(ROWS[:20], None), v1.endpoint.request(ROWS * 10, None)
+    with open_shadow(v1, v2.endpoint.port) as running:
+        connection = http.client.HTTPConnection("127.0.0.1", running.users_port, timeout=DEADLINE_S)
+        for request in (small, large):
+            parts = iter([request.body[:100], request.body[100:]])
+            connection.request("POST", request.path, parts, {"Content-Type": "application/json"}, encode_chunked=True)
+            reply = connection.getresponse()
+            assert reply.status == 200 and len(json.loads(reply.read())["predictions"]) in (20, 10 * len(ROWS))
+        connection.close()
+    assert running.comparison.compared == 1 and running.comparison.dropped == {"a body was too large": 1}
+    assert not running.comparison.failed
+
+
+def test_a_copy_that_cannot_be_understood_ends_nothing(v1, v2, monkeypatch):
+    ways = iter([RuntimeError("odd")])
+    read = shadow.read_rows
+
+    def read_rows(*arguments):
+        for error in ways:
+            raise error
+        return read(*arguments)
+
+    monkeypatch.setattr(shadow, "read_rows", read_rows)
+    with open_shadow(v1, v2.endpoint.port, at_once=1) as running:
+        user = User(running.users_port)
+        for request in predictions(v1, 3):
+            user.send(request)
+    assert running.comparison.refused == {"not understood, RuntimeError: odd": 1} and running.comparison.compared == 2
+
+
+@pytest.mark.slow
+def test_a_token_goes_to_copies_and_users_get_version_1s(tmp_path):
+    skip_without_haproxy()
+    output = tmp_path / "shadow.json"
+    run = call_main(shadow, "--server", "torchserve-tuned", "--seconds", 1, "--rate", 20, "--output", output)
+    assert run.returncode == 0, run.stderr
+    result = json.loads(output.read_text())
+    assert result["users"] == {"answered": 20, "failed": 0} and len(result["v1_s"]) == 20
+    assert not (result["refused"] or result["failed"])
 
 
 # The command.
