@@ -437,11 +437,15 @@ def test_method_names_are_checked_if_asked_for_and_warm_up_replays_the_older_ver
 @pytest.mark.parametrize(
     ("path", "body", "error"),
     [
-        ("verbs:classify", {"examples": []}, "key 'examples' is expected"),
+        ("verbs:classify", {"examples": []}, "'examples' value is an empty array"),
         ("verbs:classify", {"instances": [[1]]}, "key 'examples' is expected"),
         ("verbs:classify", {"examples": [[1]]}, "Example must be JSON object"),
-        ("verbs:classify", {"examples": [{"x": None}]}, "Unsupported value of feature: x"),
-        ("verbs:classify", {"examples": [{"x": [0.5, "a"]}]}, "all values must be of one type"),
+        ("verbs:classify", {"examples": [{"x": None}]}, "Feature: x has element with unexpected JSON type: Null"),
+        (
+            "verbs:classify",
+            {"examples": [{"x": [0.5, "a"]}]},
+            "Unexpected element type in feature: x expecting type: float",
+        ),
         ("verbs:classify", {"examples": [{"x": 1}]}, "Data types don't match"),
         ("verbs:classify", {"examples": [{}], "signature_name": "z"}, "No signature was found with the name: z"),
         ("verbs:regress", {"examples": [{"x": 0.5}]}, "No regression outputs found in SignatureDef."),
@@ -863,13 +867,21 @@ def test_a_full_queue_refuses_at_once(batching_port):
 def full_queue(ports: dict[str, int], gate: Gate, values: list[float]) -> Iterator[list[Future]]:
     """Give the future replies to a request for each of `values`, one more than the gated graph's queue holds.
 
+    Odd values are asked for by columns; the replies are all by rows.
+
     In the block the graph is running, for another request, all but one of these wait, and one has been refused.
     After the block all are answered.
     """
     assert len(values) == PARTS + 1
 
     def ask(value: float) -> tuple[int, dict]:
-        return post(ports["rest"], "gated:predict", {"instances": [value] * PART_ROWS})
+        key = "inputs" if value % 2 else "instances"
+        status, reply = post(ports["rest"], "gated:predict", {key: [value] * PART_ROWS})
+        if columns := reply.get("outputs"):
+            reply = {
+                "predictions": [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            }
+        return status, reply
 
     gate.make_slow(ports["grpc"])
     with ThreadPoolExecutor(len(values) + 1) as pool, gate.closed():

@@ -5,12 +5,9 @@ outputs have the names that tf.compat.v1.saved_model.classification_signature_de
 the signature parses the serialized examples itself.
 """
 
-import json
-import math
-
 import numpy as np
-from json_replies import format_float
-from json_requests import decode_base64, invalid, is_base64, parse, quote
+from json_replies import format_float, write_text
+from json_requests import decode_base64, invalid, is_base64, json_type, parse, quote, to_bytes
 from servables import DEFAULT_SIGNATURE, Servable, ServingError, Signature
 from tensorflow.core.example import example_pb2
 from tensorflow_serving.apis import classification_pb2, inference_pb2, input_pb2, regression_pb2
@@ -116,9 +113,15 @@ def read_json(body: bytes, find_servable) -> tuple[Servable, str, input_pb2.Inpu
     if not isinstance(name, str):
         raise invalid(f"JSON Value: {quote(document)} 'signature_name' key must be a string value.")
     servable = find_servable()
-    rows = document.get("examples")
-    if not isinstance(rows, list) or not rows:
-        raise invalid("When method is classify or regress, key 'examples' is expected and must be a list of objects")
+    if "examples" not in document:
+        raise invalid(
+            f"JSON Value: {quote(document)} When method is classify, key 'examples' is expected and was not found"
+        )
+    rows = document["examples"]
+    if not isinstance(rows, list):
+        raise invalid(f"JSON Value: {quote(document)} Expecting 'examples' value to be an list/array")
+    if not rows:
+        raise invalid(f"JSON Value: {quote(document)} 'examples' value is an empty array")
     examples = input_pb2.Input()
     if "context" in document:
         _fill(document["context"], examples.example_list_with_context.context)
@@ -133,7 +136,7 @@ def read_json(body: bytes, find_servable) -> tuple[Servable, str, input_pb2.Inpu
 def write_classifications(result: classification_pb2.ClassificationResult) -> bytes:
     """The reply to a REST classify: for each example a list of [label, score]."""
     rows = [
-        ", ".join(f"[{json.dumps(c.label, ensure_ascii=False)}, {format_float(c.score)}]" for c in row.classes)
+        ", ".join(f"[{write_text(c.label)}, {format_float(c.score)}]" for c in row.classes)
         for row in result.classifications
     ]
     return ('{\n    "results": [' + ", ".join(f"[{row}]" for row in rows) + "\n    ]\n}").encode()
@@ -173,31 +176,35 @@ def _run(signature: Signature, examples: input_pb2.Input) -> tuple[dict[str, np.
 
 
 def _fill(row, example: example_pb2.Example) -> None:
+    """Fill an Example with the features of a JSON object: the type of a feature is that of its values."""
     if not isinstance(row, dict):
-        raise invalid(f"Example must be JSON object but got JSON Value: {quote(row)}")
+        raise invalid(f"Example must be JSON object but got JSON {json_type(row)}")
     for name, value in row.items():
         feature = example.features.feature[name]
         for item in value if isinstance(value, list) else [value]:
-            if isinstance(item, bool) or item is None or isinstance(item, list):
-                raise invalid(f"Unsupported value of feature: {name}: {quote(item)}")
-            if isinstance(item, str) or is_base64(item):
-                field = "bytes_list"
-                data = item.encode("utf-8", "surrogateescape") if isinstance(item, str) else decode_base64(item)
-            elif isinstance(item, int) and -(2**63) <= item < 2**63:
-                field, data = "int64_list", item
-            elif isinstance(item, int | float):
-                field, data = "float_list", _as_float32(name, item)
-            else:
-                raise invalid(f"Unsupported value of feature: {name}: {quote(item)}")
-            if feature.WhichOneof("kind") not in (None, field):
-                raise invalid(f"Unexpected element type in feature: {name}; all values must be of one type")
-            getattr(feature, field).value.append(data)
+            kind, data = _read_value(name, item)
+            known = feature.WhichOneof("kind")
+            if known not in (None, f"{kind}_list"):
+                raise invalid(
+                    f"Unexpected element type in feature: {name} expecting type: {known.removesuffix('_list')}"
+                )
+            getattr(feature, f"{kind}_list").value.append(data)
 
 
-def _as_float32(name: str, value: int | float) -> float:
-    if math.isfinite(value) and abs(value) > float(np.finfo(np.float32).max):
-        raise invalid(f"Number too big for a float in feature: {name}")
-    return value
+def _read_value(name: str, item) -> tuple[str, bytes | int | float]:
+    """Return the kind of a feature and the value in it."""
+    if isinstance(item, str):
+        return "bytes", to_bytes(item)
+    if is_base64(item):
+        return "bytes", decode_base64(item)
+    if isinstance(item, (dict, list)) or item is None:
+        raise invalid(f"Feature: {name} has element with unexpected JSON type: {json_type(item)}")
+    if isinstance(item, int) and item < 2**64:  # true and false are 1 and 0
+        if item >= 2**63:
+            raise invalid(f"Feature: {name} has uint64 element. Only int64 is supported.")
+        if item >= -(2**63):
+            return "int64", int(item)
+    return "float", float(np.float32(item))  # cast as C++ does
 
 
 def _shape(array: np.ndarray) -> str:

@@ -236,9 +236,12 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
     @reports_errors
     @is_counted
     async def Predict(self, request: KnownRequest | predict_pb2.PredictRequest) -> bytes:
-        if not isinstance(request, KnownRequest) and request.ByteSize() > MAX_INLINE_BYTES:
-            return await asyncio.to_thread(lambda: self.predict(*self.read(request)))
-        servable, arguments = self.read(request)
+        if isinstance(request, KnownRequest) or request.ByteSize() <= MAX_INLINE_BYTES:
+            servable, arguments = self.read(request)
+        else:
+            servable, arguments = await asyncio.to_thread(self.read, request)
+            if not (self.library.batching and servable.is_slow):  # for a quick graph it is a batch by itself
+                return await asyncio.to_thread(self.predict, servable, arguments)
         if self.library.batching:
             return encode_response(servable, arguments[1], await servable.predict_batched(*arguments))
         if servable.is_slow:

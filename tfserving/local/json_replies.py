@@ -8,6 +8,9 @@ import numpy as np
 from quiet_tensorflow import tf
 from servables import ServingError, type_name
 
+ESCAPES = {code: f"\\u{code:04X}" for code in range(32)}
+ESCAPES |= {ord(character): f"\\{letter}" for character, letter in zip('"\\\b\f\n\r\t', '"\\bfnrt', strict=True)}
+
 
 def format_float(value: float, dtype: type = np.float32) -> str:
     """`value` in six digits where those are enough to read the same float again, else in nine (double: 17)."""
@@ -20,6 +23,11 @@ def format_float(value: float, dtype: type = np.float32) -> str:
     if abs(float(text) - value) > 6e-8 * abs(value) + 7.1e-46 or dtype(text) != dtype(value):
         text = f"{value:.9g}" if dtype is np.float32 else f"{value:.17g}"
     return text if "." in text or "e" in text else f"{text}.0"
+
+
+def write_text(text: str) -> str:
+    """A string as RapidJSON writes it."""
+    return f'"{text.translate(ESCAPES)}"'
 
 
 def _format_values(alias: str, array: np.ndarray) -> list[str]:
@@ -36,7 +44,7 @@ def _format_values(alias: str, array: np.ndarray) -> list[str]:
         case "O" if alias.endswith("_bytes"):
             return [json.dumps({"b64": base64.b64encode(value).decode()}) for value in values]
         case "O":
-            return [json.dumps(value.decode("utf-8", "replace"), ensure_ascii=False) for value in values]
+            return [write_text(value.decode("utf-8", "replace")) for value in values]
     kind = type_name(tf.dtypes.as_dtype(array.dtype).as_datatype_enum)
     raise ServingError("INVALID_ARGUMENT", f"Failed to write JSON value for tensor type: {kind}")
 
@@ -63,13 +71,15 @@ def write_rows(outputs: dict[str, np.ndarray]) -> bytes:
     for alias, array in outputs.items():
         if not array.ndim:
             raise ServingError("INVALID_ARGUMENT", f"Tensor name: {alias} has no shape information ")
+        if not len(array):
+            raise ServingError("INVALID_ARGUMENT", f"Tensor name: {alias} has invalid batch size: 0")
         if rows not in (None, len(array)):
             raise ServingError(
                 "INVALID_ARGUMENT", f"Tensor name: {alias} has inconsistent batch size: {len(array)} expecting: {rows}"
             )
         rows = len(array)
         values = _format_values(alias, array)
-        size = len(values) // rows if rows else 0
+        size = len(values) // rows
         texts[alias] = [_nest(values[i * size : (i + 1) * size], array.shape[1:], None) for i in range(rows)]
     if len(texts) == 1:
         predictions = ", ".join(*texts.values())
@@ -93,4 +103,4 @@ def write_columns(outputs: dict[str, np.ndarray]) -> bytes:
 
 def write_error(message: str) -> bytes:
     """The body of every error reply."""
-    return json.dumps({"error": message}, indent=4, ensure_ascii=False).encode("utf-8", "replace")
+    return f'{{\n    "error": {write_text(message)}\n}}'.encode("utf-8", "replace")

@@ -6,11 +6,12 @@ and words the error where there is one.
 """
 
 import base64
-import binascii
 import codecs
+import functools
 import itertools
 import json
 import math
+import os
 import re
 
 import msgspec
@@ -37,8 +38,9 @@ def invalid(message: str) -> ServingError:
     return ServingError("INVALID_ARGUMENT", message)
 
 
-PARSE_ERRORS = {  # Python's words → RapidJSON's, which TensorFlow Serving passes on
+PARSE_ERRORS = {  # Python's words → those of RapidJSON 1.1.0, which TensorFlow Serving passes on
     "Expecting value": "Invalid value.",
+    "Illegal trailing comma before end of array": "Invalid value.",
     "Expecting property name enclosed in double quotes": "Missing a name for object member.",
     "Illegal trailing comma before end of object": "Missing a name for object member.",
     "Expecting ':' delimiter": "Missing a colon after a name of object member.",
@@ -46,8 +48,17 @@ PARSE_ERRORS = {  # Python's words → RapidJSON's, which TensorFlow Serving pas
     "Unterminated string starting at": "Missing a closing quotation mark in string.",
     "Invalid \\escape": "Invalid escape character in string.",
     "Invalid \\uXXXX escape": "Incorrect hex digit after \\u escape in string.",
-    "Invalid control character at": "Invalid encoding in string.",
+    "Invalid control character at": "Invalid escape character in string.",
 }
+WORDS = ("true", "false", "null", "NaN", "Infinity", "-NaN", "-Infinity")
+# What Python stops at behind a number, here marked with |: no digits follow the point or the e.
+CUT_NUMBER = re.compile(r"(?:(?<![\d.eE+-])-?\d+\|(?=\.)|(?<![\d.eE+-])-?\d+(?:\.\d+)?\|(?=[eE]))(\.|[eE][+-]?)")
+STRING = r'"(?:[^"\\]|\\.)*"'
+SHORT_WORDS = re.compile(rf"{STRING}|-NaN|Inf(?!i)", re.DOTALL)  # what RapidJSON takes and Python does not
+# A high surrogate without a low one behind it, in a string; a low one alone RapidJSON lets pass.
+LONE_SURROGATE = re.compile(
+    r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})", re.DOTALL
+)
 
 
 class _TooBig(ValueError):
@@ -65,35 +76,76 @@ def _parse_int(text: str) -> int | float:
     return int(text) if len(text) <= 20 else _parse_float(text)  # longer than any 64-bit integer
 
 
+def _take_first(members: list[tuple[str, object]]) -> dict:
+    """Of members with the same name RapidJSON finds the first."""
+    return dict(reversed(members))
+
+
 def parse(body: bytes):
-    """Return the document in `body`. NaN, Infinity and -Infinity are numbers, as in TensorFlow Serving."""
+    """Return the document in `body`, as RapidJSON reads it with kParseNanAndInfFlag. Raises ServingError.
+
+    NaN, Inf, Infinity and the same with a minus are numbers, and a NUL ends the document.
+    """
     if not body:
         raise invalid("JSON Parse error: The document is empty")
-    body = body.removeprefix(codecs.BOM_UTF8)
+    body = body.removeprefix(codecs.BOM_UTF8).partition(b"\0")[0]
     # Bytes that are not UTF-8 pass through strings unchanged, as RapidJSON lets them.
     text = body.decode("utf-8", "surrogateescape")
+    added = []  # where characters were added to what was sent
+    if "Inf" in text or "-NaN" in text:
+        text = SHORT_WORDS.sub(functools.partial(_lengthen, added), text)
     try:
-        return json.loads(text, parse_float=_parse_float, parse_int=_parse_int)
+        document = json.loads(text, parse_float=_parse_float, parse_int=_parse_int, object_pairs_hook=_take_first)
     except json.JSONDecodeError as error:
-        offset = len(text[: error.pos].encode("utf-8", "surrogateescape"))
-        message = PARSE_ERRORS.get(error.msg)
-        if not text.strip(" \t\r\n"):
-            message = "The document is empty."
-        elif message is None:  # "Expecting ',' delimiter": of an array or of an object?
-            message = f"Missing a comma or {_open_bracket(text[: error.pos])} after an " + (
-                "array element." if _open_bracket(text[: error.pos]) == "]" else "object member."
-            )
-        raise invalid(f"JSON Parse error: {message} at offset: {offset}") from None
+        message, position = _explain(text, error)
     except _TooBig:
         raise invalid("JSON Parse error: Number too big to be stored in double.") from None
     except RecursionError:
         raise invalid("JSON Parse error: The document is nested too deep.") from None
+    else:
+        lone = LONE_SURROGATE.search(text) if "\\u" in text else None
+        if not lone:
+            return document
+        message, position = "The surrogate pair in string is invalid.", lone.start(1)
+    offset = len(text[:position].encode("utf-8", "surrogateescape"))
+    offset -= len("inity") * sum(place < position for place in added)
+    raise invalid(f"JSON Parse error: {message} at offset: {offset}")
+
+
+def _lengthen(added: list[int], match: re.Match) -> str:
+    """Return a token as Python reads it, of the same length where that can be."""
+    if match[0] == "Inf":
+        added.append(match.end())
+        return "Infinity"
+    return " NaN" if match[0] == "-NaN" else match[0]
+
+
+def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
+    """Return RapidJSON's message, and where it finds the error."""
+    position = error.pos
+    if not text.strip(" \t\r\n"):
+        return "The document is empty.", len(text)
+    if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 says where the comma is
+        position = re.compile(r"[\s,]*").match(text, position).end()
+    elif error.msg == "Expecting value":
+        position += max(len(os.path.commonprefix([word, text[position : position + 9]])) for word in WORDS)
+    elif error.msg == "Unterminated string starting at":
+        position = len(text)
+    elif error.msg == "Invalid \\uXXXX escape":
+        position = text.rindex("\\", 0, position + 1)
+    elif cut := CUT_NUMBER.search(text[:position][-MAX_QUOTED_CHARACTERS:] + "|" + text[position : position + 2]):
+        return f"Miss {'fraction part' if cut[1] == '.' else 'exponent'} in number.", position + len(cut[1])
+    message = PARSE_ERRORS.get(error.msg)
+    if message is None:  # "Expecting ',' delimiter": of an array or of an object?
+        bracket = _open_bracket(text[:position])
+        message = f"Missing a comma or {bracket} after an {'array element' if bracket == ']' else 'object member'}."
+    return message, position
 
 
 def _open_bracket(text: str) -> str:
     """The bracket that closes the innermost array or object still open at the end of `text`."""
     closing = []
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text):
+    for token in re.finditer(rf"{STRING}|[\[\]{{}}]", text, re.DOTALL):
         match token.group():
             case "[":
                 closing.append("]")
@@ -139,6 +191,8 @@ class RowReader:
 
     def read(self, body: bytes) -> dict[str, np.ndarray] | None:
         """Return the input by alias, or None where the request needs the general way."""
+        if body.count(b"instances") != 1:  # twice: msgspec would take the last
+            return None
         try:
             request = self.decode(body)
             if request.signature_name or request.inputs or not request.instances:
@@ -300,23 +354,41 @@ def _convert(value, dtype: int):
             return value
     elif dtype == tf.string.as_datatype_enum:
         if kind is str:
-            return value.encode("utf-8", "surrogateescape")
+            return to_bytes(value)
         if kind is dict:
             return decode_base64(value)
     else:
         raise ServingError("UNIMPLEMENTED", f"Conversion of JSON Value: {quote(value)} to type: {type_name(dtype)}")
+    raise invalid(f"JSON Value: {quote(value)} Type: {json_type(value)} is not of expected type: {type_name(dtype)}")
+
+
+def to_bytes(text: str) -> bytes:
+    """Return a JSON string's bytes: what is not UTF-8 as it was sent, a low surrogate alone as RapidJSON encodes it."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
+
+
+def json_type(value) -> str:
+    """Name a value's type, as TensorFlow Serving does."""
     names = {dict: "Object", list: "Array", str: "String", type(None): "Null"}
-    name = str(value) if kind is bool else names.get(kind, "Number")
-    raise invalid(f"JSON Value: {quote(value)} Type: {name} is not of expected type: {type_name(dtype)}")
+    return str(value) if isinstance(value, bool) else names.get(type(value), "Number")
 
 
 def decode_base64(value: dict) -> bytes:
+    """Return the bytes of a base64 object by the rules of Abseil's Base64Unescape.
+
+    Blanks anywhere; the padding is there as a whole, of = or dots, or not at all.
+    """
     if not is_base64(value):
         raise invalid(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
-    try:
-        return base64.b64decode(value["b64"], validate=True)
-    except (binascii.Error, ValueError):
-        raise invalid("Unable to base64 decode") from None
+    digits = re.sub(r"[ \t\n\v\f\r]", "", value["b64"])
+    match = re.fullmatch(r"([A-Za-z0-9+/]*)([=.]*)", digits)
+    missing = -len(match[1]) % 4 if match else 3
+    if missing == 3 or match[2] and len(match[2]) != missing:
+        raise invalid("Unable to base64 decode")
+    return base64.b64decode(match[1] + "=" * missing)
 
 
 def _check_values(value, shape: list[int], dtype: int, level: int = 0) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import examples
 import json_replies
 import json_requests
+import numpy as np
 from google.protobuf import json_format
 from metrics import Metrics
 from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError
@@ -29,8 +30,13 @@ HTTP_STATUS = {
     "INVALID_ARGUMENT": 400,
     "FAILED_PRECONDITION": 400,
     "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
     "NOT_FOUND": 404,
+    "ALREADY_EXISTS": 409,
+    "ABORTED": 409,
     "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
     "UNIMPLEMENTED": 501,
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
@@ -50,7 +56,6 @@ ROUTES = {
 }
 RUNNING_VERBS = {"predict", "classify", "regress"}
 JSON_HEADER = (b"content-type", b"application/json")
-CLOSING_HEADERS = [JSON_HEADER, (b"connection", b"close")]  # the rest of the body is not read
 NOT_FOUND_PAGE = b"<html><head><title>404 Not Found</title></head><body><h1>Not Found</h1></body></html>"
 
 
@@ -111,8 +116,8 @@ class RestApi:
                 message = await receive()
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
-                if size > MAX_BODY_BYTES:
-                    await send_reply(send, 413, json_replies.write_error("The body is too large"), CLOSING_HEADERS)
+                if size > MAX_BODY_BYTES:  # the rest is read and forgotten: closing now would lose the reply
+                    await send_reply(send, 413, json_replies.write_error("The body is too large"), [JSON_HEADER])
                     return
             body = b"".join(chunks)
         if message["type"] == "http.disconnect":
@@ -161,29 +166,31 @@ class RestApi:
             except ServingError:
                 servable = None  # what is wrong with the body comes first
             is_batched = servable and self.library.batching and route.verb == "predict"
-            if len(body) > MAX_INLINE_BYTES or (servable and servable.is_slow):
+            is_large, is_slow = len(body) > MAX_INLINE_BYTES, servable and servable.is_slow
+            if is_large or is_slow:
                 async with asyncio.timeout(self.timeout_s):
                     in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, self.executor)
-                    if is_batched and servable.is_slow:  # a large body for a quick graph is a batch by itself
-                        inputs = await in_thread(self._read_quickly, servable, body)
-                        if inputs:
-                            return json_replies.write_rows(await servable.predict_batched(inputs))
+                    if is_batched and is_slow:  # a large body for a quick graph is a batch by itself
+                        return write(await run_batched(*await in_thread(self.read, route, body)))
                     return await in_thread(method, route, body)
-            if is_batched and (inputs := self._read_quickly(servable, body)):
-                return json_replies.write_rows(await servable.predict_batched(inputs))
+            if is_batched:
+                return write(await run_batched(*self.read(route, body)))
         return method(route, body)
 
     def predict(self, route: Route, body: bytes) -> bytes:
+        servable, signature_name, inputs, by_row = self.read(route, body)
+        return write((servable.predict(inputs, signature_name), by_row))
+
+    def read(self, route: Route, body: bytes) -> tuple[Servable, str, dict[str, np.ndarray], bool]:
+        """Return (servable, signature name, inputs, whether the reply is by row). Raises ServingError."""
         find_servable = functools.partial(self.library.find, route.name, route.version, route.label)
         try:
             servable = find_servable()
         except ServingError:
             servable = None
         if servable and (inputs := self._read_quickly(servable, body)):
-            return json_replies.write_rows(servable.predict(inputs))
-        servable, signature_name, inputs, by_row = json_requests.read_request(body, find_servable)
-        outputs = servable.predict(inputs, signature_name)
-        return json_replies.write_rows(outputs) if by_row else json_replies.write_columns(outputs)
+            return servable, DEFAULT_SIGNATURE, inputs, True
+        return json_requests.read_request(body, find_servable)
 
     def _read_quickly(self, servable: Servable, body: bytes):
         reader = self.readers.get(servable)
@@ -213,6 +220,19 @@ class RestApi:
         return f'{{\n"model_spec":{model_spec}\n,\n"metadata": {metadata}\n}}\n'.encode()
 
 
+async def run_batched(
+    servable: Servable, signature_name: str, inputs: dict[str, np.ndarray], by_row: bool
+) -> tuple[dict[str, np.ndarray], bool]:
+    """Return the outputs of a run that is shared with other requests, and `by_row`."""
+    return await servable.predict_batched(inputs, signature_name), by_row
+
+
+def write(answer: tuple[dict[str, np.ndarray], bool]) -> bytes:
+    """Return the reply of a predict: the outputs, by row or by column."""
+    outputs, by_row = answer
+    return json_replies.write_rows(outputs) if by_row else json_replies.write_columns(outputs)
+
+
 def method_of(scope) -> str:
     return f"{scope['method']} {scope['raw_path'].decode('latin-1')[:100]}"
 
@@ -231,7 +251,7 @@ def unzip(body: bytes) -> bytes:
         unzipped = decompressor.decompress(body, MAX_UNZIPPED_BYTES)
     except zlib.error:
         return b""
-    return unzipped if decompressor.eof else b""
+    return unzipped if decompressor.eof and not decompressor.unused_data else b""
 
 
 def to_json(message) -> str:
