@@ -319,5 +319,60 @@ def test_connections_beyond_the_limit_are_refused_in_json(talk):
     assert json.loads(body)["error"].startswith("too many connections")
 
 
+def test_a_client_beyond_the_limit_can_send_its_body_and_read_the_refusal(connections):
+    """Closing with bytes unread would reset the connection: the client could send no more, and lose the reply."""
+    body = bytes(8_000_000)  # more than the sockets' buffers hold
+
+    def send(address: tuple[str, int]) -> bytes:
+        with connect(address) as client:
+            client.sendall(post(b"X: y", body))
+            return client.makefile("rb").read()
+
+    async def run() -> bytes:
+        listener = socket.create_server(("127.0.0.1", 0))
+        config = uvicorn.Config(application, lifespan="off", log_level="error", limit_concurrency=1)
+        server = connections.Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            return await asyncio.to_thread(send, listener.getsockname())
+        finally:
+            server.should_exit = True
+            await asyncio.wait_for(serving, DEADLINE_S)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        reply = runner.run(run())
+    assert reply.startswith(b"HTTP/1.1 503 ")
+    assert reply.count(b"too many connections") == 1
+
+
+def test_a_request_that_comes_while_the_server_ends_is_answered_and_the_connection_then_closed(connections):
+    class Ends(connections.Server):
+        is_ending = asyncio.Event()
+
+        async def shutdown(self, sockets=None) -> None:
+            self.is_ending.set()
+            await super().shutdown(sockets)
+
+    async def run() -> tuple[bytes, bytes]:
+        listener = socket.create_server(("127.0.0.1", 0))
+        server = Ends(uvicorn.Config(application, lifespan="off", log_level="error"))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        reader, writer = await asyncio.open_connection(*listener.getsockname())
+        writer.write(REQUEST)
+        first = await reader.readuntil(b"ok")
+        server.should_exit = True
+        await server.is_ending.wait()
+        writer.write(REQUEST)
+        last = await reader.read()
+        await asyncio.wait_for(serving, DEADLINE_S)
+        return first, last
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        first, last = runner.run(run())
+    assert b"connection: close" not in first
+    assert last.startswith(b"HTTP/1.1 200 ") and last.count(b"HTTP/1.1") == 1
+    assert b"connection: close\r\n" in last
+
+
 def test_the_copies_are_the_same():
     assert len({path.read_bytes() for path in COPIES}) == 1
