@@ -311,14 +311,18 @@ def decompress(body: bytes, word: bytes, largest: int) -> bytes:
     encoding = ENCODINGS[word.strip().lower().decode("latin-1")]
     if not encoding:
         return body
-    is_raw = encoding == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header: RFC 9110, 8.4.1.2
-    decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)
-    try:
-        plain = decoder.decompress(body, largest + 1)
-    except zlib.error:
-        raise Refusal(400, f"the body is not {encoding}, as its Content-Encoding says") from None
-    if len(plain) > largest:
-        raise Refusal(413, f"the body is larger than {largest} bytes after its Content-Encoding is undone")
-    if not decoder.eof or decoder.unused_data:
-        raise Refusal(400, f"the body's {encoding} is cut off, or something follows it")
+    has_zlib_header = body[:1] and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0  # RFC 1950, 2.2
+    is_raw = encoding == "deflate" and not has_zlib_header  # some clients send none: RFC 9110, 8.4.1.2
+    rest, plain, members = body, b"", 0
+    while rest or not members:  # gzip may have several members: RFC 1952, 2.2
+        decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)
+        try:
+            plain += decoder.decompress(rest, largest + 1 - len(plain))
+        except zlib.error:
+            raise Refusal(400, f"the body is not {encoding}, as its Content-Encoding says") from None
+        if len(plain) > largest:
+            raise Refusal(413, f"the body is larger than {largest} bytes after its Content-Encoding is undone")
+        rest, members = decoder.unused_data, members + 1
+        if not decoder.eof or (rest and encoding == "deflate"):
+            raise Refusal(400, f"the body's {encoding} is cut off, or something follows it")
     return plain

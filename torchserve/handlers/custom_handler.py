@@ -131,16 +131,20 @@ def decompress(body, encodings: str) -> bytes:
             raise ValueError(f"the Content-Encoding {word!r} is not known; gzip and deflate are", 415)
         if not isinstance(body, (bytes, bytearray)):  # TorchServe has read it as JSON
             raise ValueError(f"the body is not {word}, as its Content-Encoding says")
-        is_raw = word == "deflate" and body[:1] != b"\x78"  # some clients send no zlib header
-        decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
-        try:
-            body = decoder.decompress(body, MAX_BODY_BYTES + 1)
-        except zlib.error:
-            raise ValueError(f"the body is not {word}, as its Content-Encoding says") from None
-        if len(body) > MAX_BODY_BYTES:
-            raise ValueError(f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed", 413)
-        if not decoder.eof or decoder.unused_data:
-            raise ValueError(f"the body's {word} is cut off, or something follows it")
+        has_zlib_header = body[:1] and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0  # RFC 1950, 2.2
+        is_raw = word == "deflate" and not has_zlib_header  # some clients send none
+        rest, body, members = bytes(body), b"", 0
+        while rest or not members:  # gzip may have several members: RFC 1952, 2.2
+            decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
+            try:
+                body += decoder.decompress(rest, MAX_BODY_BYTES + 1 - len(body))
+            except zlib.error:
+                raise ValueError(f"the body is not {word}, as its Content-Encoding says") from None
+            if len(body) > MAX_BODY_BYTES:
+                raise ValueError(f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed", 413)
+            rest, members = decoder.unused_data, members + 1
+            if not decoder.eof or (rest and word == "deflate"):
+                raise ValueError(f"the body's {word} is cut off, or something follows it")
     return body
 
 
