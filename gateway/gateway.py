@@ -54,6 +54,7 @@ DEFAULTS = {
     "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate of its own
     "GATEWAY_MAX_BODY": "131072",  # bytes; tune.bufsize in haproxy.cfg must be larger
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request may take to arrive, its header and its body each
+    "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it becomes access.log.1, and that is gone
 }
 
 
@@ -131,6 +132,8 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
             for number in range(1, count + 1):
                 ports = find_free_ports(list(endpoint_class.default_ports))
                 endpoint = endpoint_class(ports, only_version=version)
+                if "tokens" in endpoint.settings:  # whoever may ask is for the gateway to say
+                    endpoint.extra_options = ["--no-tokens"]
                 process = ServerProcess(endpoint).spawn()
                 stack.callback(process.stop)
                 started.append((process, f"{name} v{version}-{number}"))
@@ -138,8 +141,6 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
                 pool.replicas.append(Replica("127.0.0.1", ports["rest"], grpc_port, pid=process.pid))
     for process, what in started:
         process.wait_until_correct()
-        if process.endpoint.request([[0.0] * 5], None).headers:
-            raise GatewayError(f"{process.endpoint.name} wants a token with each request: leave --tuned out")
         print(f"{what} answers on port {process.endpoint.port} (process {process.pid})", flush=True)
     return pools
 
@@ -159,7 +160,7 @@ def end_with_parent(parent: int) -> None:
 def start_haproxy(program: str, state: State, settings: dict[str, str], log_path: Path | None) -> subprocess.Popen:
     """Start HAProxy in the state folder; its access log goes to `log_path`, or to our own output where that is None.
 
-    HAProxy says on the same way that it ends or reloads, and grep keeps what is a request: every line is JSON.
+    HAProxy says on the same way that it ends or reloads; access_log.py keeps what is a request.
     """
     command = [program, "-W", "-S", "unix@master.sock,mode,600", "-f", str(CONFIG_PATH), "-f", "backends.cfg"]
     check = subprocess.run(
@@ -172,9 +173,10 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
     if check.returncode:
         raise GatewayError(f"HAProxy refuses its configuration: {find_reason(check.stderr)}")
     with ExitStack() as stack:
-        log = stack.enter_context(log_path.open("ab")) if log_path else None
         lines = subprocess.Popen(
-            ["grep", "--line-buffered", "^{"], stdin=subprocess.PIPE, stdout=log, start_new_session=True
+            [sys.executable, FOLDER / "access_log.py", log_path or "-", settings["GATEWAY_ACCESS_LOG_BYTES"]],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
         stack.enter_context(lines.stdin)
         return subprocess.Popen(
@@ -231,7 +233,7 @@ def serve(arguments: argparse.Namespace) -> None:
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
     settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
-    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S"):
+    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES"):
         if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
@@ -272,7 +274,13 @@ def serve(arguments: argparse.Namespace) -> None:
             (state.folder / "backends.cfg").write_text(pools_module.render(pools))
             pids = {f"{p.server.name} v{p.version}-{i}": r.pid for p in started for i, r in enumerate(p.replicas, 1)}
             (state.folder / "replicas.json").write_text(json.dumps(pids))
-        log_path = None if str(arguments.access_log) == "-" else arguments.access_log or state.folder / "access.log"
+        log_path = None
+        if str(arguments.access_log) != "-":
+            log_path = (arguments.access_log or state.folder / "access.log").resolve()
+            try:
+                log_path.open("ab").close()
+            except OSError as error:
+                raise GatewayError(f"{log_path}: {error.strerror}; choose another file with --access-log") from None
         haproxy = start_haproxy(program, state, settings, log_path)
         stack.callback(stop_haproxy, haproxy)
         wanted = {
@@ -509,6 +517,8 @@ def main() -> None:
             print("stopped", flush=True)
     except (GatewayError, PoolError, StateError, RuntimeError) as error:
         sys.exit(f"gateway: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"gateway: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:  # HAProxy has ended, or does not answer on its socket

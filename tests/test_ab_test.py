@@ -211,6 +211,7 @@ BAD = {
     "slow": ({"slow_s": 0.05}, "roll back (version 2 is slower than allowed"),
     "errors": ({"failing": 40}, "roll back (version 2 fails more users"),
     "shapeless answers": ({"shapeless": True}, "roll back (version 2 fails more users"),
+    "no answers": ({"hangs": True}, "roll back (version 2 fails more users"),
     "another split": ({"share": 20}, "not enough evidence (sample ratio mismatch"),
     "the same version twice": (
         {"versions": "22"},

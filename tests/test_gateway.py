@@ -38,6 +38,7 @@ from machine.free_ports import find_free_ports
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
 sys.path.insert(0, str(GATEWAY.parent))
 
+import access_log  # noqa: E402
 import gateway as script  # noqa: E402
 import pools  # noqa: E402
 from state import KEYS, SPLIT, State, StateError  # noqa: E402
@@ -614,6 +615,60 @@ def test_a_refusal_names_the_version_that_had_been_chosen(gateway, user_key):
             statuses.append(status)
         assert statuses[-1] == 429
     assert "x-model-version" not in gateway.ask(key="gw_unknown")[1]
+
+
+def test_options_tells_a_users_version_and_asks_no_server(gateway):
+    gateway.command("set", "my_model", "v2=50")
+    before = gateway.versions()
+    seen = set()
+    for user in map(str, range(20)):
+        answered = gateway.ask(X_User_Id=user)[1]["x-model-version"]
+        connection = http.client.HTTPSConnection(
+            "localhost", gateway.port, timeout=DEADLINE_S, context=gateway.context()
+        )
+        with contextlib.closing(connection):
+            connection.request("OPTIONS", "/onnx/predict", headers={"X-API-Key": gateway.key, "X-User-Id": user})
+            reply = connection.getresponse()
+            assert (reply.status, reply.headers["X-Model-Version"], reply.read()) == (204, answered, b"")
+        seen.add(answered)
+    assert seen == {"1", "2"}
+    after = gateway.versions()
+    asked = sum(after[version]["requests"] - before[version]["requests"] for version in "12")
+    assert asked == 20
+    gateway.command("set", "my_model", "v2=30")
+
+
+def test_an_access_log_never_holds_more_than_two_files(tmp_path):
+    path = tmp_path / "access.log"
+    lines = [b'{"id":%03d}\n' % number for number in range(25)]  # 11 bytes each
+    access_log.keep([*lines[:10], b"[NOTICE] HAProxy's own\n", *lines[10:20]], path, 50)
+    access_log.keep(lines[20:], path, 50)  # the next gateway goes on where this one ended
+    kept = (tmp_path / "access.log.1").read_bytes() + path.read_bytes()
+    assert kept == b"".join(lines[-len(kept) // 11 :])
+    assert 50 < len(kept) <= 100
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["access.log", "access.log.1"]
+
+
+def test_an_access_log_on_a_full_disk_goes_on(tmp_path):
+    folder = tmp_path / "gone"
+
+    def lines():
+        yield b'{"lost":1}\n'
+        folder.mkdir()
+        yield b'{"kept":1}\n'
+
+    access_log.keep(lines(), folder / "access.log", 1000)
+    assert (folder / "access.log").read_bytes() == b'{"kept":1}\n'
+
+
+@pytest.mark.slow
+def test_torchserves_tuned_set_up_stands_behind_the_gateway(tmp_path):
+    options = ["--servers", "torchserve", "--tuned", "--replicas", "1"]
+    with Gateway(tmp_path / "state", *options) as gateway:
+        for version in "12":
+            status, headers, body = gateway.ask("/torchserve/predictions/my_model", X_Model_Version=version)
+            assert (status, headers["x-model-version"]) == (200, version), body
+            assert np.abs(np.array(json.loads(body)) - EXPECTED[version][:1]).max() <= TOLERANCE
 
 
 def test_junk_does_not_disturb_the_gateway(gateway):

@@ -31,12 +31,14 @@ class ToySplit:
         slow_s: float = 0.0,  # version 2 waits so long
         failing: int = 0,  # version 2 answers 500 to so many per cent
         shapeless: bool = False,  # version 2 answers 200 without a pair of probabilities
+        hangs: bool = False,  # version 2 answers nobody; only without sockets
         sticky: bool = True,
         header: str = "X-Model-Version",
         throttles: int = 0,  # so many replies 429 first
     ):
         self.share, self.versions, self.slow_s, self.failing = share, versions, slow_s, failing
         self.shapeless, self.sticky, self.header, self.throttles = shapeless, sticky, header, throttles
+        self.hangs = hangs
         self.asked = []  # user ids
         self.url = "http://toy.invalid"
         self._lock = threading.Lock()
@@ -51,10 +53,11 @@ class ToySplit:
             self.throttles -= throttled
         if throttled:
             return 429, {}, b"null"
-        bucket = zlib.crc32((user if self.sticky else f"{user}{number}").encode()) % 100
-        version = "2" if bucket < self.share else "1"
+        version = self.choose(user if self.sticky else f"{user}{number}")
         status, content = 200, {"predictions": [ANSWERS[self.versions[int(version) - 1]][tuple(row)]]}
         if version == "2":
+            if self.hangs:
+                raise TimeoutError
             if self.slow_s:
                 clock.sleep(self.slow_s)
             if number % 100 < self.failing:
@@ -62,6 +65,10 @@ class ToySplit:
             elif self.shapeless:
                 content = {"predictions": [1.0]}
         return status, {self.header: version}, json.dumps(content).encode()
+
+    def choose(self, user: str) -> str:
+        """Return a user's version."""
+        return "2" if zlib.crc32(user.encode()) % 100 < self.share else "1"
 
     def stand_in(self, patch: pytest.MonkeyPatch) -> None:
         """Answer `split_users` without a socket, and replace its clock, so that no latency is this machine's."""
@@ -124,8 +131,12 @@ class ToyConnection:
     def __init__(self, split: ToySplit, clock: ReplyClock):
         self.split, self.clock = split, clock
 
-    def request(self, _method: str, _path: str, body: bytes, headers: dict[str, str]) -> None:
+    def request(self, method: str, _path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
         self.clock.sleep(LATENCY_S * (1 + zlib.crc32(headers["X-User-Id"].encode()) / 2**32))
+        if method == "OPTIONS":  # the gateway answers it itself
+            version = self.split.choose(headers["X-User-Id"])
+            self.status, self.headers, self.body = 204, {self.split.header: version}, b""
+            return
         self.status, self.headers, self.body = self.split.reply(headers["X-User-Id"], body, self.clock)
 
     def getresponse(self) -> "ToyConnection":
@@ -136,3 +147,6 @@ class ToyConnection:
 
     def getheader(self, name: str) -> str | None:
         return self.headers.get(name)
+
+    def close(self) -> None:
+        pass

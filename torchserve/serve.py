@@ -149,6 +149,12 @@ def make_folder(path: Path, remedy: str) -> None:
         sys.exit(f"serve: {path}: {error.strerror}; {remedy}")
 
 
+def check_installed() -> None:
+    """SystemExit with one line where this Python has no TorchServe."""
+    if not importlib.util.find_spec("ts"):
+        sys.exit("serve: TorchServe is not installed in this Python; run `source ../.venv/bin/activate` first")
+
+
 def find_java_home() -> str | None:
     """Return the JAVA_HOME to run with, None where `java` on the PATH will do; SystemExit where there is no Java."""
     java_home = os.environ.get("JAVA_HOME")
@@ -327,6 +333,11 @@ def main() -> None:
         help="serve this version and no other, as behind a gateway (default: both)",
     )
     parser.add_argument(
+        "--no-tokens",
+        action="store_true",
+        help="want no tokens, whatever the configuration says: for replicas behind a gateway (default: as configured)",
+    )
+    parser.add_argument(
         "--log-config",
         type=Path,
         help="log4j2 configuration (default: TorchServe's own; log4j2-tuned.xml is the fast one)",
@@ -339,6 +350,9 @@ def main() -> None:
     arguments = parser.parse_args()
     ports = {role: getattr(arguments, f"{role.replace('-', '_')}_port") for role in ports}
 
+    check_installed()
+    if arguments.no_tokens:
+        config["disable_token_authorization"] = "true"
     signals = Signals()
     archives = {v: name for v, name in ARCHIVES.items() if arguments.only_version in (None, v)}
     check_archives(arguments.model_store, archives)

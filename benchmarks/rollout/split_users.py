@@ -129,13 +129,12 @@ class Crowd:
                 connection.request(request.method, self._prefix + request.path, request.body, headers)
                 reply = connection.getresponse()
                 body = reply.read()
-            except TimeoutError:
-                user.failures.append(f"no reply in {self.timeout_s:g} s")
-                connection.close()
-                return
             except (OSError, http.client.HTTPException) as error:
-                user.failures.append(type(error).__name__)
+                late = isinstance(error, TimeoutError)
+                user.failures.append(f"no reply in {self.timeout_s:g} s" if late else type(error).__name__)
                 connection.close()
+                version = self._ask_version(self._prefix + request.path, headers)
+                user.versions += [version] if version in VERSIONS else []
                 return
             latency_s = time.perf_counter() - started_s
             if reply.status != 429:
@@ -165,6 +164,21 @@ class Crowd:
         user.rows.append(row)
         user.benign.append(benign)
         user.latencies_s.append(latency_s)
+
+    def _ask_version(self, path: str, headers: dict[str, str]) -> str | None:
+        """Return the version that a user has whose request got no reply, by the gateway's own word; None without one.
+
+        Else a version 2 that answers nobody would look like a split that loses users.
+        """
+        try:
+            connection = self._connection()
+            connection.request("OPTIONS", path, headers=headers)
+            reply = connection.getresponse()
+            reply.read()
+            return reply.getheader("X-Model-Version")
+        except (OSError, http.client.HTTPException):
+            self._mine.connection.close()
+            return None
 
     def _connection(self) -> http.client.HTTPConnection:
         """This thread's connection, opened before the clock starts."""
