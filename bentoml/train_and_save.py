@@ -21,8 +21,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from rich.console import Console
+try:
+    import numpy as np
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"train_and_save: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 if TYPE_CHECKING:  # the functions import it: that takes seconds, which a wrong command line should not cost
     from sklearn.pipeline import Pipeline

@@ -12,11 +12,15 @@ is compared with.
 import argparse
 import csv
 import json
+import sys
 from pathlib import Path
 
-import numpy as np
-from sklearn.datasets import load_breast_cancer
-from sklearn.model_selection import train_test_split
+try:
+    import numpy as np
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.model_selection import train_test_split
+except ModuleNotFoundError as error:
+    sys.exit(f"make_data: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 DATA_DIR = Path(__file__).resolve().parent
 

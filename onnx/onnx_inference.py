@@ -15,11 +15,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+try:
+    import numpy as np
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+except ModuleNotFoundError as error:
+    sys.exit(f"onnx_inference: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"

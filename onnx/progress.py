@@ -8,7 +8,11 @@ import signal
 import sys
 from pathlib import Path
 
-from rich.console import Console
+try:
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    script = Path(sys.argv[0]).stem
+    sys.exit(f"{script}: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 console = Console(highlight=False)
 spinner = console.status("")

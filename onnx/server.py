@@ -30,15 +30,18 @@ from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
-import grpc_api
-import uvloop
-from http_messages import Limits
-from http_server import Server
-from onnx_inference import PROVIDERS, DeviceError
-from repository import Repository
-from serving import Serving
-from settings import Settings, SettingsError, read_settings
-from workers import open_shared, supervise
+try:
+    import grpc_api
+    import uvloop
+    from http_messages import Limits
+    from http_server import Server
+    from onnx_inference import PROVIDERS, DeviceError
+    from repository import Repository
+    from serving import Serving
+    from settings import Settings, SettingsError, read_settings
+    from workers import open_shared, supervise
+except ModuleNotFoundError as error:
+    sys.exit(f"server: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 

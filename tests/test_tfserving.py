@@ -662,11 +662,39 @@ def test_an_export_without_data_prints_one_line_before_tensorflow_is_imported(tm
 
 
 def test_ctrl_c_during_an_export_prints_one_line(tmp_path):
-    (tmp_path / "tensorflow.py").write_text("raise KeyboardInterrupt\n")
+    (tmp_path / "tensorflow.py").write_text("import os, time\nos.kill(os.getpid(), 2)\ntime.sleep(300)\n")
     done = run_python("export_model.py", "--models-dir", tmp_path, cwd=FOLDER, env={"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (1, "")
     # What stands in for the bar where there is no terminal, then what has happened.
     assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["training", "export_model:"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["importing TensorFlow", "training version 1", "exporting version 1"])
+def test_ctrl_c_at_any_step_of_an_export_is_one_line_and_leaves_nothing(tmp_path, step):
+    keyboard, screen = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "export_model.py", "--models-dir", tmp_path / "models"],
+        cwd=FOLDER,
+        env={**os.environ, "TERM": "xterm"},
+        stdout=subprocess.DEVNULL,
+        stderr=screen,
+    )
+    os.close(screen)
+    shown, is_asked = b"", False
+    with contextlib.suppress(OSError):  # its end
+        while drawn := os.read(keyboard, 65536):
+            shown += drawn
+            if step.encode() in shown and not is_asked:
+                process.send_signal(signal.SIGINT)
+                is_asked = True
+    os.close(keyboard)
+    assert process.wait(DEADLINE_S) == 1
+    assert b"Traceback" not in shown
+    assert shown.rpartition(b"\r\x1b[K")[2].decode().splitlines() == [
+        "export_model: interrupted; a version that was not finished is as it was before"
+    ]
+    assert not list((tmp_path / "models").rglob("writing-*"))
 
 
 def test_the_compose_file_and_the_config_agree():

@@ -18,9 +18,12 @@ import sys
 import types
 from pathlib import Path
 
-import grpc
-import numpy as np
-import requests
+try:
+    import grpc
+    import numpy as np
+    import requests
+except ModuleNotFoundError as error:
+    sys.exit(f"client: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 MODEL_NAME = "my_model"

@@ -11,14 +11,36 @@ import argparse
 import csv
 import json
 import os
+import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+unfinished: list[Path] = []  # folders that Ctrl-C removes
+terminal = os.dup(2)  # quiet_tensorflow silences the original while TensorFlow is imported
+
+
+def end_at_once(*_) -> None:
+    """End on Ctrl-C with one line, wherever it comes: TensorFlow would show its call stack."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for folder in unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
+    line = b"export_model: interrupted; a version that was not finished is as it was before\n"
+    os.write(terminal, (b"\r\033[K" if os.isatty(terminal) else b"") + line)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, end_at_once)  # here, because the imports take seconds
+
+try:
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as error:
+    sys.exit(f"export_model: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 # TensorFlow is imported by the functions that use it: that takes seconds, which a wrong command line should not cost.
 
@@ -118,12 +140,16 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"writing-{target.name}-", dir=target.parent) as folder:
+        unfinished.append(Path(folder))
         finished = Path(folder) / target.name
         tf.saved_model.save(module, str(finished), signatures={"serving_default": serve})
         write_warm_up(finished / "assets.extra" / "tf_serving_warmup_requests", recipe["model_name"], rows)
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # between the two there is no version
         if target.exists():
             target.rename(Path(folder) / "replaced")
         finished.rename(target)
+        unfinished.remove(Path(folder))
+        signal.signal(signal.SIGINT, handler)
 
 
 def show_progress(line: str) -> Progress:
@@ -132,8 +158,7 @@ def show_progress(line: str) -> Progress:
         print(line, file=sys.stderr, flush=True)
         return Progress(disable=True)
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    # A copy of stderr, because quiet_tensorflow silences the original while TensorFlow is imported.
-    console = Console(file=os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+    console = Console(file=os.fdopen(os.dup(terminal), "w"))
     return Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
@@ -182,7 +207,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("export_model: interrupted; a version that was not finished is as it was before")
+    main()

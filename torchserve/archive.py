@@ -27,7 +27,7 @@ def archive(version: str, archive_path: Path) -> None:
         sys.exit(f"archive: {state_dict_path} not found; run python train_model.py")
     archiver = Path(sys.executable).parent / "torch-model-archiver"
     if not archiver.is_file():
-        sys.exit(f"archive: {archiver} not found; run make setup")
+        sys.exit(f"archive: {archiver} not found; run `source ../.venv/bin/activate` first")
     # The archiver names the file after the model and gathers its parts in $TMPDIR/my_model, deleting
     # what is there. A folder of its own keeps it from both, and the last step puts a whole file in place.
     with tempfile.TemporaryDirectory(dir=archive_path.parent, prefix=".archive-") as scratch:

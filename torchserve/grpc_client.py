@@ -13,7 +13,10 @@ import json
 import sys
 from pathlib import Path
 
-import grpc
+try:
+    import grpc
+except ModuleNotFoundError as error:
+    sys.exit(f"grpc_client: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 KEYS_PATH = Path(__file__).resolve().parent / "keys" / "8080.json"
 SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]

@@ -17,7 +17,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+try:
+    from rich.console import Console
+except ModuleNotFoundError as error:
+    sys.exit(f"train_model: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 if TYPE_CHECKING:  # the functions import PyTorch: that takes seconds, which a wrong command line should not cost
     import torch

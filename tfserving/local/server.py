@@ -374,4 +374,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ModuleNotFoundError as error:
+        sys.exit(f"local server: {error.name} is not installed; run `source ../.venv/bin/activate` first")
