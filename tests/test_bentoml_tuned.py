@@ -324,7 +324,7 @@ def find_worker(server: ServerProcess) -> psutil.Process:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_that_ends_under_load_loses_at_most_what_was_under_way(capsys, number):
-    """SIGTERM is how a new service.py or model is taken up without closing the port; eight clients ask."""
+    """SIGTERM is how a new service.py or model is taken up without closing the port, and loses none; eight ask."""
     with start("bentoml-tuned") as server:
         worker = find_worker(server)
         outcomes = count_answers(server.endpoint.port, 1000, lambda: worker.send_signal(number), 300)
@@ -332,7 +332,7 @@ def test_a_worker_that_ends_under_load_loses_at_most_what_was_under_way(capsys, 
     with capsys.disabled():
         print(f"\nbentoml-tuned, {number.name} for the worker: of 1000 {dict(outcomes)}")
     assert set(outcomes) <= {"right", "lost"}, outcomes
-    assert outcomes["lost"] <= 8, outcomes
+    assert outcomes["lost"] <= (8 if number == signal.SIGKILL else 0), outcomes
 
 
 @pytest.mark.slow

@@ -34,6 +34,7 @@ from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, run, skip_without_haproxy, start, wait_until
 from machine.free_ports import find_free_ports
+from request_forms import LEGAL, write_request
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
 sys.path.insert(0, str(GATEWAY.parent))
@@ -669,6 +670,18 @@ def test_torchserves_tuned_set_up_stands_behind_the_gateway(tmp_path):
             status, headers, body = gateway.ask("/torchserve/predictions/my_model", X_Model_Version=version)
             assert (status, headers["x-model-version"]) == (200, version), body
             assert np.abs(np.array(json.loads(body)) - EXPECTED[version][:1]).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("way", LEGAL)
+def test_a_request_may_be_written_in_every_way_that_the_standard_allows(gateway, way):
+    lines = f"X-API-Key: {gateway.key}\nX-Model-Version: 1\n"
+    with gateway.connection() as connection:
+        connection.sendall(write_request(way, "/onnx/predict", "application/json", ONE_ROW, lines))
+        reply = http.client.HTTPResponse(connection, method="POST")
+        reply.begin()  # past 100 Continue
+        body = reply.read()
+    assert reply.status == 200, body
+    assert np.abs(np.array(json.loads(body)["predictions"]) - EXPECTED["1"][:1]).max() <= TOLERANCE
 
 
 def test_junk_does_not_disturb_the_gateway(gateway):

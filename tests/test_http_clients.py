@@ -17,6 +17,7 @@ from endpoints.base import Request
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S
 from json_forms import spell
+from request_forms import LEGAL, write_request
 
 FRAMEWORKS = ["torchserve", "tfserving", "bentoml", "onnx"]
 ROWS = load_test_rows()[0][:2]
@@ -133,43 +134,11 @@ def test_a_media_type_is_read_as_the_standard_has_it(endpoint, content_type):
     assert decode(endpoint, ask(endpoint, Content_Type=content_type)) == decode(endpoint, ask(endpoint))
 
 
-def chunk(body: bytes, extension: bytes = b"") -> bytes:
-    parts = [body[:7], body[7:8], body[8:]]
-    return b"".join(b"%X%b\r\n%b\r\n" % (len(part), extension, part) for part in parts)
-
-
-# Ways to write a request that RFC 9110 and 9112 allow. {path}, {type} and {length} are those of the plain request.
-USUAL = "Host: localhost\nContent-Type: {type}\nContent-Length: {length}\n"
-LEGAL = {
-    "HTTP/1.0": ("POST {path} HTTP/1.0\nContent-Type: {type}\nContent-Length: {length}\n", bytes),
-    "a whole address": ("POST http://localhost{path} HTTP/1.1\n" + USUAL, bytes),
-    "capitals and blanks": (
-        "POST {path} HTTP/1.1\nHOST:localhost\nCONTENT-TYPE:\t {type} \t\ncontent-length:  {length} \n", bytes
-    ),
-    "an empty line first": ("\nPOST {path} HTTP/1.1\n" + USUAL, bytes),
-    "chunks": (
-        "POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {type}\nTransfer-Encoding: chunked\n",
-        lambda body: chunk(body) + b"0\r\n\r\n",
-    ),
-    "chunks with extensions and trailers": (
-        "POST {path} HTTP/1.1\nHost: localhost\nContent-Type: {type}\nTransfer-Encoding: Chunked\nTrailer: X-T\n",
-        lambda body: chunk(body, b';a=b;c="d"') + b"0\r\nX-T: 1\r\n\r\n",
-    ),
-    "100 Continue": ("POST {path} HTTP/1.1\nExpect: 100-Continue\n" + USUAL, bytes),
-    "options of the connection": (
-        "POST {path} HTTP/1.1\nConnection: TE, close\nTE: trailers\nAccept-Encoding: br;q=0, gzip\n" + USUAL, bytes
-    ),
-    "an address in IPv6": ("POST {path} HTTP/1.1\n" + USUAL.replace("localhost", "[::1]:80") + "Cookie: a=b\n", bytes),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("way", LEGAL)
 def test_a_request_may_be_written_in_every_way_that_the_standard_allows(endpoint, way):
     request = endpoint.request(ROWS, "1")
-    head, write = LEGAL[way]
-    head = head.format(path=request.path, type=request.content_type, length=len(request.body))
     with socket.create_connection(("127.0.0.1", endpoint.port), timeout=DEADLINE_S) as connection:
-        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + write(request.body))
+        connection.sendall(write_request(way, request.path, request.content_type, request.body))
         reply = http.client.HTTPResponse(connection, method="POST")
         reply.begin()  # past 100 Continue
         body = reply.read()

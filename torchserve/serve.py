@@ -213,6 +213,7 @@ class TorchServe:
             "TEMP": str(self.folder),  # its workers' sockets and the unpacked archives
             "LOG_LOCATION": str(self.log_dir),
             "METRICS_LOCATION": str(self.log_dir),
+            "ORT_DISABLE_TELEMETRY": environment.get("ORT_DISABLE_TELEMETRY", "1"),  # as handlers/ says
         }
         if java_home:
             environment["JAVA_HOME"] = java_home
@@ -325,6 +326,11 @@ def main() -> None:
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 only in a container (default: 127.0.0.1)"
     )
     parser.add_argument(
+        "--management-host",
+        default="127.0.0.1",
+        help="the same for management, which runs whatever model it is given (default: 127.0.0.1)",
+    )
+    parser.add_argument(
         "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
     )
     parser.add_argument(
@@ -364,11 +370,11 @@ def main() -> None:
     java_home = find_java_home()
     config |= {
         "inference_address": f"http://{arguments.host}:{ports['rest']}",
-        "management_address": f"http://{arguments.host}:{ports['management']}",
+        "management_address": f"http://{arguments.management_host}:{ports['management']}",
         "metrics_address": f"http://{arguments.host}:{ports['metrics']}",
         "grpc_inference_address": arguments.host,
         "grpc_inference_port": str(ports["grpc"]),
-        "grpc_management_address": arguments.host,
+        "grpc_management_address": arguments.management_host,
         "grpc_management_port": str(ports["grpc-management"]),
     }
     # The server runs in another folder, so its paths must be whole.

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ.setdefault("KERAS_HOME", os.devnull)  # else Keras writes its settings, which nothing here reads, to ~/.keras
 
 
 @contextlib.contextmanager
@@ -46,6 +47,6 @@ try:
     with silent_stderr(), not_installed("sklearn", "matplotlib"):
         import tensorflow as tf
 except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is not installed: {sys.executable}; run make setup and activate .venv")
+    sys.exit(f"{error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 tf.get_logger().setLevel("ERROR")  # Python's side: deprecation notes

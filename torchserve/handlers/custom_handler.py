@@ -9,8 +9,11 @@ There must be exactly one class in this file: TorchServe makes one object of it.
 """
 
 import json
+import os
 import zlib
 
+# TorchServe imports ONNX Runtime where it is installed, and that writes to ~/.cache and reports to Microsoft.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import torch
 from ts.metrics.dimension import Dimension
 from ts.torch_handler.base_handler import BaseHandler
