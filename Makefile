@@ -24,7 +24,8 @@ TEST_WORKERS ?= 3
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
-        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean uninstall
+        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean \
+        uninstall keys seal sealed
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -97,6 +98,24 @@ onnx: setup $(ONNX_MODELS) ## the ONNX Runtime server on port 8000
 
 gateway: setup $(ONNX_MODELS) ## HAProxy on port 8443 before both versions of the ONNX server, two replicas of each
 	cd gateway && exec python gateway.py serve
+
+## sealed models
+
+keys: setup ## make the keys that sign and open models
+	cd sealing && python keys.py
+
+seal: train ## encrypt and sign the trained models of all four
+	cd sealing && python seal.py
+
+# Where the models are opened, in memory; removed when the server ends.
+OPENED := /dev/shm/sealed-$(ENDPOINT)
+SEALED_torchserve := env TMPDIR=/dev/shm python ../torchserve/serve.py --model-store $(OPENED)
+SEALED_tfserving := python ../tfserving/serve.py --models-dir $(OPENED)
+SEALED_bentoml := env BENTOML_HOME=$(OPENED) bentoml serve --working-dir ../bentoml service:svc
+SEALED_onnx := python ../onnx/server.py --model-repository $(OPENED)
+
+sealed: setup ## serve sealed models: make sealed ENDPOINT=onnx
+	cd sealing && exec python unseal.py $(ENDPOINT) --to $(OPENED) --watch -- $(SEALED_$(ENDPOINT))
 
 ## compare
 

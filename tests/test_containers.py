@@ -37,7 +37,7 @@ from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
 from servers.containers import list_container_endpoints
 
 SERVICES = ("torchserve", "tfserving", "bentoml", "onnx")
-DOCKERFILES = ("torchserve/Dockerfile", "onnx/Dockerfile", "gateway/Dockerfile")
+DOCKERFILES = ("torchserve/Dockerfile", "onnx/Dockerfile", "sealing/Dockerfile", "gateway/Dockerfile")
 PORT_VARIABLES = re.findall(r"\$\{([A-Z_]+PORT)-", "".join(
     (REPOSITORY_DIR / name).read_text() for name in ("docker-compose.yml", "tfserving/docker-compose.yml")
 ))  # fmt: skip
@@ -94,7 +94,7 @@ def test_tensorflow_serving_starts_alone_as_among_the_four():
     assert compose_config()["services"]["tfserving"] == alone
 
 
-@pytest.mark.parametrize("name", DOCKERFILES[:2])
+@pytest.mark.parametrize("name", DOCKERFILES[:3])
 def test_the_image_has_the_versions_of_the_requirements(name):
     text = (REPOSITORY_DIR / "requirements.txt").read_text()
     pins = dict(re.findall(r"^([a-z0-9-]+)==([^ ;\n]+)", text, re.M)[::-1])  # of two, the first: Python 3.11's

@@ -62,6 +62,7 @@ NOT_EXECUTED = {
     "docker stop my_model": NO_ENGINE,
     "docker build -t onnx-server .": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 onnx-server": NO_ENGINE,
+    "docker compose --file ../docker-compose.yml --file docker-compose.yml up --detach --wait onnx": NO_ENGINE,
     "docker compose up --detach --wait": NO_ENGINE,
     "docker compose down": NO_ENGINE,
 }
@@ -70,7 +71,7 @@ FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | r
 STOP = re.compile(r"\b[Ss]top(\s+(the\s+\w+|it))?\s+with\s+Ctrl-C\b")
 EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
 THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
-FOLDERS = (*FRAMEWORKS, "gateway", "data")
+FOLDERS = (*FRAMEWORKS, "gateway", "sealing", "data")
 
 
 @dataclass

@@ -87,14 +87,14 @@ def config_flags(config_dir: Path, batching: Path | None) -> list[str]:
     ]
 
 
-def docker_server(ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
+def docker_server(ports: dict[str, int], models_dir: Path, config_dir: Path, batching: Path | None) -> Server:
     name = f"tfserving-{ports['rest']}"
     command = [
         *("docker", "run", "--rm", "--init", "--name", name),  # --init: the image's shell would ignore SIGTERM
         *container_cpus(),
         *("--publish", f"127.0.0.1:{ports['grpc']}:8500"),
         *("--publish", f"127.0.0.1:{ports['rest']}:8501"),
-        *("--volume", f"{MODELS_DIR}:/models:ro"),
+        *("--volume", f"{models_dir}:/models:ro"),
         *("--volume", f"{config_dir}:/config:ro"),
         *(IMAGE, *config_flags(Path("/config"), batching)),
     ]
@@ -129,7 +129,9 @@ def succeeds(command: list[str]) -> bool:
         return False
 
 
-def choose_server(wanted: str, ports: dict[str, int], config_dir: Path, batching: Path | None) -> Server:
+def choose_server(
+    wanted: str, ports: dict[str, int], models_dir: Path, config_dir: Path, batching: Path | None
+) -> Server:
     """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
     program = shutil.which(NATIVE_PROGRAM)
     if wanted == "native" and not program:
@@ -139,15 +141,15 @@ def choose_server(wanted: str, ports: dict[str, int], config_dir: Path, batching
     if wanted in ("auto", "docker"):
         problem = docker_problem()
         if not problem:
-            return docker_server(ports, config_dir, batching)
+            return docker_server(ports, models_dir, config_dir, batching)
         if wanted == "docker":
             raise ServeError(f"--server docker: {problem}; start the engine or leave --server out")
     return local_server(ports, config_dir, batching)
 
 
-def check_models() -> None:
-    if not list(MODELS_DIR.glob("my_model/[0-9]*/saved_model.pb")):
-        raise ServeError(f"no model in {MODELS_DIR / 'my_model'}; run python export_model.py")
+def check_models(models_dir: Path) -> None:
+    if not list(models_dir.glob("my_model/[0-9]*/saved_model.pb")):
+        raise ServeError(f"no model in {models_dir / 'my_model'}; run python export_model.py")
 
 
 def check_ports(ports: dict[str, int]) -> None:
@@ -162,20 +164,20 @@ def check_ports(ports: dict[str, int]) -> None:
                 ) from None
 
 
-def write_configs(kind: str, model_config: Path, config_dir: Path, batching: Path | None) -> None:
+def write_configs(kind: str, models_dir: Path, model_config: Path, config_dir: Path, batching: Path | None) -> None:
     """Fill the folder with what the server reads: the configs, where no container runs with this machine's path."""
     for path in (MONITORING_PATH, *([batching] if batching else [])):
         shutil.copy(path, config_dir)
     config_dir.chmod(0o755)  # a container's user is another
-    take_up_config(kind, model_config, config_dir)
+    take_up_config(kind, models_dir, model_config, config_dir)
 
 
-def take_up_config(kind: str, model_config: Path, config_dir: Path) -> None:
+def take_up_config(kind: str, models_dir: Path, model_config: Path, config_dir: Path) -> None:
     """Write `model_config` into the folder if it has changed, at once: the server may be reading it."""
     with contextlib.suppress(OSError, UnicodeDecodeError):  # an editor is replacing it, or it is no text
         text = model_config.read_text()
         if kind != "docker":
-            here = str(MODELS_DIR).replace("\\", "\\\\").replace('"', '\\"')
+            here = str(models_dir).replace("\\", "\\\\").replace('"', '\\"')
             text = re.sub(r'(base_path:\s*")/models/', lambda m: f"{m[1]}{here}/", text)
         target = config_dir / CONFIG_PATH.name
         if not target.exists() or target.read_text() != text:
@@ -253,6 +255,7 @@ def main() -> None:
         default=CONFIG_PATH,
         help="what to serve; models-1.config and models-2.config serve one version alone (default: models.config)",
     )
+    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR, help="folder of the models (default: models)")
     parser.add_argument(
         "--batching-config",
         type=Path,
@@ -263,17 +266,18 @@ def main() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: stop_signals.append(number))
 
+    models_dir = arguments.models_dir.resolve()
     announced = False
 
     def meanwhile() -> None:
         nonlocal announced
-        take_up_config(server.kind, model_config, Path(folder))
+        take_up_config(server.kind, models_dir, model_config, Path(folder))
         if not announced and is_available(ports["rest"]):
             announced = True
             print(f"ready: REST at http://127.0.0.1:{ports['rest']}, gRPC at 127.0.0.1:{ports['grpc']}", flush=True)
 
     try:
-        check_models()
+        check_models(models_dir)
         check_ports(ports)
         with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
             model_config = arguments.model_config.resolve()
@@ -282,8 +286,8 @@ def main() -> None:
             batching = arguments.batching_config and arguments.batching_config.resolve()
             if batching and not batching.is_file():
                 raise ServeError(f"{batching} not found; batching.config lies beside serve.py")
-            server = choose_server(arguments.server, ports, Path(folder), batching)
-            write_configs(server.kind, model_config, Path(folder), batching)
+            server = choose_server(arguments.server, ports, models_dir, Path(folder), batching)
+            write_configs(server.kind, models_dir, model_config, Path(folder), batching)
             print(f"serving with {server.kind}: {server.what}", flush=True)
             exit_code = run_until_stopped(server.command, server.stop_command, meanwhile=meanwhile)
     except (ServeError, OSError) as error:

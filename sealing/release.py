@@ -1,0 +1,66 @@
+"""What seal.py and unseal.py agree on: the release note, the places of versions, and how a folder is put in place."""
+
+import ctypes
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from model_signing import hashing
+
+FOLDER = Path(__file__).resolve().parent
+NOTE, SIGNATURE, SUFFIX = "release.json", "model.sig", ".age"
+# Where each server's folder keeps its models, and a version there; unseal.py lays out its folder in the same way.
+PLACES = {
+    "torchserve": ("torchserve/model_store", "model_v{version}.mar"),
+    "tfserving": ("tfserving/models", "{model}/{version}"),
+    "bentoml": ("bentoml/store", "models/{model}/v{version}.0.0"),
+    "onnx": ("onnx/models", "{model}/{version}"),
+}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@dataclass(frozen=True)
+class Release:
+    """The note that is signed with a version's files: without it each version would pass for any other."""
+
+    server: str
+    model: str
+    version: str
+    serial: int  # grows with every version that is sealed, of whatever server
+    created: str  # when, UTC; for people: nothing is decided by a clock
+    files: dict[str, str]  # the SHA-256 of each file's plaintext, by its path in the version
+
+    @property
+    def name(self) -> str:
+        """Its place below sealed/, and its name in state.json and policy.toml."""
+        return f"{self.server}/{self.model}/{self.version}"
+
+
+def find_place(server: str, model: str, version: str) -> Path:
+    """Return where the server looks for a version in its folder; ValueError where no version can be called so."""
+    pattern = PLACES[server][1]
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[1-9][0-9]{0,17}", f"{model}/{version}", re.ASCII):
+        raise ValueError("no name of a model and number of a version")
+    if "{model}" not in pattern and model != "my_model":
+        raise ValueError(f"{server}'s archives are those of my_model")
+    return Path(pattern.format(model=model, version=version))
+
+
+def strict_hashing() -> hashing.Config:
+    """Return the settings for signing and verifying all files: the default leaves out .git/, .github/, .gitignore."""
+    return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
+
+
+def put(source: Path, target: Path) -> None:
+    """Put a file or folder in the place of another, if there is one, in one step for whoever reads there.
+
+    A folder that was there lies at `source` afterwards. Both are on one file system.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.is_dir():
+        source.replace(target)
+    elif ctypes.CDLL(None, use_errno=True).renameat2(
+        AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE
+    ):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))

@@ -1,0 +1,105 @@
+"""Encrypt and sign trained models, each version in a folder of its own.
+
+    python seal.py               all versions of all servers
+    python seal.py onnx          all versions of one server
+    python seal.py onnx 2        one version
+
+Reads the models where the server's folder keeps them, or --from, and keys/.
+Writes sealed/SERVER/my_model/VERSION/: each file as <file>.age, which the
+recipients in keys/recipients/SERVER can open; release.json, which says what it
+is; model.sig, the signature of all that. A version that was sealed before is
+replaced in one step. The newest key in keys/signing signs, keys/serial counts
+the releases. What was read is left as it was.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pyrage
+from model_signing import signing
+
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, strict_hashing
+
+
+def read_files(place: Path) -> dict[str, bytes]:
+    """Return the contents of a version by path: of the files in a folder, or of the one file that it is."""
+    paths = [path for path in sorted([place, *place.rglob("*")]) if path.is_symlink() or not path.is_dir()]
+    if strange := [path for path in paths if path.is_symlink() or not path.is_file()]:
+        sys.exit(f"seal: {strange[0]} is no regular file; put one in its place")
+    base = place if place.is_dir() else place.parent
+    return {path.relative_to(base).as_posix(): path.read_bytes() for path in paths}
+
+
+def count(path: Path) -> int:
+    """Return the next number of a counter that is kept in a file."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        number = int(file.read() or 0) + 1
+        file.seek(0)
+        file.write(f"{number}\n")
+    return number
+
+
+def seal(release: Release, contents: dict[str, bytes], recipients: list, key: Path, target: Path) -> str:
+    """Write a version's folder and put it in place, whole; return the digest of its note."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sealing-", dir=target.parent) as scratch:
+        folder, signature = Path(scratch, "version"), Path(scratch, SIGNATURE)
+        for path, content in contents.items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / f"{path}{SUFFIX}").write_bytes(pyrage.encrypt(content, recipients))
+        note = json.dumps(asdict(release), indent=2) + "\n"
+        (folder / NOTE).write_text(note)
+        signer = signing.Config().use_elliptic_key_signer(private_key=key)
+        signer.set_hashing_config(strict_hashing()).sign(folder, signature)
+        signature.rename(folder / SIGNATURE)
+        put(folder, target)
+    return hashlib.sha256(note.encode()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server", nargs="?", choices=PLACES, help="whose models (default: all servers')")
+    parser.add_argument("version", nargs="?", default="*", help="(default: all that are there)")
+    parser.add_argument("--model", default="my_model", help="(default: my_model)")
+    parser.add_argument("--from", dest="source", type=Path, help="folder of the models (default: the server's own)")
+    parser.add_argument("--home", type=Path, default=FOLDER, help="where keys and sealed are (default: here)")
+    arguments = parser.parse_args()
+    keys = arguments.home / "keys"
+    for server in [arguments.server] if arguments.server else PLACES:
+        recipients = [path.read_text().strip() for path in sorted(keys.glob(f"recipients/{server}/*.txt"))]
+        signers = sorted(keys.glob("signing/*.pem"), key=lambda path: path.stat().st_mtime_ns)
+        if not signers or not recipients:
+            sys.exit(f"seal: no signing key or no recipient for {server} in {keys}; run python keys.py")
+        source = arguments.source or FOLDER.parent / PLACES[server][0]
+        pattern = PLACES[server][1].format(model=arguments.model, version=arguments.version)
+        versions = {found[0]: place for place in source.glob(pattern) if (found := re.search("[0-9]+", place.name))}
+        if not versions:
+            sys.exit(f"seal: {source / pattern} not found; train the model first (make train)")
+        for version, place in sorted(versions.items()):
+            find_place(server, arguments.model, version)
+            contents = read_files(place)
+            files = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            release = Release(server, arguments.model, version, count(keys / "serial"), now, files)
+            readers = [pyrage.x25519.Recipient.from_str(recipient) for recipient in recipients]
+            digest = seal(release, contents, readers, signers[-1], arguments.home / "sealed" / release.name)
+            print(f"{release.name}: serial {release.serial}, signed by {signers[-1].stem}, digest {digest}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("seal: interrupted; what was sealed before is as it was")
+    except (OSError, ValueError, pyrage.RecipientError) as error:
+        sys.exit(f"seal: {error}")

@@ -1,0 +1,328 @@
+"""Open a server's sealed models into memory; what does not verify stays out.
+
+    python unseal.py onnx --to /dev/shm/models
+    python unseal.py onnx --to /dev/shm/models --watch
+    python unseal.py onnx --to /dev/shm/models --watch -- COMMAND
+
+Reads sealed/SERVER/<model>/<version>/, keys/trusted/, keys/identities/SERVER/
+and policy.toml, and keeps state/state.json, all in --home. Copies each version
+into memory, verifies the copy, holds it against policy and state, decrypts it,
+and moves it whole to where the server looks for it below DIR. Prints in one
+line why a version is refused; what was let in before goes on. --watch looks
+again every second until Ctrl-C or SIGTERM, and takes back what is not trusted
+any more. With a COMMAND, starts that server then, and removes DIR after it.
+
+DIR/.ready is there as soon as all that can be let in lies in DIR, and names it.
+A server may be started once unseal.py has ended with 0 or, with --watch, once
+`test -f DIR/.ready` succeeds, which a startupProbe can run.
+
+Exit codes: 0 something lies in DIR; 1 nothing does, or one line says what is in
+the way; 2 wrong command line. With a COMMAND its own.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import pyrage
+from model_signing import verifying
+
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, strict_hashing
+
+POLL_S = 1.0
+MAX_FILES = 10_000  # of a version
+MAX_NOTE_BYTES = 1 << 20  # of its note and its signature, which are parsed
+LOCK, READY, STAGE = ".lock", ".ready", ".unsealing-"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class Refused(Exception):
+    """A version is not let in; the message is why, in one line."""
+
+
+class UnsealError(Exception):
+    """Nothing can be let in; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What decides beside the sealed files; read at each look."""
+
+    keys: list[bytes]  # public keys that may sign
+    identities: list[str]  # age identities that may open
+    max_bytes: int
+    floor: dict[str, int]
+    pin: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A version that was let in."""
+
+    release: Release
+    digest: str  # SHA-256 of release.json
+    key: bytes  # the public key that verified it
+
+    def find_objection(self, trust: Trust) -> str | None:
+        """Return why this version may not be served, or not any more."""
+        name, serial = self.release.name, self.release.serial
+        floor = max([0, *(low for place, low in trust.floor.items() if f"{name}/".startswith(f"{place}/"))])
+        if self.key not in trust.keys:
+            return "the key that signed it is not trusted any more"
+        if serial < floor:
+            return f"serial {serial} is below the policy's floor {floor}"
+        if trust.pin.get(name, self.digest) != self.digest:
+            return f"its digest {self.digest} is not the one that the policy pins"
+        return None
+
+
+def read_trust(home: Path, server: str) -> Trust:
+    """Return the policy, and the keys but comments; UnsealError where they cannot be used."""
+    try:
+        keys = [path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))]
+        texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*"))]
+        identities = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
+        return Trust(keys, identities, **tomllib.loads((home / "policy.toml").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UnsealError(f"policy.toml or keys in {home} cannot be used: {error}") from None
+
+
+def list_files(folder: Path) -> dict[str, os.stat_result]:
+    """Return all that lies below `folder`, links themselves and not what they lead to."""
+    return {path.relative_to(folder).as_posix(): path.lstat() for path in islice(folder.rglob("*"), MAX_FILES + 1)}
+
+
+def copy_files(folder: Path, target: Path, max_bytes: int) -> dict[str, int]:
+    """Copy a version, and return its files' sizes. Refused where there is more, or other, than regular files.
+
+    Whoever can write to `folder` may change it meanwhile. What is verified and used is the copy, which only this
+    process can change; the first look keeps out what should not even be copied.
+    """
+    for place in (folder, target):
+        found = list_files(place)
+        files = {path: status for path, status in found.items() if not stat.S_ISDIR(status.st_mode)}
+        if any(not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 for status in files.values()):
+            raise Refused("it holds a link, or something that is no file")
+        if len(found) > MAX_FILES or sum(status.st_size for status in files.values()) > max_bytes:
+            raise Refused("it has too many files, or more bytes than the policy's max_bytes")
+        if place == folder:
+            shutil.copytree(folder, target, symlinks=True, copy_function=shutil.copyfile)
+    return {path: status.st_size for path, status in files.items()}
+
+
+def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
+    """Return the key that signed exactly these files; Refused where none of `keys` did."""
+    reason = "keys/trusted is empty"
+    public = signature.with_name("key.pub")
+    for key in keys:
+        public.write_bytes(key)
+        try:
+            verifier = verifying.Config().use_elliptic_key_verifier(public_key=public)
+            verifier.set_hashing_config(strict_hashing()).verify(folder, signature)
+            return key
+        except Exception as error:  # noqa: BLE001 - a signature that anybody may have written can raise anything
+            reason = f"{type(error).__name__}: {str(error)[:60]}"
+    raise Refused(f"no trusted key has signed these files ({reason})")
+
+
+def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
+    """Verify a version, decrypt it into stage/plain, and return what it is; Refused where it may not be served."""
+    sealed, signature = stage / "sealed", stage / SIGNATURE
+    sizes = copy_files(folder, sealed, trust.max_bytes)
+    if not {NOTE, SIGNATURE} <= sizes.keys() or max(sizes[NOTE], sizes[SIGNATURE]) > MAX_NOTE_BYTES:
+        raise Refused(f"{NOTE} or {SIGNATURE} is missing or too large")
+    (sealed / SIGNATURE).rename(signature)
+    key = find_signer(sealed, signature, trust.keys)
+    note = (sealed / NOTE).read_bytes()
+    opened = Opened(Release(**json.loads(note)), hashlib.sha256(note).hexdigest(), key)
+    if opened.release.name != name:
+        raise Refused(f"it was sealed as {opened.release.name}")
+    if objection := opened.find_objection(trust):
+        raise Refused(objection)
+    if sizes.keys() != {NOTE, SIGNATURE, *(path + SUFFIX for path in opened.release.files)}:  # so none leads elsewhere
+        raise Refused(f"its files are not those of {NOTE}")
+    identities = [pyrage.x25519.Identity.from_str(line) for line in trust.identities]
+    for path, digest in opened.release.files.items():
+        plain = stage / "plain" / path
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        pyrage.decrypt_file(str(sealed / f"{path}{SUFFIX}"), str(plain), identities)
+        with plain.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # pyrage does not say when there is no room
+                raise OSError(f"{path} is not what was sealed, or {stage.parent} is full")
+    return opened
+
+
+class Unsealer:
+    """Keeps a folder to what is sealed and trusted."""
+
+    def __init__(self, server: str, folder: Path, home: Path):
+        self.server, self.folder, self.home = server, folder, home
+        self.opened: dict[str, Opened] = {}  # what lies in the folder, by name
+        self.tried: dict[str, tuple] = {}  # the trust and the files that were tried last
+        self.told: dict[str, str] = {}
+
+    def look(self) -> None:
+        """Let in what is new, drop what is not trusted any more; UnsealError where keys or policy are unusable."""
+        trust = read_trust(self.home, self.server)
+        sealed = self.home / "sealed"
+        names = sorted(path.relative_to(sealed).as_posix() for path in sealed.glob(f"{self.server}/[!.]*/[!.]*"))
+        for name in names:
+            self.consider(name, sealed / name, trust)
+        for name, opened in list(self.opened.items()):
+            if objection := opened.find_objection(trust):
+                with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
+                    (self.folder / find_place(*name.split("/"))).rename(Path(stage, "dropped"))
+                del self.opened[name]
+                self.tell(name, f"dropped: {objection}")
+        for name in read_state(self.home).keys() - names:
+            if name.startswith(f"{self.server}/"):
+                self.tell(name, "was let in before and is gone")
+
+    def consider(self, name: str, folder: Path, trust: Trust) -> None:
+        """Let a version in, or say why not, unless nothing has changed since the last time."""
+        files = None
+        try:
+            files = {path: (s.st_ino, s.st_size, s.st_ctime_ns) for path, s in list_files(folder).items()}
+            if self.tried.get(name) == (trust, files):
+                return
+            with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
+                place = find_place(*name.split("/"))
+                opened = open_version(name, folder, Path(stage), trust)
+                remember(self.home, opened)  # before it is there: nothing older may follow it
+                if name not in self.opened or self.opened[name].release.files != opened.release.files:
+                    put(Path(stage, "plain", place.name if place.suffix == ".mar" else ""), self.folder / place)
+            self.opened[name] = opened
+            self.tell(name, f"serial {opened.release.serial} is let in", sys.stdout)
+        except (OSError, UnsealError) as error:  # such as no space: the next look tries again
+            self.tell(name, f"refused: {error}")
+            return
+        except Exception as error:  # noqa: BLE001 - the one place where files come in that anybody may have written
+            self.tell(name, f"refused: {error if isinstance(error, Refused) else repr(error)}")
+        self.tried[name] = trust, files
+
+    def tell(self, name: str, line: str, file: TextIO = sys.stderr) -> None:
+        """Print a line, once until there is another to say of that version."""
+        if self.told.get(name) != line:
+            self.told[name] = line
+            print(repr(f"{name}: {line}")[1:300].rstrip("'"), file=file, flush=True)  # a name may hold anything
+
+    def remove_leftovers(self) -> None:
+        """Remove what an earlier run has let in and this one has not."""
+        kept = {self.folder / find_place(*name.split("/")) for name in self.opened}
+        for path in {*self.folder.glob(PLACES[self.server][1].format(model="*", version="*"))} - kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def read_state(home: Path) -> dict[str, list]:
+    """Return serial and digest of the newest release of every version that was ever let in."""
+    try:
+        state = json.loads((home / "state" / "state.json").read_text())
+        return {name: [int(serial), str(digest)] for name, (serial, digest) in state.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        problem = f"state.json is damaged ({error}): put back a copy, or raise the floor and remove it"
+        raise UnsealError(problem) from None
+
+
+def remember(home: Path, opened: Opened) -> None:
+    """Write a release into state.json; Refused where a newer one, or another with its serial, was let in before."""
+    path, name, new = home / "state" / "state.json", opened.release.name, [opened.release.serial, opened.digest]
+    path.parent.mkdir(exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        state = read_state(home)
+        last = state.get(name, new)
+        if new[0] < last[0] or new[0] == last[0] and new != last:
+            raise Refused(f"serial {new[0]} is older than {last[0]}, or not the release that had it")
+        path.with_suffix(".new").write_text(json.dumps(state | {name: new}, indent=1))
+        path.with_suffix(".new").replace(path)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
+    """Be the only one that fills the folder; UnsealError where that cannot be, or its files would reach a disk."""
+    device = next(path for path in (folder, *folder.parents) if path.exists()).stat().st_dev
+    device = f"{os.major(device)}:{os.minor(device)}"
+    mounts = Path("/proc/self/mountinfo").read_text()
+    if not allow_disk and not re.search(rf"^\d+ \d+ {device} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE):
+        raise UnsealError(f"{folder} is not in memory; choose a folder in /dev/shm, or --allow-disk")
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid not in (0, os.geteuid()) or (not (folder / LOCK).exists() and list(folder.iterdir())):
+        raise UnsealError(f"{folder} is another user's, or holds other files; choose an empty folder")
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UnsealError(f"another unseal.py fills {folder}; stop it, or choose another folder") from None
+        for path in [*folder.glob(READY), *folder.glob(f"{STAGE}*")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Start a server that Ctrl-C does not reach, and that ends with this process, even by kill -9."""
+    end_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("server", choices=PLACES, help="whose models")
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder in memory that the server reads")
+    parser.add_argument("--watch", action="store_true", help="look again every second (default: look once)")
+    parser.add_argument("--home", type=Path, default=FOLDER, help="folder of the rest (default: this one)")
+    parser.add_argument("--allow-disk", action="store_true", help="let DIR lie on a disk (default: refuse)")
+    words = [*sys.argv[1:], "--"]
+    command = words[words.index("--") + 1 : -1]
+    arguments = parser.parse_args(words[: words.index("--")])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    unsealer, child = Unsealer(arguments.server, arguments.to, arguments.home), None
+    try:
+        with claim(arguments.to, arguments.allow_disk):
+            unsealer.look()
+            unsealer.remove_leftovers()
+            if not unsealer.opened:
+                raise UnsealError(f"nothing of {arguments.server} is let in")
+            (arguments.to / READY).write_text("".join(f"{name}\n" for name in sorted(unsealer.opened)))
+            child = start(command) if command else None
+            while (child and child.poll() is None) or (arguments.watch and not child):
+                time.sleep(POLL_S)
+                try:
+                    if arguments.watch:
+                        unsealer.look()
+                except Exception as error:  # noqa: BLE001 - what is served goes on, whatever somebody has written
+                    unsealer.tell("unseal", f"all stays as it is: {error}")
+            sys.exit(child and child.returncode)
+    except (UnsealError, OSError) as error:
+        sys.exit(f"unseal: {error}")
+    except KeyboardInterrupt:
+        sys.exit(0 if arguments.watch or child else "unseal: interrupted")
+    finally:
+        if child:
+            child.terminate()
+            child.wait()
+            shutil.rmtree(arguments.to)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1102 @@
+"""Sealed models: what is refused, what is served, what stays off the disk; on real servers and real files."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyrage
+import pytest
+from model_signing import hashing, signing, verifying
+
+from client.ask import ask, send
+from endpoints.base import Endpoint, Request, load_endpoints
+from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, load_together, run, run_python, wait_until
+from servers.process import ServerProcess
+
+SEALING_DIR = REPOSITORY_DIR / "sealing"
+release, keys, seal, unseal = load_together(SEALING_DIR, "release", "keys", "seal", "unseal")
+SERVERS = tuple(release.PLACES)
+VERSIONS = ("1", "2")
+OPTIONS = {"torchserve": "--model-store", "tfserving": "--models-dir", "onnx": "--model-repository"}  # name the folder
+CLIENTS, REQUESTS = 8, 1000
+# TorchServe, TensorFlow and BentoML take some ten seconds each of a core to start.
+EVERY_SERVER = [pytest.param(name, marks=() if name == "onnx" else pytest.mark.slow) for name in SERVERS]
+
+
+@pytest.fixture(scope="module")
+def sealed_once(tmp_path_factory) -> Path:
+    """A home of keys and of all servers' models, sealed; it is copied and never changed."""
+    home = tmp_path_factory.mktemp("sealed")
+    shutil.copy(SEALING_DIR / "policy.toml", home)
+    for script in (keys, seal):
+        done = call_main(script, "--home", home)
+        assert done.returncode == 0, done.stderr
+    return home
+
+
+@pytest.fixture
+def home(sealed_once, tmp_path) -> Path:
+    """A home that the test may change."""
+    return shutil.copytree(sealed_once, tmp_path / "home")
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """An empty folder in memory."""
+    with tempfile.TemporaryDirectory(prefix="test-sealing-", dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+class Look:
+    """One look of unseal.py in this process, at one server's models: what was let in, what was said."""
+
+    def __init__(self, home: Path, folder: Path, server: str = "onnx", unsealer=None):
+        self.unsealer = unsealer or unseal.Unsealer(server, folder, home)
+        self.said: dict[str, str] = {}
+        self.unsealer.tell = lambda name, line, file=None: self.said.__setitem__(name, line)
+        self.unsealer.look()
+        self.versions = sorted(name.split("/")[2] for name in self.unsealer.opened)
+
+
+def version_dir(home: Path, server: str = "onnx", version: str = "2") -> Path:
+    return home / "sealed" / server / "my_model" / version
+
+
+def reseal(home: Path, server: str = "onnx", version: str = "2", **options: Path) -> str:
+    """Seal a version again, with the next serial number; return what was printed."""
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    done = call_main(seal, server, version, "--home", home, *words)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def sign(folder: Path, key: Path, config: hashing.Config | None = None) -> None:
+    """Sign a folder as seal.py does it, or with other settings."""
+    (folder / "model.sig").unlink(missing_ok=True)
+    signer = signing.Config().use_elliptic_key_signer(private_key=key)
+    signer.set_hashing_config(config or release.strict_hashing()).sign(folder, folder.with_suffix(".sig"))
+    folder.with_suffix(".sig").rename(folder / "model.sig")
+
+
+def make_foreign_key(home: Path) -> Path:
+    """Return a signing key that nobody trusts."""
+    done = call_main(keys, "foreign", "signing", "--home", home / "elsewhere")
+    assert done.returncode == 0
+    return home / "elsewhere" / "keys" / "signing" / "foreign.pem"
+
+
+def damage(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def list_plaintext(folder: Path) -> list[str]:
+    """Return the files below the folder but those of unseal.py itself."""
+    own = (unseal.LOCK, unseal.READY)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in own)
+
+
+# What is let in.
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_what_was_trained_is_what_comes_out(home, memory, server):
+    look = Look(home, memory, server)
+    assert look.versions == list(VERSIONS)
+    source = REPOSITORY_DIR / release.PLACES[server][0]
+    for version in VERSIONS:
+        place = release.find_place(server, "my_model", version)
+        trained = (
+            [source / place] if (source / place).is_file() else [p for p in (source / place).rglob("*") if p.is_file()]
+        )
+        assert trained
+        for path in trained:
+            assert (memory / path.relative_to(source)).read_bytes() == path.read_bytes()
+            assert path.read_bytes()[:64] not in b"".join(
+                p.read_bytes() for p in version_dir(home, server, version).rglob("*") if p.is_file()
+            )
+    assert not list(memory.glob(f"{unseal.STAGE}*"))
+
+
+# What is refused: a byte.
+
+
+@pytest.mark.parametrize("server", SERVERS)
+def test_a_flipped_byte_in_any_file_of_any_version_is_refused(home, memory, server, capsys):
+    cases = 0
+    for version in VERSIONS:
+        other = next(v for v in VERSIONS if v != version)
+        for path in sorted(p for p in version_dir(home, server, version).rglob("*") if p.is_file()):
+            whole = path.read_bytes()
+            for place in (0, len(whole) // 2, len(whole) - 1):
+                path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+                look = Look(home, memory, server)
+                assert look.versions == [other], f"{path} with byte {place} of {len(whole)} flipped"
+                assert "refused" in look.said[f"{server}/my_model/{version}"]
+                assert not (memory / release.find_place(server, "my_model", version)).exists()
+                shutil.rmtree(memory)
+                memory.mkdir()
+                cases += 1
+            path.write_bytes(whole)
+    assert Look(home, memory, server).versions == list(VERSIONS)
+    with capsys.disabled():
+        print(f"\n{server}: {cases} of {cases} flipped bytes refused")
+
+
+# What is refused: signatures and files.
+
+
+def strip_signature(home: Path) -> None:
+    path = version_dir(home) / "model.sig"
+    bundle = json.loads(path.read_text())
+    bundle["dsseEnvelope"]["signatures"] = []
+    path.write_text(json.dumps(bundle))
+
+
+def take_signature(home: Path, server: str, version: str) -> None:
+    shutil.copy(version_dir(home, server, version) / "model.sig", version_dir(home))
+
+
+def add(home: Path, name: str, content: bytes = b"import os") -> None:
+    path = version_dir(home) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def add_unsigned(home: Path, name: str) -> None:
+    """The signer has forgotten the strict settings: this file, which is the attacker's, is not in the signature."""
+    folder = version_dir(home)
+    sign(folder, home / "keys/signing/first.pem", hashing.Config().set_ignored_paths(paths=[folder / name]))
+    add(home, name)
+
+
+def replace_ciphertext(home: Path) -> None:
+    """Anybody can encrypt for the recipients; here the signer has not signed the file that says what it was."""
+    folder = version_dir(home)
+    path = folder / "model.onnx.age"
+    sign(folder, home / "keys/signing/first.pem", hashing.Config().set_ignored_paths(paths=[path]))
+    recipient = (home / "keys/recipients/onnx/first.txt").read_text().strip()
+    path.write_bytes(pyrage.encrypt(b"another model", [pyrage.x25519.Recipient.from_str(recipient)]))
+
+
+def link(home: Path, make: Callable[[Path, Path], None]) -> None:
+    path = version_dir(home) / "model.onnx.age"
+    path.rename(home / "elsewhere.age")
+    make(home / "elsewhere.age", path)
+
+
+def lie(home: Path, **changes: object) -> None:
+    """The note says something else, and a key that is trusted has signed that."""
+    path = version_dir(home) / "release.json"
+    note = json.loads(path.read_text())
+    path.write_text(json.dumps(note | changes))
+    sign(path.parent, home / "keys/signing/first.pem")
+
+
+def nest(home: Path, depth: int) -> None:
+    """Make folders in folders, deeper than Python's recursion and a path's 4,096 characters."""
+    here = os.open(version_dir(home), os.O_PATH)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        here, outer = os.open("d", os.O_PATH, dir_fd=here), here
+        os.close(outer)
+    os.close(here)
+
+
+def grow(path: Path, size_bytes: int) -> None:
+    path.touch()
+    os.truncate(path, size_bytes)
+
+
+TAMPERED = {
+    "no signature": lambda home: (version_dir(home) / "model.sig").unlink(),
+    "empty signature": lambda home: (version_dir(home) / "model.sig").write_text(""),
+    "signature is JSON of nothing": lambda home: (version_dir(home) / "model.sig").write_text("{}"),
+    "signature is nested 100,000 deep": lambda home: (version_dir(home) / "model.sig").write_text("[" * 100_000),
+    "stripped signature": strip_signature,
+    "another key": lambda home: sign(version_dir(home), make_foreign_key(home)),
+    "signature of another version": lambda home: take_signature(home, "onnx", "1"),
+    "signature of another server": lambda home: take_signature(home, "tfserving", "2"),
+    "no note": lambda home: (version_dir(home) / "release.json").unlink(),
+    "no ciphertext": lambda home: (version_dir(home) / "model.onnx.age").unlink(),
+    "extra file": lambda home: add(home, "extra.onnx.age"),
+    "extra file in .git": lambda home: add(home, ".git/x.py"),
+    "extra .gitignore": lambda home: add(home, ".gitignore"),
+    "extra file in .git, signed by default": lambda home: add_unsigned(home, ".git/x.py"),
+    "extra file that the signature ignores": lambda home: add_unsigned(home, "extra.onnx.age"),
+    "ciphertext that the signature ignores": replace_ciphertext,
+    "symbolic link": lambda home: link(home, lambda source, path: path.symlink_to(source)),
+    "hard link": lambda home: link(home, lambda source, path: path.hardlink_to(source)),
+    "link to a folder": lambda home: (version_dir(home) / "folder").symlink_to("/"),
+    "link to itself": lambda home: (version_dir(home) / "loop").symlink_to("loop"),
+    "pipe": lambda home: link(home, lambda _, path: os.mkfifo(path)),
+    "version is a link": lambda home: (
+        version_dir(home).rename(home / "moved"),
+        version_dir(home).symlink_to(home / "moved"),
+    ),
+    "version is a file": lambda home: (shutil.rmtree(version_dir(home)), version_dir(home).touch()),
+    "file of 1 GB": lambda home: grow(version_dir(home) / "extra.onnx.age", 1 << 30),
+    "signature of 100 MB": lambda home: grow(version_dir(home) / "model.sig", 100_000_000),
+    "note of 1 TB": lambda home: grow(version_dir(home) / "release.json", 1 << 40),
+    "20,000 files": lambda home: [add(home, f"extra/{number}.age", b"") for number in range(20_000)],
+    "folders 3,000 deep": lambda home: nest(home, 3000),
+    "truncated ciphertext": lambda home: os.truncate(version_dir(home) / "model.onnx.age", 5000),
+    "name with a line's end": lambda home: add(home, "x\nonnx/my_model/2: serial 99 is let in"),
+    "name that is not UTF-8": lambda home: add(home, os.fsdecode(b"\xff.age")),
+    "note leads elsewhere": lambda home: lie(home, files={"../../evil": "0" * 64}),
+    "note leads to the root": lambda home: lie(home, files={"/dev/shm/evil": "0" * 64}),
+    "note names other files": lambda home: lie(home, files={"a.onnx": "0" * 64}),
+    "note of another plaintext": lambda home: lie(home, files={"model.onnx": "0" * 64}),
+    "note without a serial": lambda home: lie(home, serial=None),
+    "note of a text as serial": lambda home: lie(home, serial="99"),
+    "note of a list as files": lambda home: lie(home, files=["model.onnx"]),
+    "note of another server": lambda home: lie(home, server="tfserving"),
+    "note of another version": lambda home: lie(home, version="3"),
+}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_version_is_refused_and_the_other_one_served(home, memory, case):
+    TAMPERED[case](home)
+    look = Look(home, memory)
+    assert look.versions == ["1"]
+    assert look.said["onnx/my_model/2"].startswith("refused: "), look.said
+    assert list_plaintext(memory) == ["my_model/1/model.onnx"]
+    assert not list(memory.glob(f"{unseal.STAGE}*"))
+    if version_dir(home).is_dir() and case == "folders 3,000 deep":
+        run("rm", "-rf", version_dir(home), check=True)  # deeper than Python's rmtree can go
+
+
+def test_a_refusal_is_one_line_whatever_a_file_is_called(home, memory):
+    add(home, "x\nonnx/my_model/2: serial 99 is let in\x1b[31m")
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 0
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("onnx/my_model/2: refused: ") and line.isprintable()
+
+
+def test_strange_places_are_refused(home, memory):
+    for name in ("02", "-1", "1.0", "x", "٣"):
+        shutil.copytree(version_dir(home), version_dir(home, version=name))
+    shutil.copytree(version_dir(home), home / "sealed/onnx/my model/2")
+    shutil.copytree(version_dir(home), home / "sealed/onnx/.sealing-x/2")
+    look = Look(home, memory)
+    assert look.versions == ["1", "2"]
+    assert len(look.said) == 8
+
+
+def test_the_holes_of_model_signing_that_are_closed_here_are_still_there(home, tmp_path):
+    """By default it signs nothing of Git's, and obeys what a signature says to ignore; it never looks at a place.
+
+    Where this fails a release has closed one, and release.py may do without its part.
+    """
+    folder, key = version_dir(home), home / "keys/signing/first.pem"
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=home / "keys/trusted/first.pub")
+    (folder / "model.sig").unlink()
+    signing.Config().use_elliptic_key_signer(private_key=key).sign(folder, tmp_path / "lax.sig")
+    moved = folder.rename(folder.with_name("9"))
+    add(home, "../9/.git/x.py")
+    verifier.verify(moved, tmp_path / "lax.sig")
+    strict = verifying.Config().use_elliptic_key_verifier(public_key=home / "keys/trusted/first.pub")
+    strict.set_hashing_config(release.strict_hashing()).verify(moved, tmp_path / "lax.sig")
+    add(home, "../9/x.py")
+    with pytest.raises(ValueError, match=r"x\.py"):
+        verifier.verify(moved, tmp_path / "lax.sig")
+
+
+# What is refused: the old and the displaced.
+
+
+def test_a_version_in_the_place_of_another_is_refused(home, memory):
+    shutil.rmtree(version_dir(home))
+    shutil.copytree(version_dir(home, version="1"), version_dir(home))
+    look = Look(home, memory)
+    assert look.versions == ["1"]
+    assert look.said["onnx/my_model/2"] == "refused: it was sealed as onnx/my_model/1"
+
+
+def test_an_old_release_is_refused_also_after_a_restart_and_without_a_state_by_the_floor(home, memory, tmp_path):
+    old = shutil.copytree(version_dir(home), tmp_path / "old")
+    serial = int(reseal(home).split("serial ")[1].split(",")[0])
+    look = Look(home, memory)
+    assert look.versions == ["1", "2"]
+    shutil.rmtree(version_dir(home))
+    shutil.copytree(old, version_dir(home))
+    look = Look(home, memory, unsealer=look.unsealer)
+    assert look.versions == ["1", "2"], "what was let in stays"
+    assert f"is older than {serial}" in look.said["onnx/my_model/2"]
+    assert Look(home, memory).versions == ["1"], "after a restart"
+    (home / "state/state.json").unlink()
+    assert Look(home, memory).versions == ["1", "2"], "nothing tells a machine that has never seen the new one"
+    (home / "state/state.json").unlink()
+    (home / "policy.toml").write_text(f'max_bytes = 1_000_000\n[floor]\n"onnx/my_model/2" = {serial}\n[pin]\n')
+    look = Look(home, memory)
+    assert look.versions == ["1"]
+    assert f"below the policy's floor {serial}" in look.said["onnx/my_model/2"]
+
+
+def test_another_release_with_a_serial_that_was_here_is_refused(home, memory):
+    assert Look(home, memory).versions == ["1", "2"]
+    lie(home, created="yesterday")
+    assert Look(home, memory).versions == ["1"]
+
+
+def test_a_clock_that_is_set_back_changes_nothing(home, memory, monkeypatch):
+    Look(home, memory)
+
+    class Earlier(seal.datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return cls(1999, 1, 1, tzinfo=zone)
+
+    monkeypatch.setattr(seal, "datetime", Earlier)
+    reseal(home)
+    look = Look(home, memory)
+    assert look.versions == ["1", "2"]
+    assert look.unsealer.opened["onnx/my_model/2"].release.created.startswith("1999")
+
+
+@pytest.mark.parametrize("junk", ["", "{", "[]", '{"onnx/my_model/1": 3}', '{"onnx/my_model/1": ["x", "y"]}', "\0"])
+def test_a_damaged_state_lets_nothing_in_and_says_what_to_do(home, memory, junk):
+    (home / "state").mkdir()
+    (home / "state/state.json").write_text(junk)
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 1
+    assert "put back a copy, or raise the floor and remove it" in done.stderr
+    assert not list_plaintext(memory)
+    assert (home / "state/state.json").read_text() == junk
+
+
+def test_a_version_that_is_gone_is_named(home, memory):
+    Look(home, memory)
+    shutil.rmtree(version_dir(home))
+    look = Look(home, memory)
+    assert look.versions == ["1"]
+    assert look.said["onnx/my_model/2"] == "was let in before and is gone"
+
+
+# What the policy says.
+
+
+def test_a_pin_lets_in_one_release_only(home, memory):
+    digest = reseal(home).split("digest ")[1].strip()
+    policy = 'max_bytes = 1_000_000\n[floor]\n[pin]\n"onnx/my_model/2" = "{}"\n'
+    (home / "policy.toml").write_text(policy.format(digest))
+    assert Look(home, memory).versions == ["1", "2"]
+    (home / "policy.toml").write_text(policy.format("0" * 64))
+    assert Look(home, memory).versions == ["1"]
+
+
+@pytest.mark.parametrize(
+    "policy", ["", "max_bytes = 1", "junk", "max_bytes = 1\nflor = 2\n[floor]\n[pin]\n", "\udcff", None]
+)
+def test_a_policy_that_cannot_be_read_lets_nothing_in(home, memory, policy):
+    (home / "policy.toml").unlink()
+    if policy is not None:
+        (home / "policy.toml").write_bytes(os.fsencode(policy))
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 1
+    assert done.stderr.startswith("unseal: policy.toml or keys in ") and done.stderr.count("\n") == 1
+    assert not list_plaintext(memory)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    ['max_bytes = "x"\n[floor]\n[pin]\n', 'max_bytes = 1000000\nfloor = 3\n[pin]\n',
+     'max_bytes = 1000000\n[floor]\n"onnx" = "3"\n[pin]\n',
+     'max_bytes = 1000000\n[floor]\n[pin]\n"onnx/my_model/1" = 3\n'],
+)  # fmt: skip
+def test_a_policy_of_the_wrong_types_lets_nothing_in_that_it_is_about(home, memory, rules):
+    (home / "policy.toml").write_text(rules)
+    shutil.rmtree(version_dir(home))
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 1, done.stdout
+    assert not list_plaintext(memory)
+
+
+def test_a_policy_that_is_spoilt_while_it_serves_changes_nothing(home, memory):
+    process = spawn("onnx", "--to", memory, "--home", home, "--watch")
+    try:
+        wait_until(lambda: (memory / ".ready").exists(), "it is ready", process)
+        for rules in ('max_bytes = 1000000\n[floor]\n"onnx" = "3"\n[pin]\n', "junk"):
+            (home / "policy.toml").write_text(rules)
+            wait_until(lambda: "all stays as it is" in process.stdout.readline(), rules, process)
+    finally:
+        process.terminate()
+        process.communicate(timeout=DEADLINE_S)
+    assert list_plaintext(memory) == ["my_model/1/model.onnx", "my_model/2/model.onnx"]
+
+
+def test_a_floor_that_is_raised_takes_back_what_was_let_in(home, memory):
+    look = Look(home, memory)
+    (home / "policy.toml").write_text('max_bytes = 1_000_000\n[floor]\n"onnx" = 999\n[pin]\n')
+    look = Look(home, memory, unsealer=look.unsealer)
+    assert look.versions == []
+    assert not list_plaintext(memory)
+    assert look.said["onnx/my_model/2"].startswith("dropped: serial ")
+
+
+# Keys.
+
+
+def test_a_signing_key_is_rotated_and_what_only_the_old_one_signed_is_dropped(home, memory):
+    look = Look(home, memory)
+    assert call_main(keys, "second", "signing", "--home", home).returncode == 0
+    assert "signed by second" in reseal(home)
+    look = Look(home, memory, unsealer=look.unsealer)
+    assert look.versions == ["1", "2"]
+    (home / "keys/trusted/first.pub").unlink()
+    look = Look(home, memory, unsealer=look.unsealer)
+    assert look.versions == ["2"]
+    assert look.said["onnx/my_model/1"] == "dropped: the key that signed it is not trusted any more"
+    assert list_plaintext(memory) == ["my_model/2/model.onnx"]
+    assert Look(home, memory).versions == ["2"]
+
+
+def test_an_identity_is_rotated(home, memory):
+    recipients, identities = home / "keys/recipients/onnx", home / "keys/identities/onnx"
+    call_main(keys, "second", "onnx", "--home", home)
+    new, old = (identities / "second.txt").rename(home / "second.txt"), identities / "first.txt"
+    reseal(home)
+    assert Look(home, memory).versions == ["1", "2"], "the old identity opens both"
+    old.rename(home / "first.txt")
+    shutil.copy(new, identities)
+    look = Look(home, memory)
+    assert look.versions == ["2"], "the new identity opens what was sealed to both"
+    assert "DecryptError" in look.said["onnx/my_model/1"]
+    (recipients / "first.txt").unlink()
+    reseal(home)
+    reseal(home, version="1")
+    assert Look(home, memory).versions == ["1", "2"]
+    shutil.copy(home / "first.txt", identities / "first.txt")
+    (identities / "second.txt").unlink()
+    assert Look(home, memory).versions == [], "the old identity opens nothing any more"
+
+
+def test_the_identity_of_one_server_does_not_open_another_servers_models(home, memory):
+    shutil.copy(home / "keys/identities/tfserving/first.txt", home / "keys/identities/onnx/first.txt")
+    assert Look(home, memory).versions == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\xff", b"-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----\n"]
+)
+def test_junk_among_the_trusted_keys_hides_no_good_one(home, memory, content):
+    (home / "keys/trusted/a.pub").write_bytes(content)
+    assert Look(home, memory).versions == ["1", "2"]
+
+
+def test_no_key_is_written_over_and_secrets_are_the_owners(home):
+    before = {path: path.read_bytes() for path in (home / "keys").rglob("*") if path.is_file()}
+    done = call_main(keys, "--home", home)
+    assert done.returncode == 0 and "is there already" in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+    for path in before:
+        if path.parent.name == "signing" or "identities" in path.parts:
+            assert path.stat().st_mode & 0o777 == 0o600, path
+
+
+def test_without_keys_and_without_models_one_line_says_what_to_do(tmp_path, home, memory):
+    shutil.copy(SEALING_DIR / "policy.toml", tmp_path)
+    assert "run python keys.py" in call_main(seal, "--home", tmp_path).stderr
+    assert "train the model first" in call_main(seal, "onnx", "7", "--home", home).stderr
+    done = call_main(unseal, "onnx", "--to", memory, "--home", tmp_path)
+    assert (done.returncode, done.stderr) == (1, "unseal: nothing of onnx is let in\n")
+    shutil.rmtree(home / "keys/trusted")
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert "keys/trusted is empty" in done.stderr
+
+
+def test_a_link_among_what_was_trained_is_not_sealed(home, tmp_path):
+    (tmp_path / "models/my_model/2").mkdir(parents=True)
+    (tmp_path / "models/my_model/2/model.onnx").symlink_to("/etc/passwd")
+    before = hashlib.sha256((version_dir(home) / "release.json").read_bytes()).digest()
+    done = call_main(seal, "onnx", "2", "--from", tmp_path / "models", "--home", home)
+    assert done.returncode == 1 and "is no regular file" in done.stderr
+    assert hashlib.sha256((version_dir(home) / "release.json").read_bytes()).digest() == before
+
+
+# The folder that is filled.
+
+
+def test_a_folder_on_a_disk_is_refused_unless_allowed(home, tmp_path):
+    done = call_main(unseal, "onnx", "--to", tmp_path / "models", "--home", home)
+    assert done.returncode == 1 and "is not in memory" in done.stderr
+    assert not (tmp_path / "models").exists()
+    done = call_main(unseal, "onnx", "--to", tmp_path / "models", "--home", home, "--allow-disk")
+    assert done.returncode == 0
+    assert list_plaintext(tmp_path / "models") == ["my_model/1/model.onnx", "my_model/2/model.onnx"]
+
+
+def test_a_folder_with_other_files_is_left_alone(home, memory):
+    (memory / "mine").write_text("mine")
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 1 and "choose an empty folder" in done.stderr
+    assert [path.name for path in memory.iterdir()] == ["mine"]
+
+
+def test_what_an_earlier_run_let_in_is_gone_before_a_server_is_told_to_start(home, memory):
+    assert call_main(unseal, "onnx", "--to", memory, "--home", home).returncode == 0
+    (memory / ".unsealing-killed/plain").mkdir(parents=True)
+    strip_signature(home)
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 0, "the other version may be served"
+    assert list_plaintext(memory) == ["my_model/1/model.onnx"]
+    assert not (memory / ".unsealing-killed").exists()
+    assert (memory / ".ready").read_text() == "onnx/my_model/1\n"
+    shutil.rmtree(home / "sealed")
+    assert call_main(unseal, "onnx", "--to", memory, "--home", home).returncode == 1
+    assert not list_plaintext(memory) and not (memory / ".ready").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: a small tmpfs cannot be mounted")
+def test_a_full_folder_takes_a_version_whole_or_not_at_all_and_takes_it_once_there_is_room(home, memory):
+    run("mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", memory, check=True)
+    try:
+        (memory / ".lock").touch()
+        filling = memory / "filling"
+        filling.write_bytes(b"x" * 56 * 1024)
+        look = Look(home, memory)
+        for version in VERSIONS:
+            place = memory / "my_model" / version
+            assert place.exists() == (version in look.versions)
+            if place.exists():
+                assert (place / "model.onnx").stat().st_size > 10_000
+        assert len(look.versions) < 2
+        filling.unlink()
+        assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"]
+    finally:
+        run("umount", memory, check=True)
+
+
+def test_what_cannot_be_remembered_is_not_let_in(home, memory):
+    (home / "state").mkdir()
+    (home / "state/state.new").mkdir()
+    look = Look(home, memory)
+    assert look.versions == []
+    assert "refused" in look.said["onnx/my_model/2"]
+    (home / "state/state.new").rmdir()
+    assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"], "the next look tries again"
+
+
+def test_a_version_is_replaced_under_a_reader_in_one_step(home, memory, tmp_path):
+    """A thread reads all the time: the version is there at every look, old or new, while it is replaced 50 times."""
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
+    path, contents = models / "my_model/2/model.onnx", []
+    original = path.read_bytes()
+    look = Look(home, memory)
+    ended = threading.Event()
+
+    def read() -> None:
+        while not ended.is_set():
+            try:
+                contents.append(hashlib.sha256((memory / "my_model/2/model.onnx").read_bytes()).digest())
+            except OSError as error:
+                contents.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    allowed = {hashlib.sha256(original).digest()}
+    try:
+        for number in range(50):
+            content = original + b"\x00" * (number + 1)
+            allowed.add(hashlib.sha256(content).digest())
+            path.write_bytes(content)
+            reseal(home, **{"from": models})
+            look = Look(home, memory, unsealer=look.unsealer)
+            assert (memory / "my_model/2/model.onnx").read_bytes() == content
+    finally:
+        ended.set()
+        reader.join()
+    assert set(contents) <= allowed, "at one look it was gone, or half there"
+    assert len(set(contents)) > 1
+
+
+# Code in the model's files.
+
+
+class Marker:
+    """What a pickle runs when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def make_evil_files(server: str, marker: Path) -> dict[str, bytes]:
+    """Return a version's files whose loading would touch `marker`."""
+    evil = pickle.dumps(Marker(marker))
+    if server == "bentoml":
+        trained = REPOSITORY_DIR / "bentoml/store/models/my_model/v2.0.0"
+        return {"saved_model.pkl": evil, "model.yaml": (trained / "model.yaml").read_bytes()}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model_v2.mar")
+        shutil.copy(REPOSITORY_DIR / "torchserve/model_store/model_v2.mar", path)
+        with zipfile.ZipFile(path) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in members.items():
+                code = f"open({str(marker)!r}, 'w').close()\n".encode()
+                archive.writestr(name, code + content if name.endswith("handler.py") else content)
+        return {path.name: path.read_bytes()}
+
+
+def plant(home: Path, server: str, files: dict[str, bytes], key: Path) -> None:
+    """Put these files in the place of version 2, as whoever can write there and knows the recipients can."""
+    recipient = (home / f"keys/recipients/{server}/first.txt").read_text().strip()
+    hashes = {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+    note = release.Release(server, "my_model", "2", 10**6, "now", hashes)
+    seal.seal(note, files, [pyrage.x25519.Recipient.from_str(recipient)], key, version_dir(home, server))
+
+
+@pytest.mark.parametrize("server", ["bentoml", "torchserve"])
+def test_code_in_a_foreign_model_never_reaches_a_server(home, memory, tmp_path, server):
+    marker = tmp_path / "marker"
+    files = make_evil_files(server, marker)
+    plant(home, server, files, make_foreign_key(home))
+    look = Look(home, memory, server)
+    assert look.versions == ["1"]
+    assert not marker.exists()
+    plant(home, server, files, home / "keys/signing/first.pem")  # with a trusted key it does, so this test can fail
+    Look(home, memory, server)
+    path = memory / release.find_place(server, "my_model", "2")
+    if server == "bentoml":
+        run_python(
+            "-c", "import pickle, sys; pickle.load(open(sys.argv[1], 'rb'))", path / "saved_model.pkl", check=True
+        )
+    else:
+        program = "import sys; sys.path.insert(0, sys.argv[1]); import custom_handler"
+        run_python("-c", program, path)
+    assert marker.exists()
+
+
+# Real servers.
+
+
+def make_command(server: str, folder: Path, only: str | None = None) -> list[str]:
+    """Return what README.md gives unseal.py as the server's command."""
+    if server == "bentoml":
+        variables = [f"BENTOML_HOME={folder}", *([f"ONLY_VERSION=v{only}.0.0"] if only else [])]
+        return ["env", *variables, "bentoml", "serve", "--working-dir", str(REPOSITORY_DIR / "bentoml"), "service:svc"]
+    script = REPOSITORY_DIR / server / ("server.py" if server == "onnx" else "serve.py")
+    options = ["--only-version", f"{only}.0"] if only and server == "torchserve" else []
+    return ["env", f"TMPDIR={folder.parent}", "python", str(script), OPTIONS[server], str(folder), *options]
+
+
+def seal_endpoint(server: str, home: Path, folder: Path, only: str | None = None, **options) -> Endpoint:
+    """Return a server's endpoint whose command is unseal.py with that server's."""
+    endpoint = load_endpoints()[server].on_free_ports(**options)
+    ports = endpoint.full_command()[3 if server == "bentoml" else 2 :]
+    endpoint.only_version = only
+    command = ["python", str(SEALING_DIR / "unseal.py"), server, "--to", str(folder), "--home", str(home), "--watch"]
+    endpoint.command = lambda: [*command, "--", *make_command(server, folder, only), *ports]
+    endpoint.environment = lambda: {"BENTOML_DO_NOT_TRACK": "True", "PYTHONUNBUFFERED": "1"}
+    endpoint.start_timeout_s = DEADLINE_S
+    return endpoint
+
+
+def measure_difference(endpoint: Endpoint, version: str) -> float:
+    rows, _ = load_test_rows()
+    return float(np.abs(ask(endpoint, rows, version) - load_expected(version)).max())
+
+
+class Clients:
+    """Eight clients that ask version 2 until told to stop, as a context manager; every reply is compared."""
+
+    def __init__(self, endpoint: Endpoint):
+        self.endpoint, self.answered, self.problems = endpoint, 0, []
+        self.ended = threading.Event()
+        self.rows, _ = load_test_rows()
+        self.expected = load_expected("2")
+        self.threads = [threading.Thread(target=self.run, args=(number,)) for number in range(CLIENTS)]
+
+    def run(self, number: int) -> None:
+        while not self.ended.is_set():
+            row = self.answered % len(self.rows)
+            try:
+                answer = ask(self.endpoint, self.rows[row : row + 1], "2")
+                if np.abs(answer - self.expected[row : row + 1]).max() > TOLERANCE:
+                    raise ValueError(f"wrong answer {answer}")
+            except Exception as error:  # noqa: BLE001 - whatever goes wrong is a lost request
+                self.problems.append(error)
+            self.answered += 1
+
+    def wait(self, requests: int) -> None:
+        """Wait until so many more requests have been answered."""
+        goal = self.answered + requests
+        wait_until(lambda: self.answered >= goal, lambda: f"{self.answered} of {goal} answered")
+
+    def describe(self) -> str:
+        return f"{len(self.problems)} of {self.answered} lost, the first {self.problems[0]!r}"
+
+    def __enter__(self) -> "Clients":
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+
+def find_open_files(processes: list[psutil.Process]) -> set[Path]:
+    """Return the regular files that processes have open or mapped."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error, FileNotFoundError):
+            for descriptor in Path(f"/proc/{process.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    found.add(descriptor.readlink())
+            maps = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+            found |= {Path(line.split(maxsplit=5)[5]) for line in maps if len(line.split(maxsplit=5)) == 6}
+    return {path for path in found if path.is_file()}
+
+
+def find_on_disk(needles: list[bytes], *folders: Path) -> list[Path]:
+    """Return the files below the folders, but not in memory, that hold one of the needles."""
+    memory_device = Path("/dev/shm").stat().st_dev
+    found = []
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_dev != memory_device:
+                content = path.read_bytes()
+                found += [path for needle in needles if needle in content]
+    return found
+
+
+@pytest.mark.parametrize("server", EVERY_SERVER)
+def test_a_sealed_server_gives_the_reference_answers_and_no_plaintext_reaches_a_disk(home, memory, tmp_path, server):
+    source, needles = copy_models(server, tmp_path), []
+    for version in VERSIONS:  # a mark in each version's files, which no other copy of these models has
+        place = source / release.find_place(server, "my_model", version)
+        needles.append(os.urandom(16).hex().encode())
+        if server == "torchserve":
+            with zipfile.ZipFile(place, "a") as archive:
+                archive.writestr("mark.txt", needles[-1])
+        else:
+            (place / "mark.txt").write_bytes(needles[-1])
+        reseal(home, server, version, **{"from": source})
+    shutil.rmtree(source)
+    assert find_on_disk(needles, tmp_path) == []
+    (tmp_path / "tmp").mkdir()
+    endpoint = seal_endpoint(server, home, memory / "models")
+    endpoint.environment = lambda: {
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path / "tmp"),
+        "BENTOML_DO_NOT_TRACK": "True",
+    }
+    with ServerProcess(endpoint) as running:
+        for version in VERSIONS:
+            wait_until(lambda v=version: is_served(endpoint, v), f"version {version} is served", running.process)
+            assert measure_difference(endpoint, version) <= TOLERANCE
+        held = b"".join(path.read_bytes() for path in memory.rglob("*") if path.is_file())
+        assert all(needle in held for needle in needles), "the marks are in what is served, so that they can be found"
+        assert find_on_disk(needles, tmp_path, REPOSITORY_DIR / server, SEALING_DIR) == []
+        environment = Path(sys.prefix).resolve()
+        for path in find_open_files(running.processes()):
+            if path.suffix in (".onnx", ".mar", ".pb", ".pkl", ".pth", ".age") or "variables" in path.name:
+                assert path.is_relative_to("/dev/shm") or path.is_relative_to(environment), path
+    assert not (memory / "models").exists(), "what was opened goes with the server"
+    assert find_on_disk(needles, tmp_path, REPOSITORY_DIR / server, SEALING_DIR) == []
+
+
+def is_served(endpoint: Endpoint, version: str) -> bool:
+    with contextlib.suppress(Exception):
+        return measure_difference(endpoint, version) <= TOLERANCE
+    return False
+
+
+@pytest.mark.parametrize("server", EVERY_SERVER)
+def test_a_server_started_on_a_tampered_store_serves_the_other_version_only(home, memory, tmp_path, server):
+    marker = tmp_path / "marker"
+    if server in ("bentoml", "torchserve"):
+        plant(home, server, make_evil_files(server, marker), make_foreign_key(home))
+    else:
+        path = next(path for path in sorted(version_dir(home, server).rglob("*.age")))
+        damage(path)
+    endpoint = seal_endpoint(server, home, memory / "models", only="1")
+    with ServerProcess(endpoint) as running:
+        assert measure_difference(endpoint, "1") <= TOLERANCE
+        assert not is_served(endpoint, "2")
+        assert f"{server}/my_model/2: refused: " in running.log()
+    assert not marker.exists()
+
+
+def copy_models(server: str, folder: Path) -> Path:
+    """Return a copy of a server's models to which version 3 is added, whose answers are version 2's."""
+    models = shutil.copytree(REPOSITORY_DIR / release.PLACES[server][0], folder / "models")
+    old, new = (models / release.find_place(server, "my_model", version) for version in "23")
+    (shutil.copytree if old.is_dir() else shutil.copy)(old, new)
+    return models
+
+
+@pytest.mark.parametrize("server", [name for name in EVERY_SERVER if name.values[0] in ("onnx", "tfserving")])
+def test_no_request_is_lost_while_new_versions_come_tampered_and_whole(home, memory, tmp_path, server):
+    models = copy_models(server, tmp_path)
+    shutil.rmtree(models / "my_model/1")
+    with ServerProcess(seal_endpoint(server, home, memory / "models")) as running, Clients(running.endpoint) as clients:
+        clients.wait(100)
+        reseal(tmp_path / "home", server, "3", **{"from": models})
+        folder = version_dir(home, server, "3")
+        good = folder.rename(tmp_path / "good")
+        bad = shutil.copytree(good, tmp_path / "bad")
+        path = next(path for path in sorted(bad.rglob("*.age")))
+        damage(path)
+        bad.rename(folder)
+        wait_until(lambda: f"{server}/my_model/3: refused: " in running.log(), running.log, running.process)
+        clients.wait(REQUESTS)
+        assert not is_served(running.endpoint, "3")
+        assert not (memory / "models/my_model/3").exists()
+        shutil.rmtree(folder)
+        good.rename(folder)
+        load_expected_3 = load_expected("2")
+        rows, _ = load_test_rows()
+
+        def serves_3() -> bool:
+            with contextlib.suppress(Exception):
+                return np.abs(ask(running.endpoint, rows, "3") - load_expected_3).max() <= TOLERANCE
+            return False
+
+        wait_until(serves_3, running.log, running.process)
+        clients.wait(100)
+    assert clients.problems == [], clients.describe()
+
+
+@pytest.mark.slow
+def test_torchserve_registers_only_what_was_let_in(home, memory, tmp_path):
+    models = copy_models("torchserve", tmp_path)
+    with zipfile.ZipFile(models / "model_v3.mar") as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(models / "model_v3.mar", "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content.replace(b'"2.0"', b'"3.0"') if name.endswith("MANIFEST.json") else content)
+    endpoint = seal_endpoint("torchserve", home, memory / "models")
+    with ServerProcess(endpoint) as running, Clients(running.endpoint) as clients:
+        register = Request("/models?url=model_v3.mar&initial_workers=1&synchronous=true", b"")
+        plant_version_3 = version_dir(home, "torchserve", "3")
+        reseal(home, "torchserve", "3", **{"from": models})
+        good = plant_version_3.rename(tmp_path / "good")
+        bad = shutil.copytree(good, tmp_path / "bad")
+        os.truncate(bad / "model_v3.mar.age", 1000)
+        bad.rename(plant_version_3)
+        wait_until(lambda: "torchserve/my_model/3: refused: " in running.log(), running.log, running.process)
+        status, _ = send_to(endpoint, "management", register)
+        assert status == 404
+        clients.wait(REQUESTS)
+        shutil.rmtree(plant_version_3)
+        good.rename(plant_version_3)
+        wait_until(lambda: (memory / "models/model_v3.mar").exists(), running.log, running.process)
+        status, reply = send_to(endpoint, "management", register)
+        assert status == 200, reply
+        rows, _ = load_test_rows()
+        assert np.abs(ask(endpoint, rows, "3.0") - load_expected("2")).max() <= TOLERANCE
+    assert clients.problems == [], clients.describe()
+
+
+def send_to(endpoint: Endpoint, role: str, request) -> tuple[int, bytes]:
+    return send(endpoint.ports[role], request, DEADLINE_S)
+
+
+def test_both_kinds_of_keys_are_rotated_under_load_without_a_lost_request(home, memory):
+    """As README.md has it: the old key and identity are gone at the end, and what only they signed or opened, too."""
+    said = 0
+
+    def reseal_and_wait() -> None:
+        nonlocal said
+        for version in VERSIONS:
+            reseal(home, version=version)
+        said += 1
+        for version in VERSIONS:
+            line = f"onnx/my_model/{version}: serial "
+            wait_until(lambda line=line: running.log().count(line) == 1 + said, running.log, running.process)
+
+    folder = home / "keys"
+    with ServerProcess(seal_endpoint("onnx", home, memory / "models")) as running, Clients(running.endpoint) as clients:
+        old = shutil.copytree(version_dir(home), home / "old")
+        call_main(keys, "second", "signing", "--home", home)
+        reseal_and_wait()
+        (folder / "trusted/first.pub").unlink()
+        clients.wait(REQUESTS // 2)
+        call_main(keys, "second", "onnx", "--home", home)
+        (folder / "identities/onnx/second.txt").rename(home / "second.txt")
+        reseal_and_wait()
+        (home / "second.txt").rename(folder / "identities/onnx/second.txt")
+        (folder / "identities/onnx/first.txt").unlink()
+        (folder / "recipients/onnx/first.txt").unlink()
+        reseal_and_wait()
+        clients.wait(REQUESTS // 2)
+        assert "dropped" not in running.log() and "refused" not in running.log()
+        shutil.rmtree(version_dir(home))
+        shutil.copytree(old, version_dir(home))
+        wait_until(lambda: "onnx/my_model/2: refused: no trusted key" in running.log(), running.log, running.process)
+        clients.wait(100)
+    assert clients.problems == [], clients.describe()
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("server", SERVERS)
+def test_what_it_costs_at_a_start(home, memory, server, capsys):
+    """A start with and without, in turn; README.md has these lines."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for _ in range(3):
+        for sealed in seconds:
+            endpoint = load_endpoints()[server].on_free_ports()
+            endpoint.start_timeout_s = DEADLINE_S
+            with ServerProcess(seal_endpoint(server, home, memory / "models") if sealed else endpoint) as running:
+                seconds[sealed].append(running.ready_s)
+    plain, sealed = (sorted(values)[1] for values in seconds.values())
+    with capsys.disabled():
+        print(f"\n| {server} | {plain:.2f} s | {sealed:.2f} s | {sealed - plain:+.2f} s |")
+    assert sealed - plain < 10
+
+
+@pytest.mark.timing
+def test_what_it_costs_at_a_reload(home, memory, tmp_path, capsys):
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
+    path = models / "my_model/2/model.onnx"
+    path.write_bytes(path.read_bytes() + b"\0")
+    look = Look(home, memory)
+    seconds = []
+    for size_bytes in (11_000, 1_000_000, 100_000_000):
+        path.write_bytes(os.urandom(size_bytes))
+        reseal(home, **{"from": models})
+        start_s = time.perf_counter()
+        look = Look(home, memory, unsealer=look.unsealer)
+        seconds.append(f"{size_bytes:,} bytes in {(time.perf_counter() - start_s) * 1e3:.0f} ms")
+        assert look.versions == ["1", "2"]
+    start_s = time.perf_counter()
+    Look(home, memory, unsealer=look.unsealer)
+    with capsys.disabled():
+        print(f"\nopened: {', '.join(seconds)}; a look at nothing new: {(time.perf_counter() - start_s) * 1e3:.1f} ms")
+
+
+# The command.
+
+
+def spawn(*arguments: str | Path, **options) -> subprocess.Popen:
+    command = [sys.executable, SEALING_DIR / "unseal.py", *arguments]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+
+
+@pytest.mark.parametrize("moment", ["sealed/model.onnx.age", "plain/model.onnx"])
+def test_an_unsealing_that_is_killed_leaves_whole_versions_or_none(home, memory, tmp_path, moment):
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
+    content = os.urandom(20_000_000)
+    (models / "my_model/2/model.onnx").write_bytes(content)
+    reseal(home, **{"from": models})
+    process = spawn("onnx", "--to", memory, "--home", home)
+    try:
+        stage = f"{unseal.STAGE}*/{moment}"
+        wait_until(lambda: any(p.stat().st_size > 1 << 20 for p in exist(memory.glob(stage))), moment, process)
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (memory / ".ready").exists()
+    places = {path.relative_to(memory).as_posix(): path.read_bytes() for path in memory.glob("*/*/model.onnx")}
+    assert set(places) <= {"my_model/1/model.onnx"}
+    assert places == {name: (models / name).read_bytes() for name in places}
+    done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+    assert done.returncode == 0
+    assert list_plaintext(memory) == ["my_model/1/model.onnx", "my_model/2/model.onnx"]
+    assert (memory / "my_model/2/model.onnx").read_bytes() == content
+
+
+def exist(paths: Iterator[Path]) -> Iterator[Path]:
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()
+            yield path
+
+
+def test_a_second_unsealing_of_a_folder_is_refused_and_stops_with_a_signal(home, memory):
+    first = spawn("onnx", "--to", memory, "--home", home, "--watch")
+    try:
+        wait_until(lambda: (memory / ".ready").exists(), "it is ready", first)
+        done = call_main(unseal, "onnx", "--to", memory, "--home", home)
+        assert done.returncode == 1 and "another unseal.py fills" in done.stderr
+        assert (memory / ".ready").exists()
+    finally:
+        first.send_signal(signal.SIGTERM)
+        output, _ = first.communicate(timeout=DEADLINE_S)
+    assert first.returncode == 0, output
+    assert "Traceback" not in output
+
+
+def test_with_a_command_it_ends_with_the_server_and_its_code_and_removes_the_folder(home, memory):
+    program = "import pathlib, sys; sys.exit(len(pathlib.Path(sys.argv[1]).read_text().split()))"
+    process = spawn(
+        "onnx", "--to", memory / "a", "--home", home, "--", sys.executable, "-c", program, memory / "a/.ready"
+    )
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 2, output
+    assert not (memory / "a").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_the_server_too(home, memory, number):
+    program = (
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print('up', flush=True); time.sleep(999)"
+    )
+    process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", sys.executable, "-c", program)
+    try:
+        wait_until(lambda: process.stdout.readline() == "up\n", "the server is up", process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) == 2
+    finally:
+        process.send_signal(number)
+    _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
+    assert alive == []
+    if number != signal.SIGKILL:
+        assert process.wait() == 0
+        assert not (memory / "a").exists()
+
+
+def test_a_server_that_cannot_be_started_is_one_line(home, memory):
+    done = call_main(unseal, "onnx", "--to", memory / "a", "--home", home, "--", "no-such-program")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("unseal: ") and "no-such-program" in done.stderr
+
+
+# Interoperation.
+
+
+def test_model_signings_own_command_verifies_what_is_sealed(home):
+    command = ["-m", "model_signing", "verify", "key", version_dir(home), "--no-ignore-git-paths"]
+    command += ["--signature", version_dir(home) / "model.sig", "--public_key", home / "keys/trusted/first.pub"]
+    assert run_python(*command).returncode == 0
+    add(home, ".git/x.py")
+    assert run_python(*command).returncode != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("age") is None, reason="no age on PATH: apt-get install age")
+def test_age_opens_what_is_sealed_and_what_age_seals_is_opened(home, memory, tmp_path):
+    identity, recipient = home / "keys/identities/onnx/first.txt", home / "keys/recipients/onnx/first.txt"
+    path = version_dir(home) / "model.onnx.age"
+    trained = (REPOSITORY_DIR / "onnx/models/my_model/2/model.onnx").read_bytes()
+    run("age", "-d", "-i", identity, "-o", tmp_path / "model.onnx", path, check=True)
+    assert (tmp_path / "model.onnx").read_bytes() == trained
+    path.unlink()
+    run("age", "-R", recipient, "-o", path, tmp_path / "model.onnx", check=True)
+    sign(version_dir(home), home / "keys/signing/first.pem")
+    assert Look(home, memory).versions == ["1", "2"]
