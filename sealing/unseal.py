@@ -41,7 +41,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import pyrage
 from model_signing import verifying
@@ -49,7 +48,7 @@ from model_signing import verifying
 from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, strict_hashing
 
 POLL_S = 1.0
-MAX_FILES = 10_000  # of a version
+MAX_FILES = 1_000  # of a version
 MAX_NOTE_BYTES = 1 << 20  # of its note and its signature, which are parsed
 LOCK, READY, STAGE = ".lock", ".ready", ".unsealing-"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -120,7 +119,9 @@ def copy_files(folder: Path, target: Path, max_bytes: int) -> dict[str, int]:
     for place in (folder, target):
         found = list_files(place)
         files = {path: status for path, status in found.items() if not stat.S_ISDIR(status.st_mode)}
-        if any(not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 for status in files.values()):
+        if place.is_symlink() or any(
+            not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 for status in files.values()
+        ):
             raise Refused("it holds a link, or something that is no file")
         if len(found) > MAX_FILES or sum(status.st_size for status in files.values()) > max_bytes:
             raise Refused("it has too many files, or more bytes than the policy's max_bytes")
@@ -211,7 +212,7 @@ class Unsealer:
                 if name not in self.opened or self.opened[name].release.files != opened.release.files:
                     put(Path(stage, "plain", place.name if place.suffix == ".mar" else ""), self.folder / place)
             self.opened[name] = opened
-            self.tell(name, f"serial {opened.release.serial} is let in", sys.stdout)
+            self.tell(name, f"serial {opened.release.serial} is let in", good=True)
         except (OSError, UnsealError) as error:  # such as no space: the next look tries again
             self.tell(name, f"refused: {error}")
             return
@@ -219,11 +220,12 @@ class Unsealer:
             self.tell(name, f"refused: {error if isinstance(error, Refused) else repr(error)}")
         self.tried[name] = trust, files
 
-    def tell(self, name: str, line: str, file: TextIO = sys.stderr) -> None:
+    def tell(self, name: str, line: str, good: bool = False) -> None:
         """Print a line, once until there is another to say of that version."""
         if self.told.get(name) != line:
             self.told[name] = line
-            print(repr(f"{name}: {line}")[1:300].rstrip("'"), file=file, flush=True)  # a name may hold anything
+            line = repr(f"{name}: {line}"[:300])[1:-1]  # the name of a file may hold anything
+            print(line, file=sys.stdout if good else sys.stderr, flush=True)
 
     def remove_leftovers(self) -> None:
         """Remove what an earlier run has let in and this one has not."""
