@@ -49,7 +49,9 @@ def count(path: Path) -> int:
     return number
 
 
-def seal(release: Release, contents: dict[str, bytes], recipients: list, key: Path, target: Path) -> str:
+def seal(
+    release: Release, contents: dict[str, bytes], recipients: list[pyrage.x25519.Recipient], key: Path, target: Path
+) -> str:
     """Write a version's folder and put it in place, whole; return the digest of its note."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sealing-", dir=target.parent) as scratch:

@@ -178,7 +178,7 @@ class Unsealer:
     def __init__(self, server: str, folder: Path, home: Path):
         self.server, self.folder, self.home = server, folder, home
         self.opened: dict[str, Opened] = {}  # what lies in the folder, by name
-        self.tried: dict[str, tuple] = {}  # the trust and the files that were tried last
+        self.tried: dict[str, tuple[Trust, object]] = {}  # the trust and the files that were tried last
         self.told: dict[str, str] = {}
 
     def look(self) -> None:
@@ -234,11 +234,11 @@ class Unsealer:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def read_state(home: Path) -> dict[str, list]:
+def read_state(home: Path) -> dict[str, tuple[int, str]]:
     """Return serial and digest of the newest release of every version that was ever let in."""
     try:
         state = json.loads((home / "state" / "state.json").read_text())
-        return {name: [int(serial), str(digest)] for name, (serial, digest) in state.items()}
+        return {name: (int(serial), str(digest)) for name, (serial, digest) in state.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
@@ -248,7 +248,7 @@ def read_state(home: Path) -> dict[str, list]:
 
 def remember(home: Path, opened: Opened) -> None:
     """Write a release into state.json; Refused where a newer one, or another with its serial, was let in before."""
-    path, name, new = home / "state" / "state.json", opened.release.name, [opened.release.serial, opened.digest]
+    path, name, new = home / "state" / "state.json", opened.release.name, (opened.release.serial, opened.digest)
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -263,8 +263,8 @@ def remember(home: Path, opened: Opened) -> None:
 @contextlib.contextmanager
 def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
     """Be the only one that fills the folder; UnsealError where that cannot be, or its files would reach a disk."""
-    device = next(path for path in (folder, *folder.parents) if path.exists()).stat().st_dev
-    device = f"{os.major(device)}:{os.minor(device)}"
+    number = next(path for path in (folder, *folder.parents) if path.exists()).stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
     mounts = Path("/proc/self/mountinfo").read_text()
     if not allow_disk and not re.search(rf"^\d+ \d+ {device} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE):
         raise UnsealError(f"{folder} is not in memory; choose a folder in /dev/shm, or --allow-disk")
@@ -281,7 +281,7 @@ def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
         yield
 
 
-def start(command: list[str]) -> subprocess.Popen:
+def start(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a server that Ctrl-C does not reach, and that ends with this process, even by kill -9."""
     end_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
     return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
@@ -314,7 +314,7 @@ def main() -> None:
                         unsealer.look()
                 except Exception as error:  # noqa: BLE001 - what is served goes on, whatever somebody has written
                     unsealer.tell("unseal", f"all stays as it is: {error}")
-            sys.exit(child and child.returncode)
+            sys.exit(child.returncode if child else 0)
     except (UnsealError, OSError) as error:
         sys.exit(f"unseal: {error}")
     except KeyboardInterrupt:
