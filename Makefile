@@ -25,7 +25,7 @@ TEST_WORKERS ?= 3
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
         docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean \
-        uninstall keys seal sealed
+        uninstall keys seal sealed capacity
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -164,6 +164,13 @@ calibrate: setup ## check the measuring client against wrk
 
 readme: setup ## make the measured parts of the READMEs again from benchmarks/results
 	python benchmarks/results.py --update-readme
+
+## choose, plan and check
+
+capacity: setup ## replicas, cores and settings that a rate takes: make capacity CAPACITY_OPTIONS="--rate 5000 --p99-ms 50"
+	python benchmarks/capacity.py $(CAPACITY_OPTIONS)
+
+## decide on a version
 
 shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
 	python gateway/shadow.py --server $(ENDPOINT)

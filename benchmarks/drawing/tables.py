@@ -60,7 +60,8 @@ def _sort(measured: Measured, names: list[str], key: Callable[[str], float]) -> 
     return sorted(names, key=lambda name: (places.get(measured.kind(name), len(places)), key(name)))
 
 
-def _add(table: TextTable, measured: Measured, name: str, *cells: str) -> None:
+def add_row(table: TextTable, measured: Measured, name: str, *cells: str) -> None:
+    """Append the row of a server, named with its kind."""
     table.rows.append([measured.label(name), *cells])
     table.kinds.append(measured.kind(name))
 
@@ -83,7 +84,7 @@ def make_speed_table(measured: Measured) -> TextTable:
         first = measured.cell(name, connections[0])
         percentiles = [format_interval_ms(first.percentile_s(percent)) if first else UNKNOWN for percent in (50, 99)]
         cells = [measured.cell(name, count) for count in connections]
-        _add(table, measured, name, *percentiles, *(format_rate(cell) if cell else UNKNOWN for cell in cells))
+        add_row(table, measured, name, *percentiles, *(format_rate(cell) if cell else UNKNOWN for cell in cells))
     return table
 
 
@@ -108,7 +109,7 @@ def make_ratio_table(measured: Measured) -> TextTable:
         if any(ratios):
             to_default, to_floor = ratios[: len(connections)], ratios[len(connections) :]
             limits = [measured.is_floor_limited(name, count) for count in connections]
-            _add(table, measured, name, *map(format_ratio, to_default), *map(format_ratio, to_floor, limits))
+            add_row(table, measured, name, *map(format_ratio, to_default), *map(format_ratio, to_floor, limits))
     return table
 
 
@@ -126,7 +127,7 @@ def make_saturation_table(measured: Measured) -> TextTable:
     )
     for name in _sort(measured, list(measured.knees), lambda name: -(measured.knees[name].sustained_rate or 0.0)):
         knee, before = measured.knees[name], measured.before_knee(name)
-        _add(
+        add_row(
             table, measured, name, format_offered(knee.sustained_rate), format_broken(knee), format_rounds(knee),
             describe_reason(knee), format_interval_ms(before.percentile_s(99)) if before else UNKNOWN,
         )  # fmt: skip
@@ -149,7 +150,7 @@ def make_batch_table(measured: Measured) -> TextTable:
     for name in _sort(measured, list(per_row), lambda name: per_row[name][-1].estimate):
         times_s = per_row[name]
         figures = (format_interval(value.scale(1e6), ",.2f") for value in times_s)
-        _add(table, measured, name, *figures, f"{times_s[0].estimate / times_s[-1].estimate:,.0f}×")
+        add_row(table, measured, name, *figures, f"{times_s[0].estimate / times_s[-1].estimate:,.0f}×")
     return table
 
 
@@ -178,7 +179,7 @@ def make_cost_table(measured: Measured) -> TextTable:
         cells, first = measured.cells(name), measured.cell(name, connections[0])
         cost = measured.costs.get(name)
         hidden = NOT_SEEN if name in measured.costs else UNKNOWN
-        _add(
+        add_row(
             table, measured, name,
             UNKNOWN if difference is None else f"{difference:.0e}",
             f"{sum(cell.failed for cell in cells):,}", f"{sum(cell.wrong for cell in cells):,}",
