@@ -10,8 +10,11 @@ from helpers import REPOSITORY_DIR
 BENCHMARKS_DIR = REPOSITORY_DIR / "benchmarks"
 # By floor: a room imports rooms of lower floors only. The order is that of benchmarks/README.md.
 FLOORS = {
-    "machine": 1, "figures": 1, "endpoints": 2, "planning": 2, "client": 3, "drawing": 3, "servers": 4, "rollout": 4,
-}  # fmt: skip
+    **{"machine": 1, "figures": 1},
+    **{"endpoints": 2, "planning": 2, "accelerator": 2},
+    **{"client": 3, "drawing": 3},
+    **{"servers": 4, "rollout": 4},
+}
 COMMANDS = {path.stem for path in BENCHMARKS_DIR.glob("*.py")}
 
 
