@@ -54,7 +54,7 @@ def test_a_server_that_works_in_turns_takes_more_at_once_the_more_it_is_asked():
     """A turn costs 1 ms whatever it holds: 5,000 requests/s are then five a turn, and wait for less than two turns."""
     service = ServiceTimes(np.array([0, *[MEAN_S] * 64]), np.full(4, MEAN_S))
     latencies_s = run(service, 5000)
-    assert latencies_s.min() >= MEAN_S
+    assert latencies_s.min() >= MEAN_S - 1e-9
     assert latencies_s.max() <= 2 * MEAN_S + 1e-9
     assert latencies_s.mean() == pytest.approx(1.5 * MEAN_S, rel=0.05)
 
@@ -113,12 +113,12 @@ def test_agreement_is_a_quarter_of_what_was_measured(measured_ms, rounds_ms, sim
 
 def plant_queue(scale: float = 1.0) -> Measured:
     """A result whose open loop is a queue M/D/1 of 1 ms a request, and whose closed loops say `scale` times that."""
-    result = make_result({"a": Planted(p50_s=MEAN_S * scale, flat_out=1000 / scale, noise=0, sweep={600.0: 1.0})})
+    result = make_result({"a": Planted(p50_s=MEAN_S * scale, flat_out=1000 / scale, noise=0, sweep={300.0: 1.0})})
     service = make_one_by_one(np.full(4, MEAN_S))
     for number, window in enumerate(w for w in result["windows"] if w["load"] == "open"):
-        latencies_s = run(service, 600, count=3000, seed=100 + number)
+        latencies_s = run(service, 300, count=3000, seed=100 + number)
         window["latency_us_counts"] = [[round(value * 1e6), 1] for value in latencies_s]
-        window["elapsed_s"] = 5.0
+        window["elapsed_s"] = 10.0
     return Measured(result)
 
 

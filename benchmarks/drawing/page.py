@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from drawing.answers import list_answers
+from drawing.conclusion import conclude
 from drawing.plots import PLOTS, Plot, render_svg
 from drawing.tables import make_tables
 from drawing.theme import DARK, LIGHT, PNG_DPI, RC
@@ -51,8 +52,8 @@ class PageTable:
         return self.title or f"{self.header[0]}: {', '.join(self.header[1:])}"
 
 
-def render_page(measured: Measured, drawings: list[tuple[Plot, str]]) -> str:
-    """Return the page; `drawings` are the plots with their <svg>."""
+def render_page(measured: Measured, drawings: list[tuple[Plot, str]], theme: str | None = None) -> str:
+    """Return the page; `drawings` are the plots with their <svg>, `theme` is "light", "dark" or the reader's."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
         autoescape=True,
@@ -75,7 +76,8 @@ def render_page(measured: Measured, drawings: list[tuple[Plot, str]]) -> str:
     return environment.get_template("page.html.j2").render(
         measured=measured,
         facts=_facts(measured),
-        style=Markup(_style()),  # our own, and two palettes
+        style=Markup(_style(theme)),  # our own, and two palettes
+        conclusions=conclude(measured),
         answers=[(answer, table(list(answer.header), [list(row) for row in answer.rows])) for answer in answers],
         warnings=describe_warnings(list_warnings(measured)),
         drawings=[(plot, Markup(svg)) for plot, svg in drawings],  # matplotlib's, words escaped in render_svg
@@ -115,12 +117,11 @@ def _facts(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _style() -> str:
-    light, dark = (" ".join(f"--{name}: {value};" for name, value in theme.items()) for theme in (LIGHT, DARK))
-    return (
-        f":root {{ {light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
-        f"{(FOLDER / 'page.css').read_text()}"
-    )
+def _style(theme: str | None) -> str:
+    """The page's style; its theme is the reader's, unless one is given."""
+    light, dark = (" ".join(f"--{name}: {value};" for name, value in colours.items()) for colours in (LIGHT, DARK))
+    when = {None: "screen and (prefers-color-scheme: dark)", "dark": "all", "light": "not all"}[theme]
+    return f":root {{ {light} }}\n@media {when} {{ :root {{ {dark} }} }}\n{(FOLDER / 'page.css').read_text()}"
 
 
 def _every_row(measured: Measured) -> list[tuple[str, list[str], list[list[str]]]]:

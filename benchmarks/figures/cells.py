@@ -65,6 +65,12 @@ class Cell:
         """CPU seconds of the server's process tree per 1,000 predicted rows."""
         return median_interval(self.server_cpu_s)
 
+    @cached_property
+    def cores_used(self) -> float:
+        """Cores that the server's process tree kept busy, the median round."""
+        pairs = zip(self.server_cpu_s, self.rates, strict=True)
+        return float(np.median([cpu_s / 1000 * self.rows_per_request * rate for cpu_s, rate in pairs]))
+
     def percentile_s(self, percent: float) -> Interval | None:
         """The percentile over all rounds with its interval, or None if the sample does not support it."""
         if round(len(self.latencies_s) * (1 - percent / 100), 6) < SAMPLES_BEYOND_PERCENTILE:

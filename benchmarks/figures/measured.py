@@ -1,6 +1,7 @@
 """A result with every cell computed once: what all tables, plots, verdicts and answers are made from."""
 
 from functools import cache, cached_property
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,7 @@ class Measured:
         starts = self.servers[name].get("starts")
         if not starts:
             return None
-        listens_s, ready_s = (float(np.median([start[key] for start in starts])) for key in ("listens_s", "ready_s"))
+        listens_s, ready_s = (float(median(start[key] for start in starts)) for key in ("listens_s", "ready_s"))
         return listens_s, ready_s
 
     def default_of(self, name: str) -> str | None:

@@ -117,7 +117,7 @@ def read_result(path: Path) -> dict[str, Any]:
 def find_newest_result(machine: dict[str, Any]) -> Path:
     """Return the benchmark result in results/ that was written last on this machine; ResultError if there is none.
 
-    `machine` are the facts of the environment that tell one machine from another. The two results that
+    `machine` are the facts of the environment that tell one machine from another. The results that
     come with the repository are left out.
     """
     paths = [path for path in RESULTS_DIR.glob("*.json") if path not in (SAMPLE_PATH, PEERS_PATH)]

@@ -8,13 +8,13 @@ are a fluid: what a second brings above what the replicas hold waits, and is lat
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from figures.measured import Measured
-from planning.capacity import HPA_TOLERANCE, QUIET_SHARE, CapacityError, Plan, cpu_share
+from planning.capacity import HPA_TOLERANCE, QUIET_SHARE, CapacityError, Plan
 
 SYNC_S = 15  # the controller looks every 15 s, and metrics-server measures as often
 DAY_S = 86_400
@@ -52,7 +52,7 @@ class Autoscaler:
         """Look once: `usage` is the mean of the replicas that serve, a share of the request."""
         wanted = self._recommend(usage, serving)
         self._recommended.append((now_s, wanted))
-        while self._recommended[0][0] <= now_s - self.behavior.down_window_s:
+        while self._recommended[0][0] <= now_s - self.behavior.down_window_s and len(self._recommended) > 1:
             self._recommended.popleft()
         if wanted < self.replicas:
             wanted = min(self.replicas, max(number for _, number in self._recommended))
@@ -108,7 +108,7 @@ def make_server(measured: Measured, plan: Plan, start_s: float) -> Server:
     if plan.hpa_target_percent is None:
         raise CapacityError("the CPU of a container's processes was not seen: the autoscaler has nothing to go by")
     cells = measured.open(plan.server)
-    usages = np.maximum.accumulate([0.0, *(cpu_share(cell) / plan.cpu_request for cell in cells)])
+    usages = np.maximum.accumulate([0.0, *(cell.cores_used / plan.cpu_request for cell in cells)])
     rates = (0.0, *(cell.nominal_rate for cell in cells))
     return Server(plan.sustained_rate, rates, tuple(map(float, usages)), plan.cpu_request, start_s, plan.objective_s)
 
@@ -135,14 +135,14 @@ class Outcome:
         return self.refused / self.requests
 
 
-def run(rates: Sequence[float], server: Server, scaler: Autoscaler) -> Outcome:
+def run(rates: np.ndarray, server: Server, scaler: Autoscaler) -> Outcome:
     """Let a service meet `rates`, requests/s second by second; replicas that are ordered serve after `start_s`."""
     starting: deque[float] = deque()  # when each replica that starts will serve
     serving = scaler.replicas
     waiting = requests = late = refused = replica_s = 0.0
     short_s, counts = 0, [scaler.replicas]
     usages: list[float] = []
-    for now_s, rate in enumerate(rates):
+    for now_s, rate in enumerate(rates.tolist()):
         while starting and starting[0] <= now_s:
             starting.popleft()
             serving += 1
@@ -184,10 +184,10 @@ def ramp(rate: float) -> np.ndarray:
 
 
 def day(rate: float) -> np.ndarray:
-    """A day: a quarter of the rate at four in the morning, all of it at four in the afternoon, a cosine between."""
+    """A day from its quietest hour on: a quarter of the rate, all of it after twelve hours, a cosine between."""
     hours = np.arange(DAY_S) / 3600
     low = QUIET_SHARE * rate
-    curve: np.ndarray = low + (rate - low) * (1 - np.cos((hours - 4) / 24 * 2 * np.pi)) / 2
+    curve: np.ndarray = low + (rate - low) * (1 - np.cos(hours / 24 * 2 * np.pi)) / 2
     return curve
 
 

@@ -9,11 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from figures.cells import Cell
 from figures.measured import Measured
 from figures.result_file import RESULTS_DIR, ResultError
 
@@ -95,24 +95,31 @@ def find_container(containers: dict[str, ContainerCost], name: str) -> Container
 def find_start_s(measured: Measured, containers: dict[str, ContainerCost], name: str) -> float:
     """Return the median cold start of a server's container, else of the server itself; 0 if neither was measured."""
     cost, starts = find_container(containers, name), measured.start_medians_s(name)
-    return float(np.median(cost.starts_s)) if cost else starts[1] if starts else 0.0
+    return median(cost.starts_s) if cost else starts[1] if starts else 0.0
 
 
 def sustained_rate(measured: Measured, name: str, objective_s: float) -> float:
-    """Return the highest offered rate up to which a server kept up with p99 within `objective_s`.
+    """Return the highest offered rate up to which a server kept up with p99 within `objective_s`: see `held_rates`."""
+    return held_rates(measured, name, objective_s)[0]
 
-    A rate with too few requests for a p99 is judged without it, as the report does, unless the objective is tighter
-    than the run's own. CapacityError says why there is no such rate.
+
+def held_rates(measured: Measured, name: str, objective_s: float) -> tuple[float, float | None]:
+    """Return the last offered rate that a server held with p99 within `objective_s`, and the next, which it did not.
+
+    The second is None if it held all, or if the client was the limit. A rate with too few requests for a p99 is judged
+    without it, as the report does, unless the objective is tighter than the run's own. CapacityError says why no rate
+    was held.
     """
     cells = measured.open(name)
     if not cells:
         raise CapacityError("no offered rates were swept")
     may_skip_p99 = objective_s >= measured.settings["objective_p99_s"]
-    sustained = None
+    sustained = broken = None
     for cell in cells:
         p99 = cell.percentile_s(99)
-        late = p99 is not None and p99.estimate > objective_s
-        if not cell.keeps_up or late:
+        if not cell.keeps_up or (p99 is not None and p99.estimate > objective_s):
+            is_clients = cell.is_client_the_limit and not cell.failed and not cell.wrong
+            broken = None if is_clients else cell.nominal_rate
             if sustained is None:
                 rate = f"{cell.nominal_rate:,.0f}/s"
                 raise CapacityError(
@@ -125,7 +132,7 @@ def sustained_rate(measured: Measured, name: str, objective_s: float) -> float:
             sustained = cell.nominal_rate
     if sustained is None:
         raise CapacityError("too few requests for a p99 at every rate: measure longer, with --open-seconds")
-    return sustained
+    return sustained, broken
 
 
 def count_replicas(rate: float, sustained: float, headroom: float = HEADROOM, spare: int = SPARE_REPLICAS) -> int:
@@ -143,16 +150,11 @@ def cpu_request(measured: Measured) -> int:
     return len(cpus)
 
 
-def cpu_share(cell: Cell) -> float:
-    """Return the cores that a server used under one load, the median round."""
-    pairs = zip(cell.server_cpu_s, cell.rates, strict=True)
-    return float(np.median([cpu_s / 1000 * cell.rows_per_request * rate for cpu_s, rate in pairs]))
-
-
-def cpu_share_at(measured: Measured, name: str, rate: float) -> float:
+def cores_used_at(measured: Measured, name: str, rate: float) -> float:
     """Return the cores that a server uses at an offered rate, between the measured ones on a straight line."""
     cells = measured.open(name)
-    return float(np.interp(rate, [0, *(cell.nominal_rate for cell in cells)], [0, *map(cpu_share, cells)]))
+    rates, used = [cell.nominal_rate for cell in cells], [cell.cores_used for cell in cells]
+    return float(np.interp(rate, [0, *rates], [0, *used]))
 
 
 def hpa_target_percent(measured: Measured, name: str, planned_rate: float) -> int | None:
@@ -164,8 +166,8 @@ def hpa_target_percent(measured: Measured, name: str, planned_rate: float) -> in
     if not measured.is_seen(name):
         return None
     request = cpu_request(measured)
-    most = max(map(cpu_share, measured.cells(name))) / request
-    planned = cpu_share_at(measured, name, planned_rate) / request
+    most = max(cell.cores_used for cell in measured.cells(name)) / request
+    planned = cores_used_at(measured, name, planned_rate) / request
     return max(1, min(math.floor(100 * planned), math.ceil(100 * most / (1 + HPA_TOLERANCE)) - 1))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 from figures.measured import Measured
@@ -31,9 +32,10 @@ class Surroundings:
     @classmethod
     def with_changes(cls, **changes: float | None) -> Self:
         """Return the assumptions with those changed that are not None."""
-        changed = {name: value for name, value in changes.items() if value is not None}
-        whole = {name: int(changed[name]) for name in ("gateway_cores", "node_cores") if name in changed}
-        return replace(cls(), **{**changed, **whole})
+        changed: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+        for name in changed.keys() & {"gateway_cores", "node_cores"}:
+            changed[name] = int(changed[name])
+        return replace(cls(), **changed)
 
     @property
     def planned_gateway_rate(self) -> float:
@@ -129,10 +131,14 @@ def _list_passed(demands: Demands, rate: float) -> tuple[Limit, ...]:
     found = []
     for name, limit in load_facts()["limit"].items():
         value = float(values[limit["value_from"]] if "value_from" in limit else limit["value"])
-        met_at = _find_first_rate(lambda each, of=limit["of"], most=value: demands.all(each)[of] > most, rate)
+        met_at = _find_first_rate(partial(_is_passed, demands, limit["of"], value), rate)
         if met_at is not None:
             found.append(Limit(name, met_at, limit["what"], limit["then"]))
     return tuple(sorted(found, key=lambda limit: limit.met_at_rate))
+
+
+def _is_passed(demands: Demands, of: str, value: float, rate: float) -> bool:
+    return demands.all(rate)[of] > value
 
 
 def _find_first_rate(is_passed: Callable[[float], bool], most: float) -> float | None:
@@ -140,7 +146,7 @@ def _find_first_rate(is_passed: Callable[[float], bool], most: float) -> float |
     steps = math.ceil(STEPS_A_DECADE * math.log10(max(most, 10)))
     below = 0.0
     for step in range(steps + 1):
-        above = min(most ** (step / steps), most)
+        above = min(float(most ** (step / steps)), most)
         if is_passed(above):
             while above - below > PRECISION * above:
                 middle = (above + below) / 2

@@ -153,7 +153,8 @@ def simulate(
         if not fleet[place].busy:
             start_turn(place, now_s)
     end_turns(np.inf)
-    return replied_s - arrivals_s
+    latencies_s: np.ndarray = replied_s - arrivals_s
+    return latencies_s
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""CHOOSING.md: seven questions, where the answer changes, what each server was shown to do, and eight scenarios."""
+
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from drawing.choices import describe_candidate, describe_needs, describe_recommendations, name_recommendations
+from drawing.crossover_words import describe_bound, describe_crossover
+from endpoints.base import REPOSITORY_DIR
+from figures.measured import Measured
+from figures.words import format_interval_ms, format_ratio
+from planning.capacity import HEADROOM, ContainerCost
+from planning.choosing import Flip, Needs, choose, find_flips, framework_of, peak_memory_mb
+from planning.facts import STALE_DAYS, is_stale, load_facts
+
+GUIDE_PATH = REPOSITORY_DIR / "CHOOSING.md"
+FOLDER = Path(__file__).resolve().parent
+SCENARIOS_PATH = FOLDER.parent / "planning" / "scenarios.toml"
+# The needs at which each question is asked, the others being the defaults; and the range in which answers may change.
+RATES = (10.0, 1e6)
+OBJECTIVES_MS = (1.0, 100.0)
+ROWS = (1.0, 4096.0)
+MEMORIES_MB = (50.0, 2000.0)
+STARTS_S = (0.2, 60.0)
+
+
+def load_scenarios() -> list[tuple[str, str, Needs]]:
+    """Return (title, text, needs) of each scenario."""
+    scenarios = tomllib.loads(SCENARIOS_PATH.read_text())["scenario"]
+    found = []
+    for one in scenarios:
+        needs = Needs(**one["needs"])
+        found.append((one["title"], one["text"].format(**_format_figures(one["needs"])), needs))
+    return found
+
+
+def _format_figures(needs: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{value:,g}" if isinstance(value, int | float) else value for name, value in needs.items()}
+
+
+def render_guide(measured: Measured, containers: dict[str, ContainerCost], today: date) -> str:
+    """Return the text of CHOOSING.md; `today` says which facts are stale."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    facts = load_facts()
+    base = Needs()
+    return environment.get_template("choosing.md.j2").render(
+        facts=facts,
+        machine=measured.environment,
+        objective_ms=f"{measured.settings['objective_p99_s'] * 1e3:g}",
+        headroom=f"{HEADROOM:.0%}",
+        base=describe_needs(base),
+        frameworks={
+            name: choose(measured, containers, Needs(framework=name))
+            for name in ("pytorch", "tensorflow", "scikit-learn")
+        },
+        flips={
+            "rate": _rows(find_flips(measured, containers, base, "rate", *RATES), "{:,.2g}"),
+            "p99": _rows(find_flips(measured, containers, base, "p99_ms", *OBJECTIVES_MS), "{:.3g} ms"),
+            "rows": _rows(find_flips(measured, containers, base, "rows", *ROWS), "{:,.0f}"),
+            "memory": _rows(find_flips(measured, containers, base, "memory_mb", *MEMORIES_MB), "{:,.3g} MB"),
+            "start": _rows(find_flips(measured, containers, base, "cold_start_s", *STARTS_S), "{:.2g} s"),
+        },
+        costs=[
+            (measured.label(name), f"{peak_memory_mb(measured, name):,.0f}", _start(measured, name))
+            for name in measured.names
+            if framework_of(name) in facts["framework"]
+        ],
+        short=lambda choice: name_recommendations(choice.recommended),
+        describe=lambda choice: describe_recommendations(measured, choice),
+        candidates=lambda choice: [describe_candidate(measured, one) for one in choice.candidates],
+        reload=choose(measured, containers, Needs(reload=True)),
+        maintained=choose(measured, containers, Needs(maintained=True)),
+        claims=[_judge(measured, claim) for claim in facts["claim"].values()],
+        scenarios=[
+            (number, title, text, choose(measured, containers, needs), describe_needs(needs))
+            for number, (title, text, needs) in enumerate(load_scenarios(), 1)
+        ],
+        swept=[name for name in measured.names if measured.open(name)],
+        stale=[fact["what"] for kind in ("framework", "fact", "claim") for fact in facts[kind].values()
+               if is_stale(fact, today)],
+        stale_days=STALE_DAYS,
+        has_local=any(measured.kind(name) == "local" for name in measured.names),
+        bound=describe_bound(measured),
+        gpu=describe_crossover(),
+        label=measured.label,
+    )  # fmt: skip
+
+
+def _start(measured: Measured, name: str) -> str:
+    starts = measured.start_medians_s(name)
+    return f"{starts[1]:.1f}" if starts else "–"
+
+
+def _rows(flips: list[Flip], form: str) -> list[tuple[str, str]]:
+    """Return (from which value on, what is recommended) of each answer."""
+    rows: list[tuple[str, str]] = []
+    for flip in flips:
+        value = form.format(float(f"{flip.value:.2g}")) if flip.value >= 1000 else form.format(flip.value)
+        rows.append((_plain(value), name_recommendations(flip.recommended)))
+    return rows
+
+
+def _plain(value: str) -> str:
+    """1e4 as 10,000."""
+    number, _, unit = value.partition(" ")
+    return f"{float(number.replace(',', '')):,g} {unit}".strip() if "e" in number else value
+
+
+def _judge(measured: Measured, claim: dict[str, Any]) -> dict[str, Any]:
+    """Hold a published claim against every pair of rows of one set-up over REST, at the fewest connections."""
+    connections = measured.settings["connections"][0]
+    pairs = []
+    for suffix in ("", "-tuned"):
+        faster, slower = claim["faster"] + suffix, claim["slower"] + suffix
+        if faster not in measured.servers or slower not in measured.servers:
+            continue
+        ratio = measured.ratio(faster, slower, connections)
+        cells = measured.cell(faster, connections), measured.cell(slower, connections)
+        if ratio is None or not all(cells):
+            continue
+        verdict = "agrees" if ratio.low > 1 else "contradicts" if ratio.high < 1 else "does not decide"
+        same_kind = measured.kind(faster) == measured.kind(slower)
+        medians = [format_interval_ms(cell.percentile_s(50)) for cell in cells if cell]
+        pairs.append({
+            "faster": measured.label(faster), "slower": measured.label(slower), "medians": medians,
+            "ratio": format_ratio(ratio), "verdict": verdict, "same_kind": same_kind,
+        })  # fmt: skip
+    return {**claim, "pairs": pairs}
