@@ -25,7 +25,7 @@ TEST_WORKERS ?= 3
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
         docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean \
-        uninstall keys seal sealed capacity
+        uninstall keys seal sealed capacity choose guide gpu-crossover check grade
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -162,13 +162,29 @@ compare: setup ## what changed between two results: make compare BEFORE=a.json A
 calibrate: setup ## check the measuring client against wrk
 	python benchmarks/calibrate.py
 
-readme: setup ## make the measured parts of the READMEs again from benchmarks/results
+readme: setup guide ## make the measured parts of the READMEs and their pictures again from benchmarks/results
 	python benchmarks/results.py --update-readme
+	python benchmarks/report.py --pictures
 
 ## choose, plan and check
 
 capacity: setup ## replicas, cores and settings that a rate takes: make capacity CAPACITY_OPTIONS="--rate 5000 --p99-ms 50"
 	python benchmarks/capacity.py $(CAPACITY_OPTIONS)
+
+choose: setup ## which server meets what you need: make choose CHOOSE_OPTIONS="--rate 5000 --p99-ms 20 --maintained"
+	python benchmarks/choose.py $(CHOOSE_OPTIONS)
+
+guide: setup ## make CHOOSING.md again from benchmarks/results
+	python benchmarks/choose.py --guide
+
+gpu-crossover: setup $(ONNX_MODELS) ## from how many rows a GPU is worth it; without one, what was measured
+	python benchmarks/gpu_crossover.py $(GPU_OPTIONS)
+
+check: ## what this checkout has done, objective by objective; the tasks: make check CHECK_OPTIONS="--answer"
+	@$(PYTHON) check.py $(CHECK_OPTIONS)
+
+grade: train ## judge a server that you added, with a receipt: make grade ENDPOINT=mine
+	python check.py --grade $(ENDPOINT)
 
 ## decide on a version
 

@@ -109,7 +109,9 @@ def draw_rate_p99(measured: Measured) -> tuple[Figure, str] | None:
         style = styles[name]
         rates = [cell.nominal_rate for cell, _ in points]
         intervals = [p99 for _, p99 in points]
-        axes.errorbar(rates, _estimates(intervals, 1e3), _bars(intervals, 1e3), label=style.label, **_error(style))
+        axes.errorbar(
+            rates, _estimates(intervals, 1e3), bar_lengths(intervals, 1e3), label=style.label, **_error(style)
+        )
         _mark_knee(axes, measured.open(name), measured.knees[name], style.colour)
         words.append(f"{style.label}: {describe_knee(measured.knees[name])}")
     _objective(axes, measured)
@@ -142,7 +144,9 @@ def draw_rate_by_server(measured: Measured) -> tuple[Figure, str] | None:
             line = style.line | {"linestyle": dashes, "markersize": 3.5}
             line["markerfacecolor"] = style.colour if percent == 99 else LIGHT["surface"]
             rates = [cell.nominal_rate for cell, _ in points]
-            axes.errorbar(rates, _estimates(intervals, 1e3), _bars(intervals, 1e3), capsize=2, elinewidth=1, **line)
+            axes.errorbar(
+                rates, _estimates(intervals, 1e3), bar_lengths(intervals, 1e3), capsize=2, elinewidth=1, **line
+            )
         knee = measured.knees[name]
         _mark_knee(axes, cells, knee, style.colour)
         if knee.sustained_rate:
@@ -187,7 +191,7 @@ def draw_throughput(measured: Measured) -> tuple[Figure, str] | None:
         shift = 1.022 ** (place - (len(cells) - 1) / 2)  # so that intervals of equal servers lie side by side
         rates = [cell.rate for cell in points]
         axes.errorbar(
-            [cell.connections * shift for cell in points], _estimates(rates), _bars(rates), label=style.label,
+            [cell.connections * shift for cell in points], _estimates(rates), bar_lengths(rates), label=style.label,
             **_error(style),
         )  # fmt: skip
         words.append(
@@ -219,7 +223,7 @@ def draw_time_per_row(measured: Measured) -> tuple[Figure, str] | None:
         style = styles[name]
         per_row = [(cell.rows_per_request, p50.scale(1e6 / cell.rows_per_request)) for cell, p50 in points]
         rows, intervals = [row for row, _ in per_row], [interval for _, interval in per_row]
-        axes.errorbar(rows, _estimates(intervals), _bars(intervals), label=style.label, **_error(style))
+        axes.errorbar(rows, _estimates(intervals), bar_lengths(intervals), label=style.label, **_error(style))
         words.append(
             f"{style.label}: "
             + ", ".join(f"{interval.estimate:,.3g} µs per row at {row:,}" for row, interval in per_row)
@@ -378,7 +382,7 @@ def _estimates(intervals: list[Interval], factor: float = 1.0) -> list[float]:
     return [interval.estimate * factor for interval in intervals]
 
 
-def _bars(intervals: list[Interval], factor: float = 1.0) -> np.ndarray:
+def bar_lengths(intervals: list[Interval], factor: float = 1.0) -> np.ndarray:
     """Lengths of the error bars, (2, n); none where an interval is open, since it has no end to draw."""
     lengths = [
         (i.estimate - i.low, i.high - i.estimate) if i.is_closed else (0.0, 0.0) for i in intervals
