@@ -84,9 +84,9 @@ def test_no_request_is_lost_or_answered_before_it_came():
 
 
 def test_service_times_are_those_of_the_closed_loops():
-    measured = Measured(make_result({"a": Planted(p50_s=0.001, flat_out=4000, noise=0)}))
+    measured = Measured(make_result({"a": Planted(p50_s=0.001, flat_out=4000, noise=0, cpu_s=0.001)}))
     service = measure_service_times(measured, "a")
-    assert service.most == 64
+    assert (service.most, service.delay_s) == (64, 0)
     assert service.turn_s[[0, 1, 64]] == pytest.approx([0, 0.001, 64 / 4000])
     assert service.draws_s.mean() == pytest.approx(service.turn_s[1])
     result = make_result({"a": Planted()})
@@ -111,9 +111,25 @@ def test_agreement_is_a_quarter_of_what_was_measured(measured_ms, rounds_ms, sim
     assert Agreement("a", 1, measured_ms / 1e3, (low_s, high_s), simulated_ms / 1e3).agrees is agrees
 
 
+def test_what_neither_server_nor_client_works_delays_a_reply_and_holds_up_nobody():
+    """Of a millisecond the server works 0.4 and the client 0.05; over 64 connections the server never rests."""
+    measured = Measured(make_result({"a": Planted(p50_s=MEAN_S, flat_out=2500, noise=0, cpu_s=0.0004)}))
+    service = measure_service_times(measured, "a")
+    assert service.delay_s == pytest.approx(0.00055, rel=0.01)
+    assert service.turn_s[1] == pytest.approx(0.00045, rel=0.01)
+    assert service.turn_s[64] == pytest.approx(64 / 2500, rel=0.05)
+    plain, later = (
+        make_one_by_one(np.full(4, 0.00045)),
+        ServiceTimes(np.array([0, 0.00045]), np.full(4, 0.00045), 0.00055),
+    )
+    assert run(later, 1500) == pytest.approx(run(plain, 1500) + 0.00055)
+
+
 def plant_queue(scale: float = 1.0) -> Measured:
     """A result whose open loop is a queue M/D/1 of 1 ms a request, and whose closed loops say `scale` times that."""
-    result = make_result({"a": Planted(p50_s=MEAN_S * scale, flat_out=1000 / scale, noise=0, sweep={300.0: 1.0})})
+    result = make_result(
+        {"a": Planted(p50_s=MEAN_S * scale, flat_out=1000 / scale, noise=0, cpu_s=MEAN_S * scale, sweep={300.0: 1.0})}
+    )
     service = make_one_by_one(np.full(4, MEAN_S))
     for number, window in enumerate(w for w in result["windows"] if w["load"] == "open"):
         latencies_s = run(service, 300, count=3000, seed=100 + number)

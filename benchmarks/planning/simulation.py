@@ -3,8 +3,10 @@
 A replica is a server that works in turns: it takes all requests that wait, up to the connections of the measurement,
 and answers them one after the other. How long a turn of k requests takes on average is measured: in a closed loop with
 k connections it is k ÷ rate (the flow-equivalent server of Chandy, Herzog and Woo, "Parametric analysis of queuing
-networks", IBM J. Res. Dev. 19, 1975). How much it varies is drawn from the latencies at one connection: a turn as long
-as five such requests is five draws, so that whatever interrupts a server meets it as often a second as when measured.
+networks", IBM J. Res. Dev. 19, 1975). The part of it in which neither server nor client worked at one connection (a
+timer that waits for a batch, a hand-over between processes) delays a reply and holds up nobody else. How much a turn
+varies is drawn from the latencies at one connection: a turn as long as five such requests is five draws, so that
+whatever interrupts a server meets it as often a second as when measured.
 
 Events are kept in a heap: a library of processes (SimPy) would be a dependency for one loop, and slower.
 """
@@ -21,6 +23,7 @@ from figures.cells import Cell
 from figures.measured import Measured
 from planning.capacity import CapacityError
 
+MOST_IDLE = 0.9  # of a turn: some of it is work, whatever the clocks say
 POOL = 1 << 16  # draws made at a time
 STEADY = 1.5  # a measurement is steady if no round's p99 is more than so many times another's
 AGREES = 0.25  # a simulated p99 agrees within this share of the measured one
@@ -32,7 +35,8 @@ class ServiceTimes:
     """How long a replica takes."""
 
     turn_s: np.ndarray  # (most + 1,) mean seconds of a turn by the number of its requests; turn_s[0] is 0
-    draws_s: np.ndarray  # (n,) seconds of single requests, whose mean is turn_s[1]
+    draws_s: np.ndarray  # (n,) seconds of turns of one request, whose mean is turn_s[1]
+    delay_s: float = 0.0  # of every reply, beside its turn
 
     @property
     def most(self) -> int:
@@ -46,11 +50,16 @@ def measure_service_times(measured: Measured, name: str) -> ServiceTimes:
     if len(cells) < 2 or cells[0].connections != 1:
         raise CapacityError("needs closed loops at 1 connection and at more")
     counts = [cell.connections for cell in cells]
-    means_s = [cell.connections / float(np.mean(cell.rates)) for cell in cells]
+    means_s = np.array([cell.connections / float(np.mean(cell.rates)) for cell in cells])
+    worked = np.array([cell.cores_used + cell.client_share if measured.is_seen(name) else 1.0 for cell in cells])
+    idle_s = np.clip(1 - worked, 0, MOST_IDLE) * means_s
+    delay_s = float(idle_s[0])
     most = max(counts[-1], int(measured.settings.get("open_connections", counts[-1])))
-    turn_s = np.maximum.accumulate(np.interp(np.arange(most + 1), [0, *counts], [0, *means_s]))
+    turn_s = np.maximum.accumulate(
+        np.interp(np.arange(most + 1), [0, *counts], [0, *(means_s - np.minimum(idle_s, delay_s))])
+    )
     latencies_s = cells[0].latencies_s
-    return ServiceTimes(turn_s, latencies_s * (means_s[0] / latencies_s.mean()))
+    return ServiceTimes(turn_s, latencies_s * (turn_s[1] / latencies_s.mean()), delay_s)
 
 
 class Policy(Enum):
@@ -153,7 +162,7 @@ def simulate(
         if not fleet[place].busy:
             start_turn(place, now_s)
     end_turns(np.inf)
-    latencies_s: np.ndarray = replied_s - arrivals_s
+    latencies_s: np.ndarray = replied_s - arrivals_s + service.delay_s
     return latencies_s
 
 
