@@ -4,6 +4,7 @@ from drawing.tables import KIND_ORDER
 from figures.measured import Measured
 from figures.verdicts import list_ties
 from figures.words import format_count, format_ms
+from planning.choosing import ABOUT
 
 # How the rows of a kind are called.
 OF_KIND = {
@@ -28,21 +29,25 @@ def _conclude_kind(measured: Measured, kind: str) -> str:
         return f"{place} the data do not decide: no offered rate was kept up with, or none was swept."
     best = max(held, key=lambda name: held[name])
     rivals = [name for name in knees if name != best and not knees[best].is_beyond(knees[name])]
+    chosen = best
     rate = f"keeps up with {held[best]:,.0f} requests/s"
     if rivals:
         names = f"{', '.join([best, *rivals[:-1]])} and {rivals[-1]}"
         least = _least(measured, [best, *rivals], 1)
         words = f"{place} the data do not decide under load between {names}: {best} {rate}, and the rates offered do "
         words += "not tell the others from it."
-        if least:
-            words += f" So take {least[0]} for its memory, because it needs the least of them, {least[1]:,.0f} MB"
+        cost = measured.costs.get(best)
+        if least and cost and cost[1] > ABOUT * least[1]:
+            chosen = least[0]
+            words += f" So take {chosen} for its memory, because it needs the least of them, {least[1]:,.0f} MB"
+        elif least and cost:
+            words += f" So take {best}, because none of them needs notably less memory"
         else:
             words += " So take the one that you know"
     elif len(knees) == 1:
         words = f"{place} so take {best}, because it {rate}, and is the only one that was swept"
     else:
         words = f"{place} so take {best}, because it {rate}, more than broke any other"
-    chosen = least[0] if rivals and least else best
     unless = _list_unless(measured, kind, chosen)
     return f"{words}, unless {'; or unless '.join(unless)}." if unless else f"{words}."
 
@@ -73,7 +78,7 @@ def _list_unless(measured: Measured, kind: str, chosen: str) -> list[str]:
         )
     own = [name for name in measured.costs if measured.kind(name) == kind]
     least = _least(measured, own, 1)
-    if least and least[0] != chosen and (cost := measured.costs.get(chosen)) and cost[1] > 1.1 * least[1]:
+    if least and least[0] != chosen and (cost := measured.costs.get(chosen)) and cost[1] > ABOUT * least[1]:
         found.append(f"memory is short: {least[0]} needs {least[1]:,.0f} MB and {chosen} {cost[1]:,.0f}")
     starts = {name: start[1] for name in own if (start := measured.start_medians_s(name))}
     if starts and chosen in starts:

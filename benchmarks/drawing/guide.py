@@ -102,7 +102,7 @@ def _rows(flips: list[Flip], form: str) -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for flip in flips:
         value = form.format(float(f"{flip.value:.2g}")) if flip.value >= 1000 else form.format(flip.value)
-        rows.append((_plain(value), name_recommendations(flip.recommended)))
+        rows.append((_plain(value), name_recommendations({kind: (name,) for kind, name in flip.recommended.items()})))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 Nothing is weighted into a score. A need that a server does not meet takes it out; of those left the one that takes the
 fewest cores is recommended, for each kind of row by itself, with all that the measurements do not tell from it; of
-these the one with the least memory comes first.
+these the one with about the least memory comes first.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from planning.facts import load_facts
 
 FRAMEWORKS = ("any", "pytorch", "tensorflow", "scikit-learn")
 KINDS = ("native", "docker", "local")  # that are recommended, each by itself
+ABOUT = 1.1  # memory that differs by less is about the same
 STEPS_A_DECADE = 20  # of the values that are looked at for one at which the answer changes
 
 
@@ -169,8 +170,16 @@ def _recommend(candidates: Sequence[Candidate]) -> dict[str, tuple[str, ...]]:
         own = [one for one in candidates if one.plan.kind == kind]
         if own:
             alike = [own[0], *(other for other in own[1:] if not is_told_from(own[0], other))]
-            recommended[kind] = tuple(one.plan.server for one in sorted(alike, key=lambda one: one.memory_mb))
+            recommended[kind] = tuple(one.plan.server for one in _order(alike))
     return recommended
+
+
+def _order(alike: Sequence[Candidate]) -> list[Candidate]:
+    """Sort servers that are not told apart: those with about the least memory by their rate, then the others."""
+    most_mb = ABOUT * min(one.memory_mb for one in alike)
+    light = [one for one in alike if one.memory_mb <= most_mb]
+    heavy = [one for one in alike if one.memory_mb > most_mb]
+    return sorted(light, key=lambda one: -one.plan.sustained_rate) + sorted(heavy, key=lambda one: one.memory_mb)
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,7 @@ class Flip:
     """A value of one need at which the recommendation changes."""
 
     value: float  # about the lowest of the range with this answer
-    recommended: dict[str, tuple[str, ...]]
+    recommended: dict[str, str]  # by kind, the first
 
 
 def find_flips(
@@ -186,9 +195,10 @@ def find_flips(
 ) -> list[Flip]:
     """Return the answers as the need `name` grows from `low` to `high`, each from the value at which it begins."""
 
-    def answer(value: float) -> dict[str, tuple[str, ...]]:
+    def answer(value: float) -> dict[str, str]:
         changed: dict[str, Any] = {name: round(value) if name == "rows" else value}
-        return choose(measured, containers, replace(needs, **changed)).recommended
+        recommended = choose(measured, containers, replace(needs, **changed)).recommended
+        return {kind: names[0] for kind, names in recommended.items()}
 
     return _walk(answer, low, high)
 
