@@ -135,4 +135,7 @@ def show(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("capacity: interrupted; nothing is written")

@@ -108,4 +108,7 @@ def show(result: dict, arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("gpu_crossover: interrupted; what was measured before is kept")

@@ -4,12 +4,13 @@
 falls back. The bound ways work on the CPU as well, where the tests run them.
 """
 
+import contextlib
 import importlib.util
 import multiprocessing
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -191,14 +192,16 @@ def time_round(run: Run, inputs: list[np.ndarray], seconds: float) -> tuple[int,
 
 def _work(pipe: Connection, model: bytes, rows: int) -> None:
     """A process of the machine's throughput: opens the network, and times a round whenever it is told to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the one that started this ends it
     run, inputs = open_plain(model, "cpu", 1, True), make_inputs(rows)
     run(inputs[0])
-    pipe.send("ready")
-    while (seconds := pipe.recv()) is not None:
-        pipe.send(time_round(run, inputs, seconds))
+    with contextlib.suppress(EOFError, BrokenPipeError):  # who started this is gone
+        pipe.send("ready")
+        while (seconds := pipe.recv()) is not None:
+            pipe.send(time_round(run, inputs, seconds))
 
 
-@contextmanager
+@contextlib.contextmanager
 def processes_of(model: bytes, rows: int, count: int) -> Iterator[Callable[[float], tuple[int, float]]]:
     """Open `count` processes of one thread; the function times a round of all at once: (all calls, elapsed seconds)."""
     context = multiprocessing.get_context("spawn")
