@@ -4,7 +4,7 @@ start, memory, time to stop.
     python container_costs.py
         measure and write results/containers.json
     python container_costs.py --update-readme
-        rewrite the table in ../README.md from that file
+        rewrite the table in ../CONTAINERS.md from that file
 
 Makes each container anew STARTS times and waits for its first right answer,
 asks it every test row, reads its memory as `docker stats` counts it, and stops
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from drawing.readme import README_PATH, replace_part
+from drawing.readme import CONTAINERS_PAGE, replace_part
 from endpoints.base import ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE
 from figures.result_file import RESULTS_DIR, ResultError, write_whole
@@ -108,7 +108,7 @@ def main() -> None:
     interrupt_on_sigterm()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--update-readme", action="store_true", help="rewrite ../README.md and measure nothing (default: measure)"
+        "--update-readme", action="store_true", help="rewrite ../CONTAINERS.md and measure nothing (default: measure)"
     )
     by_service = {}
     for endpoint_class in list_container_endpoints(load_endpoints()).values():
@@ -140,8 +140,8 @@ def main() -> None:
         write_whole(arguments.output, json.dumps(result, indent=1) + "\n")
         print(f"wrote {arguments.output}")
         return
-    README_PATH.write_text(update_readme(README_PATH.read_text(), json.loads(arguments.output.read_text())))
-    print(f"wrote {README_PATH.name} from {arguments.output.name}")
+    CONTAINERS_PAGE.write_text(update_readme(CONTAINERS_PAGE.read_text(), json.loads(arguments.output.read_text())))
+    print(f"wrote {CONTAINERS_PAGE.name} from {arguments.output.name}")
 
 
 if __name__ == "__main__":

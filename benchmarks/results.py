@@ -6,7 +6,7 @@ measured.
     python results.py results/sample.json
         that one
     python results.py --update-readme
-        rewrite the measured parts of ../README.md and README.md
+        rewrite the measured parts of ../README.md, RESULTS.md and README.md
 
 Every number is computed from the raw observations in the file. The READMEs'
 parts come from results/sample.json and results/peers.json.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from drawing.readme import README_PATH, replace_part
+from drawing.readme import README_PATH, format_summary, replace_part
 from drawing.tables import format_markdown, format_peers, print_result
 from figures.measured import Measured
 from figures.result_file import PEERS_PATH, SAMPLE_PATH, ResultError, find_newest_result, read_result
@@ -46,9 +46,11 @@ class Part:
         return replace_part(readme, self.begin, END, self.format(Measured(read_result(self.source))))
 
 
+FOLDER = Path(__file__).resolve().parent
 PARTS = (
-    Part(README_PATH, SAMPLE_PATH, format_markdown),
-    Part(Path(__file__).resolve().parent / "README.md", PEERS_PATH, format_peers),
+    Part(README_PATH, SAMPLE_PATH, format_summary),
+    Part(FOLDER / "RESULTS.md", SAMPLE_PATH, format_markdown),
+    Part(FOLDER / "README.md", PEERS_PATH, format_peers),
 )
 
 

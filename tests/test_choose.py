@@ -258,6 +258,8 @@ def test_a_claim_that_the_figures_contradict_is_called_so():
 
 
 def test_the_command_prints_candidates_refusals_and_what_to_take(script):
+    done = call_main(script, "--rate", "5000", "--p99-ms", "20", "--memory-mb", "600", "--maintained")
+    assert (done.returncode, "take, " in done.stdout) == (0, True)  # CHOOSING.md's command
     done = call_main(script, "--rate", "5000", "--maintained")
     assert done.returncode == 0
     lines = done.stdout.splitlines()

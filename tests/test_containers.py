@@ -106,7 +106,7 @@ def test_the_image_has_the_versions_of_the_requirements(name):
 def test_the_readme_shows_the_measured_table_of_containers():
     result = json.loads(container_costs.PATH.read_text())
     assert set(result["containers"]) == set(SERVICES)
-    readme = container_costs.README_PATH.read_text()
+    readme = container_costs.CONTAINERS_PAGE.read_text()
     assert container_costs.update_readme(readme, result) == readme, "make docker-measure was run, and the README is old"
 
 

@@ -5,6 +5,7 @@ What a reader must know of a README, and this test reads as well:
 ```bash           typed line by line into the first terminal; what it changes (cd, variables, the environment) lasts.
 ```bash server    typed into the second terminal, which it keeps. After "third terminal" in the text: into a third.
 ```text, ```json  what the command before it prints; … stands for anything. A server is ready when it has printed it.
+```text measured  the same, and each number stands for any number: it is another on each machine.
 ```text server    what the second terminal shows after the commands before it.
 in every terminal, said before the first block: that block is typed into each terminal.
 Stop the server with Ctrl-C (or any "stop … with Ctrl-C"): pressed where it is said, in the terminal of the newest
@@ -16,6 +17,7 @@ At the end of the page Ctrl-C ends what still serves, and nothing that was ever 
 
 import argparse
 import ast
+import json
 import os
 import re
 import shlex
@@ -28,6 +30,7 @@ from pathlib import Path
 import pytest
 
 from conftest import FRAMEWORKS, REPOSITORY_DIR, refuse_taken_ports
+from endpoints.base import load_endpoints
 from helpers import run, wait_until
 from terminal import Terminal
 
@@ -42,9 +45,10 @@ NOT_EXECUTED = {
     "make peers": "installs 2 GB: test_peers.py starts what is installed",
     "make benchmark-peers": "installs 2 GB: test_peers.py starts what is installed",
     "make test": "it is a command that runs these tests",
-    "make test-readmes": "it is a command that runs these tests",
-    "make test-slow": "it is a command that runs these tests",
-    "make test-containers": "it is a command that runs tests",
+    'make check CHECK_OPTIONS="--answer"': "it asks for answers: test_check.py gives them",
+    "make setup": "it has been run, or no test would run",
+    "make lint": "it looks at the texts of programs",
+    "python benchmarks/choose.py --rate 5000 --p99-ms 20 --memory-mb 600 --maintained": "test_choose.py runs it",
     "make docker-build": NO_ENGINE,
     "make docker-up": NO_ENGINE,
     "make docker-verify": NO_ENGINE,
@@ -71,6 +75,7 @@ FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<text>.*?)^```$", re.MULTILINE | r
 STOP = re.compile(r"\b[Ss]top(\s+(the\s+\w+|it))?\s+with\s+Ctrl-C\b")
 EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
 THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
+NUMBER = re.compile(r"\d[\d,.]*(T\d+Z|e[-+]?\d+)?")
 FOLDERS = (*FRAMEWORKS, "gateway", "sealing", "data")
 
 
@@ -104,8 +109,8 @@ def read_steps(text: str) -> list[Step]:
             steps.append(Step("type" if info == "bash" else "serve", line, commands, terminal))
         elif info == "text server":
             steps.append(Step("watch", line, expected=printed))
-        elif info in ("text", "json") and takes_output:
-            steps[-1].expected = printed
+        elif info in ("text", "text measured", "json") and takes_output:
+            steps[-1].expected = [NUMBER.sub("…", line) for line in printed] if info == "text measured" else printed
         takes_output = info in ("bash", "bash server")
     return [step for step in steps if step.kind in ("stop", "watch") or step.commands.strip()]
 
@@ -221,7 +226,11 @@ def list_files(*options: str) -> list[str]:
 
 
 def list_readmes() -> list[str]:
-    return sorted(path for path in list_files("--cached") if Path(path).name == "README.md")
+    return [path for path in list_pages() if Path(path).name == "README.md"]
+
+
+def list_pages() -> list[str]:
+    return sorted(path for path in list_files("--cached") if path.endswith(".md"))
 
 
 def copy_files(paths: list[str], folder: Path) -> None:
@@ -285,9 +294,10 @@ SERVER = "```bash server\necho ready; cat\n```\n```text\nready\n```\n"  # serves
         SERVER + "Stop the server\nwith Ctrl-C.\n" + SERVER,
         SERVER + "In a third terminal:\n" + SERVER,
         "In every terminal:\n```bash\nWORD=ready\n```\n" + SERVER.replace("echo ready", "echo $WORD"),
+        "```bash\necho 3 of 4: 2.7e-5 s\n```\n```text measured\n1 of 2: 3.1e-07 s\n```\n",
         SERVER.replace("cat", "tail -f asked") + "```bash\necho seen >> asked\n```\n```text server\nseen\n```\n",
     ],
-    ids=["it lasts", "a loop", "stopped", "third terminal", "every terminal", "watched"],
+    ids=["it lasts", "a loop", "stopped", "third terminal", "every terminal", "measured", "watched"],
 )
 def test_a_readme_that_says_all_is_read_to_its_end(text, tmp_path, environment):
     (tmp_path / "data").mkdir()
@@ -342,20 +352,34 @@ def test_the_tests_that_a_readme_names_are_there():
     options.add_argument("path")
     for command in named:
         wanted = options.parse_args(shlex.split(command))
+        text = (REPOSITORY_DIR / wanted.path).read_text()
         tests = [
             ast.unparse(node)
-            for node in ast.parse((REPOSITORY_DIR / wanted.path).read_text()).body
+            for node in ast.parse(text).body
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and wanted.k in node.name
         ]
-        assert any(f"pytest.mark.{wanted.m}" in test for test in tests), f"pytest {command} selects no test"
+        marks = [f"pytestmark = pytest.mark.{wanted.m}" in text, *(f"pytest.mark.{wanted.m}" in test for test in tests)]
+        assert tests and any(marks), f"pytest {command} selects no test"
 
 
 def test_commands_stand_only_in_fences_that_are_typed():
-    allowed = {"bash", "bash server", "text", "text server", "json", "python", "yaml", "properties", "mermaid", "diff"}
-    for readme in list_readmes():
-        for fence in FENCE.finditer((REPOSITORY_DIR / readme).read_text()):
+    allowed = {
+        "bash",
+        "bash server",
+        "text",
+        "text measured",
+        "text server",
+        "json",
+        "python",
+        "yaml",
+        "properties",
+        "mermaid",
+        "diff",
+    }
+    for page in list_pages():
+        for fence in FENCE.finditer((REPOSITORY_DIR / page).read_text()):
             kind = fence["info"].strip()
-            assert kind in {*allowed, "protobuf"}, f"{readme}: a fence of kind {kind!r} would not be typed"
+            assert kind in {*allowed, "protobuf"}, f"{page}: a fence of kind {kind!r} would not be typed"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -379,7 +403,34 @@ def test_every_readme_is_read_by_a_test():
     assert list_readmes() == sorted(["README.md", "benchmarks/README.md", *(f"{name}/README.md" for name in FOLDERS)])
 
 
-def test_each_command_that_is_not_executed_stands_in_a_readme():
-    text = "\n".join((REPOSITORY_DIR / readme).read_text() for readme in list_readmes())
+def test_each_command_that_is_not_executed_stands_in_a_page():
+    text = "\n".join((REPOSITORY_DIR / page).read_text() for page in list_pages())
     lines = {line.strip() for line in text.splitlines()}
-    assert set(NOT_EXECUTED) <= lines, f"not in any README: {set(NOT_EXECUTED) - lines}"
+    assert set(NOT_EXECUTED) <= lines, f"not in any page: {set(NOT_EXECUTED) - lines}"
+
+
+def test_each_command_of_another_page_stands_in_a_readme_too_or_is_known_not_to_be_executed():
+    """So that it is typed by a test, or there is a reason why not."""
+
+    def commands(page: str) -> set[str]:
+        fences = FENCE.finditer((REPOSITORY_DIR / page).read_text())
+        texts = [fence["text"] for fence in fences if fence["info"].startswith("bash")]
+        return {line.strip() for text in texts for line in text.splitlines() if line.strip()}
+
+    typed = {command for readme in list_readmes() for command in commands(readme)}
+    for page in set(list_pages()) - set(list_readmes()):
+        assert commands(page) <= typed | set(NOT_EXECUTED), page
+
+
+def test_the_root_readme_asks_each_server_as_its_folders_endpoint_does():
+    asked = re.findall(
+        r"^- `curl -s -X POST http://localhost:(\d+)(\S+) .*? -d '(.*)'`$",
+        (REPOSITORY_DIR / "README.md").read_text(),
+        re.M,
+    )
+    row = json.loads(asked[0][2])["data"]
+    expected = []
+    for name in FRAMEWORKS:
+        endpoint = load_endpoints()[name]()
+        expected.append((str(endpoint.port), endpoint.path(None), endpoint.body(row, None).decode()))
+    assert sorted(asked) == sorted(expected)
