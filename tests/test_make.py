@@ -42,10 +42,11 @@ def test_help_is_the_default_and_lists_every_target():
 
 
 def test_every_target_that_a_student_needs_stands_in_a_readme():
-    readmes = "\n".join(path.read_text() for pattern in ("*.md", "[a-z]*/*.md") for path in REPOSITORY_DIR.glob(pattern))
+    pages = [*REPOSITORY_DIR.glob("*.md"), *REPOSITORY_DIR.glob("[a-z]*/*.md")]
+    readmes = "\n".join(page.read_text() for page in pages)
     for target in TARGETS:
         if target not in ("readme", "latency", "load-test", "compare", "report", "cross-check"):
-            assert f"make {target}" in readmes, f"make {target} stands in no README"
+            assert f"make {target}" in readmes, f"make {target} stands in no page"
 
 
 def test_setup_and_training_do_nothing_the_second_time():
