@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import websocket
 
+from drawing.conclusion import conclude
 from drawing.page import write_report
 from figures.measured import Measured
 from figures.result_file import SCHEMA_VERSION, Window, encode_window, write_result
@@ -275,6 +276,14 @@ def test_the_five_questions_are_answered_as_the_planted_truth_has_it(report):
     assert "Of 4 comparisons of neighbours of one kind" in sure
     assert "ratios to the floor are known within" in sure
     assert "torchserve (native)" in sure
+
+
+def test_the_report_concludes_before_it_answers(report):
+    text = Page(report).sections["answers"]
+    sentences = conclude(Measured(make_result()))
+    assert any("so take onnx" in sentence for sentence in sentences)
+    for sentence in sentences:
+        assert text.index(sentence) < text.index("Which server for one user")
 
 
 def test_a_difference_smaller_than_the_floor_is_called_one(report):

@@ -131,7 +131,7 @@ def held_rates(measured: Measured, name: str, objective_s: float) -> tuple[float
         if p99 is not None or may_skip_p99:
             sustained = cell.nominal_rate
     if sustained is None:
-        raise CapacityError("too few requests for a p99 at every rate: measure longer, with --open-seconds")
+        raise CapacityError("too few requests for a p99 at every rate: measure longer, with --open-rounds 10")
     return sustained, broken
 
 
