@@ -16,6 +16,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 endif
 
 ENDPOINT ?= onnx
+OVERLAY ?= production
 # One more than two cores: a test that waits for its server leaves its core to another.
 TEST_WORKERS ?= 3
 
@@ -25,10 +26,11 @@ TEST_WORKERS ?= 3
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
         report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
         docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean \
-        uninstall keys seal sealed capacity choose guide gpu-crossover check grade
+        uninstall keys seal sealed capacity choose guide gpu-crossover check grade k8s-render k8s-check k8s-size \
+        test-swarm
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
 
 ## set-up
 
@@ -220,16 +222,35 @@ docker-measure: setup ## measure image sizes, cold starts and memory into this R
 docker-down: ## stop and remove the containers
 	docker compose --profile gateway down
 
+## many machines
+
+.venv-checks/checkov/requirements.txt: kubernetes/requirements-checkov.txt | setup
+	@$(VENV)/bin/uv venv --quiet --clear --python $(VENV)/bin/python $(@D)
+	@$(VENV)/bin/uv pip install --quiet --system-certs --python $(@D)/bin/python -r $<
+	@cp $< $@
+
+k8s-render: setup ## print what kubectl apply would send: make k8s-render OVERLAY=local
+	kubectl kustomize kubernetes/overlays/$(OVERLAY)
+
+k8s-check: setup .venv-checks/checkov/requirements.txt .venv-peers/kserve/requirements.txt ## check the manifests as far as that goes without a cluster
+	cd kubernetes && python check.py
+
+k8s-size: setup ## compute the manifests' numbers again from what was measured
+	cd kubernetes && python size.py && python to_kserve.py
+
+test-swarm: train ## three machines on this one: one dies, an update rolls, and no request is lost
+	python -m pytest -m swarm $(PYTEST_OPTIONS)
+
 ## develop
 
 test: train ## run the tests, on real servers: under five minutes on two cores
-	python -m pytest -n $(TEST_WORKERS) -m "not slow and not timing and not readmes and not containers" $(PYTEST_OPTIONS)
+	python -m pytest -n $(TEST_WORKERS) -m "not slow and not timing and not readmes and not containers and not swarm" $(PYTEST_OPTIONS)
 
 test-readmes: train ## type each folder's README, command by command, as a reader does
 	python -m pytest -n 2 -m readmes $(PYTEST_OPTIONS)
 
 test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
-	python -m pytest -m "(slow or timing) and not containers" $(PYTEST_OPTIONS)
+	python -m pytest -m "(slow or timing) and not containers and not swarm" $(PYTEST_OPTIONS)
 
 test-containers: train ## run the tests that need a Docker engine, on one of their own
 	python -m pytest -m containers $(PYTEST_OPTIONS)

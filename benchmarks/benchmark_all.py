@@ -7,6 +7,8 @@ saturation and cost.
         sample sizes after MLPerf's rules: hours
     python benchmark_all.py --containers
         the servers that docker compose runs
+    python benchmark_all.py --address onnx-tuned=http://10.0.0.5/onnx
+        what answers there: a gateway, a cluster
 
 Starts every server with its README's command, proves |p - expected| <= 1e-5 on
 all test rows of both versions, then runs many short rounds of load, all servers
@@ -49,7 +51,8 @@ from machine.signals import interrupt_on_sigterm
 from servers.containers import ContainerServer, list_container_endpoints
 from servers.parity import max_abs_difference
 from servers.process import ServerProcess
-from servers.under_test import OPEN_CONNECTIONS, VERSION, ServerUnderTest
+from servers.remote import RemoteServer
+from servers.under_test import OPEN_CONNECTIONS, VERSION, AnyServer, ServerUnderTest
 
 SHUFFLE_SEED = 0
 LIMIT_FACTOR = 10.0  # a window that waits for its least number of requests is at most so many times longer
@@ -143,6 +146,13 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namesp
         action="store_true",
         help="recreate the containers of docker-compose.yml and measure those (default: start each server)",
     )
+    add(
+        "--address",
+        nargs="+",
+        default=[],
+        metavar="NAME=URL",
+        help="measure what answers at http://host:port/prefix, and those alone (default: start each server)",
+    )
     add("--no-report", action="store_true", help="draw no report; report.py can later (default: draw it)")
     add("--output", type=Path, help="the result file (default: results/<utc>.json)")
     add(
@@ -181,6 +191,18 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namesp
     if arguments.containers:
         inside = list_container_endpoints(classes)
         names = [name for name in names if name in inside or not classes[name].has_model]
+    arguments.address = dict(address.partition("=")[::2] for address in arguments.address)
+    if arguments.address:
+        if arguments.containers or arguments.endpoints or arguments.server_options:
+            parser.error("--address names the servers, and starts none: no --containers, --endpoints, --server-options")
+        if unknown := set(arguments.address) - set(names):
+            parser.error(f"--address: no server called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+        arguments.endpoints = list(arguments.address)
+        try:
+            for name, address in arguments.address.items():
+                classes[name].at(address)
+        except ServerError as error:
+            parser.error(f"--address: {error}")
     if not arguments.endpoints:
         in_brief = set() if plan.defaults_in_full else defaults_beside_tuned(names)
         arguments.endpoints = [
@@ -225,8 +247,8 @@ def defaults_beside_tuned(names: list[str]) -> frozenset[str]:
 
 
 def start_and_verify(
-    start: Callable[[], ServerProcess | ContainerServer], starts: int, stack: contextlib.ExitStack
-) -> tuple[ServerProcess | ContainerServer | None, dict[str, Any]]:
+    start: Callable[[], AnyServer], starts: int, stack: contextlib.ExitStack
+) -> tuple[AnyServer | None, dict[str, Any]]:
     """Start one server and check it; return it with its entry for the result file, or None with the failure in it.
 
     `start` returns it, not yet entered. It is started `starts` times, and left running the last time.
@@ -454,8 +476,10 @@ def main() -> int:
     }
     containers: dict[str, ContainerServer] = {}  # by service: two endpoints of one server share its container
 
-    def start(name: str) -> ServerProcess | ContainerServer:
+    def start(name: str) -> AnyServer:
         endpoint_class = classes[name]
+        if arguments.address:
+            return RemoteServer(endpoint_class.at(arguments.address[name]))
         if arguments.containers and endpoint_class.has_model:
             server = ContainerServer(endpoint_class(), server_cpus, containers.get(endpoint_class.folder.name))
             containers[server.service] = server
@@ -466,7 +490,7 @@ def main() -> int:
 
     try:
         with contextlib.ExitStack() as stack:
-            if not arguments.containers:  # they have a priority of their own
+            if not arguments.containers and not arguments.address:  # they have a priority of their own
                 result["settings"]["goes_first"] = stack.enter_context(lifted_priority())
             servers: dict[str, ServerUnderTest] = {}
             for name in arguments.endpoints:

@@ -5,6 +5,8 @@ steadily, and where the time goes.
         starts the server, measures a minute, stops it
     python latency_test.py --endpoint onnx --running
         measures the one that already runs on its usual port
+    python latency_test.py --endpoint onnx --address http://10.0.0.5/onnx
+        measures what answers there: a gateway, a cluster
 
 Prints a histogram, percentiles with 95 % intervals, the first, middle and last
 third of the time with a verdict on whether the server was steady, and, from a
@@ -14,6 +16,7 @@ Every reply is compared with the reference. Writes nothing.
 
 import argparse
 import contextlib
+import functools
 import os
 import select
 import shlex
@@ -187,13 +190,14 @@ def measure_parts(
     *,
     clock: Callable[[], int] = time.perf_counter_ns,
     poller: Callable = select.poll,
-    connect: Callable = begin_connecting,
+    connect: Callable | None = None,
 ) -> Parts:
     """Ask `count` times on fresh connections, then `count` times on a kept one; each for PARTS_SECONDS at most.
 
     `clock`, `poller` and `connect` are those of LoadGenerator.
     """
     parts = Parts()
+    connect = connect or functools.partial(begin_connecting, address=endpoint.find_address())
     connection = CONNECTION_CLASSES[endpoint.protocol](endpoint.port, clock, connect)
     for keep in (False, True):
         end_ns = clock() + int(PARTS_SECONDS * 1e9)
@@ -274,7 +278,11 @@ def main() -> int:
     parser.add_argument("--version", choices=("1", "2"), default="1", help="the model's version (default: 1)")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long to measure (default: 60)")
     parser.add_argument("--warmup-seconds", type=float, default=1.0, help="dropped before that (default: 1)")
-    parser.add_argument("--running", action="store_true", help="use the server on its usual port (default: start one)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--running", action="store_true", help="use the server on its usual port (default: start one)")
+    where.add_argument(
+        "--address", metavar="URL", help="use what answers there, http://host:port/prefix (default: none)"
+    )
     arguments = parser.parse_args()
     if arguments.seconds <= 0 or arguments.warmup_seconds < 0:
         parser.error("seconds must be positive")
@@ -283,7 +291,13 @@ def main() -> int:
     server_cpus, client_cpus = split_cpus()
     rows, _ = load_test_rows()
     with contextlib.ExitStack() as stack:
-        if arguments.running:
+        if arguments.address:
+            endpoint = endpoint_class.at(arguments.address)
+            try:
+                ask(endpoint, rows[:1], arguments.version)
+            except OSError as error:
+                raise ServerError(f"{endpoint.name}: nobody answers at {arguments.address} ({error})") from None
+        elif arguments.running:
             endpoint = endpoint_class()
             try:
                 ask(endpoint, rows[:1], arguments.version)

@@ -5,6 +5,8 @@ response times to the microsecond.
         starts the onnx server, 8 users for 10 s, prints
     python load_test.py --endpoint bentoml --shape ramp
         users rise step by step; spike and soak are the others
+    python load_test.py --address http://10.0.0.5/onnx
+        starts none: the users ask what answers there
     python load_test.py --processes 2
         two worker processes and a master that adds them up
     locust -f load_test.py --endpoint onnx
@@ -25,6 +27,7 @@ stages and failures.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -322,22 +325,23 @@ def main() -> int:
     parser.add_argument("--users", type=int, default=USERS, help=f"simulated users, at the most (default: {USERS})")
     parser.add_argument("--seconds", type=int, default=10, help="how long (default: 10)")
     parser.add_argument("--shape", choices=list(SHAPES), help="stages (default: all users at all times)")
+    parser.add_argument("--address", metavar="URL", help="ask what answers there (default: start the server)")
     arguments, for_locust = parser.parse_known_args()
     if arguments.users < 1 or arguments.seconds < 1:
         parser.error("--users and --seconds: expected at least 1")
     endpoint_class = ENDPOINTS[arguments.endpoint]
-    endpoint = endpoint_class.on_free_ports()
+    endpoint = endpoint_class.at(arguments.address) if arguments.address else endpoint_class.on_free_ports()
     server_cpus, _ = split_cpus()
     between_processes = []
     if any(option.startswith("--processes") for option in for_locust):  # Locust's own port is fixed, on all addresses
         port = str(find_free_ports(["master"])["master"])
         between_processes = ["--master-bind-host", "127.0.0.1", "--master-bind-port", port, "--master-port", port]
-    with ServerProcess(endpoint, server_cpus):
-        if server_cpus is not None:
+    with contextlib.nullcontext() if arguments.address else ServerProcess(endpoint, server_cpus):
+        if server_cpus is not None and not arguments.address:
             os.sched_setaffinity(0, set(usable_cpus()) - server_cpus)  # Locust inherits it
         return run_locust([
             "--headless", "--only-summary", "--endpoint", endpoint.name,
-            "--host", f"http://127.0.0.1:{endpoint.port}",
+            "--host", f"http://{endpoint.host}:{endpoint.port}{endpoint.prefix}",
             "--users", str(arguments.users), "--spawn-rate", str(arguments.users),
             "--run-time", f"{arguments.seconds}s",
             *(["--shape", arguments.shape] if arguments.shape else []),

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,9 +69,14 @@ def find_obstacle() -> str | None:
 
 
 class Engine:
-    """A running dockerd, as a context manager; `environment` is what a command needs to use it."""
+    """A running dockerd, as a context manager; `environment` is what a command needs to use it.
 
-    def __init__(self):
+    `prefix` stands before its command, which so runs elsewhere; `settings` are those of its daemon.json.
+    """
+
+    def __init__(self, prefix: Sequence[str] = (), settings: dict | None = None):
+        self.prefix = prefix
+        self.settings = SETTINGS if settings is None else settings
         # Short, because the path of a Unix socket may have 107 bytes at most.
         self.folder = Path(tempfile.mkdtemp(prefix="engine-"))
         self.log_path = self.folder / "dockerd.log"
@@ -89,8 +95,8 @@ class Engine:
             "DOCKER_BUILDKIT": "1",
         }
         settings = self.folder / "daemon.json"
-        settings.write_text(json.dumps(SETTINGS))
-        command = ["dockerd", "--config-file", str(settings), "--host", self.environment["DOCKER_HOST"]]
+        settings.write_text(json.dumps(self.settings))
+        command = [*self.prefix, "dockerd", "--config-file", str(settings), "--host", self.environment["DOCKER_HOST"]]
         for option in ("data-root", "exec-root", "pidfile"):
             command += [f"--{option}", str(self.folder / option)]
         with self.log_path.open("wb") as log:
@@ -141,6 +147,24 @@ class Engine:
 
     def inspect(self, *names: str) -> list[dict]:
         return json.loads(self.run("docker", "inspect", *names).stdout)
+
+
+def list_traces() -> dict:
+    """What engines could leave: interfaces, namespaces, firewall rules, forwarding, mounts, processes."""
+    rules = (
+        subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
+        if shutil.which("iptables-save")
+        else ""
+    )
+    names = ("docker-proxy", "containerd-shim", "docker-registry")
+    return {
+        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
+        "namespaces": sorted(path.name for path in Path("/run/netns").glob("*")),
+        "rules": [line for line in rules.splitlines() if line.startswith("-A")],
+        "forwarding": Path("/proc/sys/net/ipv4/ip_forward").read_text(),
+        "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if "engine-" in line],
+        "processes": [process.name() for process in psutil.process_iter() if process.name().startswith(names)],
+    }
 
 
 def make_base(engine: Engine) -> None:

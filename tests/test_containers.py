@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
@@ -30,14 +29,18 @@ from engine import (
     build_settings,
     find_compose,
     find_obstacle,
+    list_traces,
     make_base,
     make_tfserving_stand_in,
 )
-from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, run, wait_until
+from pods import PodServer
 from servers.containers import list_container_endpoints
 
 SERVICES = ("torchserve", "tfserving", "bentoml", "onnx")
-DOCKERFILES = ("torchserve/Dockerfile", "onnx/Dockerfile", "sealing/Dockerfile", "gateway/Dockerfile")
+DOCKERFILES = (
+    "torchserve/Dockerfile", "onnx/Dockerfile", "sealing/Dockerfile", "gateway/Dockerfile", "swarm/tfserving.Dockerfile",
+)  # fmt: skip
 PORT_VARIABLES = re.findall(r"\$\{([A-Z_]+PORT)-", "".join(
     (REPOSITORY_DIR / name).read_text() for name in ("docker-compose.yml", "tfserving/docker-compose.yml")
 ))  # fmt: skip
@@ -133,18 +136,6 @@ def engine(tmp_path_factory):
         yield engine
         engine.run("make", "docker-down")
     wait_until(lambda: list_traces() == before, lambda: f"the engine left something behind: {list_traces()}")
-
-
-def list_traces() -> dict:
-    """What an engine could leave: interfaces, firewall rules, forwarding, mounts, processes."""
-    rules = run("iptables-save").stdout if shutil.which("iptables-save") else ""
-    return {
-        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
-        "rules": [line for line in rules.splitlines() if line.startswith("-A")],
-        "forwarding": Path("/proc/sys/net/ipv4/ip_forward").read_text(),
-        "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if "engine-" in line],
-        "processes": [p.name() for p in psutil.process_iter() if p.name() in ("docker-proxy", "containerd-shim")],
-    }
 
 
 @contextlib.contextmanager
@@ -312,6 +303,20 @@ def test_every_container_ends_within_its_grace_period(engine):
         assert stopped["State"]["ExitCode"] not in (137, 1), f"{service} had to be killed: {stopped['State']}"
         assert not [process for process in family if process.is_running()]
     engine.run("make", "docker-up")
+
+
+@pytest.mark.containers
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_server_of_kubernetes_serves_as_its_manifest_says(engine, service, tmp_path):
+    """Its container: what a cluster adds, the scheduler, the network and the sidecar, is not here."""
+    (manifests,) = load_together(REPOSITORY_DIR / "kubernetes", "manifests")
+    tmp_path.chmod(0o755)
+    with PodServer(engine, service, manifests.render("overlays/local"), tmp_path) as server:
+        server.wait_until_started()
+        assert max(server.differences()) <= TOLERANCE
+        assert server.status_of_liveness() == 200
+        stopped = server.stop()
+    assert stopped["ExitCode"] not in (137, 1) and not stopped["OOMKilled"], stopped
 
 
 @pytest.mark.containers

@@ -19,7 +19,7 @@ from helpers import run, wait_until
 from terminal import Terminal
 
 MAKEFILE = (REPOSITORY_DIR / "Makefile").read_text()
-TARGETS = re.findall(r"^([a-z-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
+TARGETS = re.findall(r"^([a-z0-9-]+):[^#=]*## ", MAKEFILE, re.MULTILINE)
 
 
 def make(

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from client import grpc_connection
-from endpoints.base import Endpoint, Request, ServerError
+from endpoints.base import LOOPBACK, Endpoint, Request, ServerError
 
 
-def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int, bytes]:
+def send(port: int, request: Request, timeout_s: float = 30.0, host: str = LOOPBACK) -> tuple[int, bytes]:
     """Send one request on a connection of its own; return the status and the body. OSError where nobody answers."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout_s)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         headers = {"Content-Type": request.content_type, **request.headers}
         connection.request(request.method, request.path, request.body, headers)
@@ -28,7 +28,7 @@ def ask(endpoint: Endpoint, rows: list[Any], version: str) -> np.ndarray:
     """
     call = grpc_connection.send if endpoint.protocol == "gRPC" else send
     try:
-        status, body = call(endpoint.port, endpoint.request(rows, version))
+        status, body = call(endpoint.port, endpoint.full_request(rows, version), host=endpoint.host)
     except http.client.HTTPException as error:
         raise ServerError(f"{endpoint.name}: its answer is not HTTP: {error!r}") from error
     if status != 200:

@@ -11,18 +11,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from endpoints.base import Request
+from endpoints.base import LOOPBACK, Request
 
 CONNECT_TIMEOUT_S = 30.0
 RECEIVE_BYTES = 1 << 16  # from 128 KiB on, glibc maps and unmaps pages for each buffer: 20 µs and more per reply
 
 
-def begin_connecting(port: int) -> socket.socket:
-    """Return a non-blocking socket that is connecting to the loopback port; OSError if that fails at once."""
+def begin_connecting(port: int, address: str = LOOPBACK) -> socket.socket:
+    """Return a non-blocking socket that is connecting to the port; OSError if that fails at once."""
     connecting = socket.socket()
     connecting.setblocking(False)
     connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    code = connecting.connect_ex(("127.0.0.1", port))
+    code = connecting.connect_ex((address, port))
     if code not in (0, errno.EINPROGRESS):
         connecting.close()
         raise OSError(code, os.strerror(code))
@@ -61,7 +61,7 @@ class Connection:
         self.raw = b""  # a parsed reply's bytes, if they all came in one piece
 
     @staticmethod
-    def encode(port: int, request: Request) -> Any:
+    def encode(port: int, request: Request, host: str = LOOPBACK) -> Any:
         """Encode `request` once for many sends; the result's length is its bytes on the wire."""
         raise NotImplementedError
 

@@ -10,6 +10,7 @@ request and reply: ours is encoded once, and each different one of the server's 
 
 import functools
 import select
+import socket
 import struct
 import time
 import urllib.parse
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 
 import hpack
 
-from client.connection import RECEIVE_BYTES, Connection
-from endpoints.base import Request
+from client.connection import RECEIVE_BYTES, Connection, begin_connecting
+from endpoints.base import LOOPBACK, Request
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEAD = struct.Struct(">IBI")  # length (24 bits) and kind (8 bits), flags, stream
@@ -88,13 +89,13 @@ class GrpcConnection(Connection):
     failure_message = b""  # what the server said about it
 
     @staticmethod
-    def encode(port: int, request: Request) -> GrpcRequest:
+    def encode(port: int, request: Request, host: str = LOOPBACK) -> GrpcRequest:
         """Encode `request`, whose path is the method and whose body the protobuf message, once for many sends."""
         headers = [
             (":method", "POST"),
             (":scheme", "http"),
             (":path", request.path),
-            (":authority", f"127.0.0.1:{port}"),
+            (":authority", f"{host}:{port}"),
             ("content-type", "application/grpc"),
             ("te", "trailers"),
             *((name.lower(), value) for name, value in request.headers.items()),
@@ -315,15 +316,16 @@ def _strip_padding(payload: bytes) -> bytes:
     return payload[1 : len(payload) - payload[0]]
 
 
-def send(port: int, request: Request, timeout_s: float = 30.0) -> tuple[int | str, bytes]:
+def send(port: int, request: Request, timeout_s: float = 30.0, host: str = LOOPBACK) -> tuple[int | str, bytes]:
     """Make one call on a connection of its own; return 200 and the reply, or why it failed and the server's message.
 
     OSError where nobody answers or the connection breaks.
     """
-    connection = GrpcConnection(port)
+    address = socket.gethostbyname(host)
+    connection = GrpcConnection(port, connect=functools.partial(begin_connecting, address=address))
     connection.open()
     try:
-        connection.send(0, connection.encode(port, request))
+        connection.send(0, connection.encode(port, request, host))
         deadline_s = time.monotonic() + timeout_s
         poller = select.poll()
         poller.register(connection.socket, select.POLLIN)

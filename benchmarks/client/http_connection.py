@@ -3,7 +3,7 @@
 from httptools import HttpParserError, HttpResponseParser
 
 from client.connection import RECEIVE_BYTES, Connection
-from endpoints.base import Request
+from endpoints.base import LOOPBACK, Request
 
 
 class HttpConnection(Connection):
@@ -12,11 +12,11 @@ class HttpConnection(Connection):
     closing_reason = "server closes after each reply"
 
     @staticmethod
-    def encode(port: int, request: Request) -> bytes:
+    def encode(port: int, request: Request, host: str = LOOPBACK) -> bytes:
         """Encode `request` once for many sends."""
         headers = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
         head = (
-            f"{request.method} {request.path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{headers}"
+            f"{request.method} {request.path} HTTP/1.1\r\nHost: {host}:{port}\r\n{headers}"
             f"Content-Type: {request.content_type}\r\nContent-Length: {len(request.body)}\r\n\r\n"
         )
         return head.encode() + request.body

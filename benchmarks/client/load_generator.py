@@ -14,6 +14,7 @@ and `select.poll`. The clock and the poller are arguments, so that the tests can
 import array
 import collections
 import contextlib
+import functools
 import gc
 import itertools
 import select
@@ -49,7 +50,7 @@ def make_exchanges(
     encode = CONNECTION_CLASSES[endpoint.protocol].encode
     exchanges = []
     for first in range(0, len(rows) - batch + 1, batch):
-        request = encode(endpoint.port, endpoint.request(rows[first : first + batch], version))
+        request = encode(endpoint.port, endpoint.full_request(rows[first : first + batch], version), endpoint.host)
         exchanges.append(Exchange(request, expected[first : first + batch]))
     return exchanges
 
@@ -81,8 +82,8 @@ class LoadGenerator:
     at once and none is waited for while others ask: a server whose listen backlog is too short for
     them takes seconds, which `Window.connect_s` tells.
 
-    `clock` gives nanoseconds, `poller` makes an object with the methods of `select.poll`, and
-    `connect` begins to connect to a port: a test that gives all three decides what time it is.
+    `clock` gives nanoseconds, `poller` makes an object with the methods of `select.poll`, and `connect`
+    begins to connect to a port (None: of the endpoint's host): a test that gives all three decides what time it is.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class LoadGenerator:
         reply_timeout_s: float = REPLY_TIMEOUT_S,
         clock: Callable[[], int] = time.perf_counter_ns,
         poller: Callable[[], Any] = select.poll,
-        connect: Callable[[int], Any] = begin_connecting,
+        connect: Callable[[int], Any] | None = None,
     ) -> None:
         self.endpoint = endpoint
         self.exchanges = exchanges
@@ -102,6 +103,7 @@ class LoadGenerator:
         self.clock = clock
         self.make_poller = poller
         connection_class = CONNECTION_CLASSES[endpoint.protocol]
+        connect = connect or functools.partial(begin_connecting, address=endpoint.find_address())
         self.connections = [connection_class(endpoint.port, clock, connect) for _ in range(connections)]
         self._turns = itertools.cycle(list(enumerate(exchanges)))
         self._right_bodies: dict[int, bytes] = {}  # exchange number -> a body that was decoded and found right

@@ -6,8 +6,10 @@ Every server is one file `endpoint_<name>.py` in this folder with one subclass o
 
 import importlib
 import json
+import re
+import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,11 +20,14 @@ from machine.free_ports import find_free_ports
 ENDPOINTS_DIR = Path(__file__).resolve().parent
 BENCHMARKS_DIR = ENDPOINTS_DIR.parent
 REPOSITORY_DIR = BENCHMARKS_DIR.parent
+LOOPBACK = "127.0.0.1"
+ADDRESS = re.compile(r"http://(?P<host>[A-Za-z0-9.-]+)(?::(?P<port>\d{1,5}))?(?P<prefix>(?:/[A-Za-z0-9._~-]+)*)/?")
 
 KINDS = {
     "native": "the framework's own server",
     "docker": "the server in its image: the framework's own, or the one of the framework's folder",
     "local": "this repository's own server: the framework has none, or it cannot be installed",
+    "cluster": "whatever answers at an address: one server or many, their machines and the network between",
     "floor": "no model: the cost of the harness and of HTTP alone",
     "peer": "a server of others with the ONNX model of onnx/, for comparison only; make peers installs it",
 }
@@ -64,6 +69,8 @@ class Endpoint:
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify
     how_to_install: str = "make setup"
+    host: str = LOOPBACK  # that is asked
+    prefix: str = ""  # of its paths, where a gateway in front tells servers apart by it: "/onnx"
 
     def __init__(self, ports: dict[str, int] | None = None, only_version: str | None = None):
         """`ports` overrides `default_ports` by role; `only_version` starts a server that has no other version."""
@@ -78,6 +85,28 @@ class Endpoint:
     def on_free_ports(cls, **options: Any) -> Self:
         """Make one whose ports nobody uses, with the options of the constructor."""
         return cls(find_free_ports(list(cls.default_ports)), **options)
+
+    @classmethod
+    def at(cls, address: str) -> Self:
+        """Make one that is asked at `address`, http://host[:port][/prefix]; ServerError where it is not written so."""
+        found = ADDRESS.fullmatch(address)
+        if not found or not 1 <= int(found["port"] or 80) <= 65535:
+            raise ServerError(
+                f"{cls.name}: {address!r} is no address; write http://host:port or http://host:port/prefix"
+            )
+        if found["prefix"] and cls.protocol == "gRPC":
+            raise ServerError(f"{cls.name}: gRPC has no paths to put {found['prefix']} before; write http://host:port")
+        endpoint = cls()
+        endpoint.ports[endpoint.timed_port] = int(found["port"] or 80)
+        endpoint.host, endpoint.prefix = found["host"], found["prefix"]
+        return endpoint
+
+    def find_address(self) -> str:
+        """The host's IPv4 address; ServerError where it has none."""
+        try:
+            return socket.gethostbyname(self.host)
+        except OSError as error:
+            raise ServerError(f"{self.name}: {self.host}: {error.strerror}") from None
 
     @classmethod
     def is_installed(cls) -> bool:
@@ -121,6 +150,11 @@ class Endpoint:
     def request(self, rows: list[Any], version: str | None) -> Request:
         """The request that predicts `rows` with `version`, or names no version where that is None."""
         return Request(self.path(version), self.body(rows, version))
+
+    def full_request(self, rows: list[Any], version: str | None) -> Request:
+        """The request with the prefix of this measurement."""
+        request = self.request(rows, version)
+        return replace(request, path=self.prefix + request.path)
 
     def decode(self, reply: bytes) -> np.ndarray:
         """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none.

@@ -15,7 +15,9 @@ from figures.result_file import Window, encode_window
 from machine.load import MachineLoad, process_cpu_s
 from servers.containers import ContainerServer
 from servers.process import ServerProcess
+from servers.remote import RemoteServer
 
+AnyServer = ServerProcess | ContainerServer | RemoteServer
 VERSION = "1"
 WARMUP_CONNECTIONS = 16
 WARMUP_WINDOW_S = 0.3
@@ -30,7 +32,7 @@ class ServerUnderTest:
     hypervisor takes and by what keeps the client waiting for its core.
     """
 
-    def __init__(self, server: ServerProcess | ContainerServer, cpus: set[int] | None, goes_first: bool = False):
+    def __init__(self, server: AnyServer, cpus: set[int] | None, goes_first: bool = False):
         self.server = server
         self.goes_first = goes_first
         self.cpus = cpus
