@@ -24,10 +24,10 @@ TEST_WORKERS ?= 3
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help setup doctor train torchserve tfserving bentoml onnx gateway verify benchmark latency load-test cross-check soak \
-        report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow test-containers \
-        docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint requirements clean \
-        uninstall keys seal sealed capacity choose guide gpu-crossover check grade k8s-render k8s-check k8s-size \
-        test-swarm
+        report compare calibrate peers benchmark-peers shadow ab-test canary readme test test-readmes test-slow \
+        test-containers docker-build docker-up docker-verify docker-benchmark docker-measure docker-down lint \
+        requirements clean uninstall keys seal sealed capacity choose guide gpu-crossover check grade k8s-render \
+        k8s-check k8s-size test-swarm monitoring patients monitoring-test panels drift-table
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -198,6 +198,23 @@ ab-test: setup ## users meet both versions behind the running gateway, and the f
 
 canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
 	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
+
+## monitoring, beside a gateway that runs with GATEWAY_PREDICTIONS=127.0.0.1:8406
+
+monitoring: setup ## log, count and watch the gateway's predictions; Prometheus on port 9090, alerts in this terminal
+	cd monitoring && exec python monitor.py
+
+patients: setup ## ask the running gateway as 20 patients a second would: make patients PATIENTS_OPTIONS="--rate 50"
+	cd monitoring && exec python patients.py $(PATIENTS_OPTIONS)
+
+monitoring-test: ## prove that every alert fires, and stays silent just below
+	cd monitoring && promtool test rules rules_test.yml
+
+panels: setup ## make the page of Prometheus and the dashboard of Grafana from panels.py
+	cd monitoring && python panels.py
+
+drift-table: setup ## compare ways to notice drift, in a simulation
+	cd monitoring && python drift_table.py $(DRIFT_OPTIONS)
 
 ## containers
 

@@ -23,6 +23,7 @@ PORTS = {  # of the server, then of other steps in the folder's README
     "bentoml": (3000, 3001, 3002),
     "onnx": (8000, 8001),
     "gateway": (8443, 8404, 8100),
+    "monitoring": (8405, 8406, 9090, 9093),
 }
 LEAST_CURL = (7, 52)  # the first with --retry-connrefused, which waits until a server listens
 # What only some steps and tests want: the tests that do are skipped without it, and say so.
@@ -31,6 +32,8 @@ OPTIONAL = {
     "wrk": "make calibrate compares the measuring client with it",
     "chromium": "the report's tests look at the page in it",
     "nginx": "the tests of onnx's HTTP layer put it in front",
+    "prometheus": "monitoring runs it",
+    "prometheus-alertmanager": "monitoring runs it",
 }
 
 
@@ -158,6 +161,8 @@ def main() -> int:
         "wrk": lambda: check_optional("wrk"),
         "Chromium": lambda: check_optional("chromium"),
         "nginx": lambda: check_optional("nginx"),
+        "Prometheus": lambda: check_optional("prometheus"),
+        "Alertmanager": lambda: check_optional("prometheus-alertmanager"),
         "cores": check_cores,
     }
     findings = {name: check() for name, check in checks.items()}

@@ -138,7 +138,10 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
                 stack.callback(process.stop)
                 started.append((process, f"{name} v{version}-{number}"))
                 grpc_port = ports.get("grpc") if pool.server.grpc_service else None
-                pool.replicas.append(Replica("127.0.0.1", ports["rest"], grpc_port, pid=process.pid))
+                metrics_port = ports[endpoint_class.metrics_port]
+                pool.replicas.append(
+                    Replica("127.0.0.1", ports["rest"], grpc_port, pid=process.pid, metrics_port=metrics_port)
+                )
     for process, what in started:
         process.wait_until_correct()
         print(f"{what} answers on port {process.endpoint.port} (process {process.pid})", flush=True)
@@ -238,6 +241,11 @@ def serve(arguments: argparse.Namespace) -> None:
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {DEFAULTS['GATEWAY_MAX_BODY']}: tune.bufsize must hold it")
+    if address := os.environ.get("GATEWAY_PREDICTIONS"):  # where the prediction log goes; unset: nowhere
+        if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
+            raise GatewayError(f"GATEWAY_PREDICTIONS={address}: expected the collector's address, as in 127.0.0.1:8406")
+    else:
+        os.environ.pop("GATEWAY_PREDICTIONS", None)  # haproxy.cfg asks whether it is set, and empty is set
     state = State(arguments.state)
     state.create()
     for name in (SPLIT, RATES):
@@ -274,6 +282,9 @@ def serve(arguments: argparse.Namespace) -> None:
             (state.folder / "backends.cfg").write_text(pools_module.render(pools))
             pids = {f"{p.server.name} v{p.version}-{i}": r.pid for p in started for i, r in enumerate(p.replicas, 1)}
             (state.folder / "replicas.json").write_text(json.dumps(pids))
+            targets = json.dumps(pools_module.describe_targets(pools), indent=1)
+            (state.folder / "targets.json").write_text(f"{targets}\n")
+            stack.callback((state.folder / "targets.json").write_text, "[]\n")  # what is stopped is not down
         log_path = None
         if str(arguments.access_log) != "-":
             log_path = (arguments.access_log or state.folder / "access.log").resolve()

@@ -21,6 +21,7 @@ class Server:
     body: str  # one row, in JSON: the health check is a real prediction
     content_type: str = "application/json"
     grpc_service: str | None = None  # "/package.Service/"
+    metrics: str = "/metrics"  # its path on the REST port, or ":8082/metrics" with its own usual port before it
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Replica:
     grpc_port: int | None = None
     count: int = 1
     pid: int | None = None  # of one that the gateway started
+    metrics_port: int | None = None  # where it is neither the REST port nor the usual one
 
 
 @dataclass
@@ -96,6 +98,23 @@ def render(pools: list[Pool]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_targets(pools: list[Pool]) -> list[dict]:
+    """Return what Prometheus reads of the replicas (file_sd): where each answers, and what it is.
+
+    A replica has one version, so the version is the target's: of the servers' own metrics few name it.
+    """
+    targets = []
+    for pool in pools:
+        port, _, path = pool.server.metrics.partition("/")
+        for number, replica in enumerate(pool.replicas, 1):
+            own_port = replica.metrics_port or port.strip(":") or replica.port
+            labels = {"server": pool.server.name, "version": pool.version, "replica": f"v{pool.version}-{number}"}
+            targets.append(
+                {"targets": [f"{replica.host}:{own_port}"], "labels": {**labels, "__metrics_path__": f"/{path}"}}
+            )
+    return targets
+
+
 def check_lines(server: Server) -> list[str]:
     """HAProxy's words for: ready is what answers one row."""
     body = server.body.replace("\\", "\\\\").replace("'", "\\'")
@@ -130,7 +149,10 @@ def describe_servers() -> dict[str, Server]:
         request = rest().request([[13.82, 24.49, 0.1162, 0.1357, 0.2275]], None)
         services = [c().path(None) for c in classes if c.protocol == "gRPC" and c.folder == rest.folder]
         service = services[0].rpartition("/")[0] + "/" if services else None
-        servers[rest.name] = Server(rest.name, request.path, request.body.decode(), request.content_type, service)
+        port = "" if rest.metrics_port == "rest" else f":{rest.default_ports[rest.metrics_port]}"
+        servers[rest.name] = Server(
+            rest.name, request.path, request.body.decode(), request.content_type, service, port + rest.metrics_path
+        )
     return servers
 
 

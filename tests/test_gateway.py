@@ -71,8 +71,8 @@ def is_running(process: psutil.Process) -> bool:
 class Gateway:
     """`gateway.py serve` in a state folder and on ports of its own."""
 
-    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None):
-        self.state = folder
+    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None, script: Path = GATEWAY):
+        self.state, self.script = folder, script
         ports = find_free_ports(["serve", "metrics"])
         self.port, self.metrics_port = ports["serve"], ports["metrics"]
         self.environment = {
@@ -97,7 +97,7 @@ class Gateway:
         skip_without_haproxy()
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, GATEWAY, "serve", *self.options],
+                [sys.executable, self.script, "serve", *self.options],
                 env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -49,7 +49,7 @@ def test_every_file_that_the_exercise_names_is_in_a_fresh_clone():
 
 
 @pytest.mark.parametrize(
-    "folder", [".", "benchmarks", "gateway", "sealing", "tests", *FRAMEWORK_FOLDERS, "tfserving/local"]
+    "folder", [".", "benchmarks", "gateway", "monitoring", "sealing", "tests", *FRAMEWORK_FOLDERS, "tfserving/local"]
 )
 def test_no_folder_hides_a_package_from_a_script_that_starts_in_it(folder):
     # As for a script, the folder is searched first; a folder without an __init__.py hides no package.

@@ -62,6 +62,7 @@ NOT_EXECUTED = {
     "(cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest)": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:3001:3000 my_model_service:latest": NO_ENGINE,
     "(cd ../onnx && python convert_to_onnx.py)": "onnx/README.md runs it; here make train has been run",
+    "sudo RUNLEVEL=1 apt-get install --no-install-recommends prometheus prometheus-alertmanager": ".ci/run does it",
     "docker build -t my_model-torchserve .": NO_ENGINE,
     "docker run --rm -d --name my_model -p 127.0.0.1:9080:8080 my_model-torchserve": NO_ENGINE,
     "docker stop my_model": NO_ENGINE,
@@ -77,7 +78,7 @@ STOP = re.compile(r"\b[Ss]top(\s+(the\s+\w+|it))?\s+with\s+Ctrl-C\b")
 EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
 THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
 NUMBER = re.compile(r"\d[\d,.]*(T\d+Z|e[-+]?\d+)?")
-FOLDERS = (*FRAMEWORKS, "gateway", "sealing", "kubernetes", "data")
+FOLDERS = (*FRAMEWORKS, "gateway", "monitoring", "sealing", "kubernetes", "data")
 NOT_TYPED = {  # fences whose commands need what no CI here has
     "bash cluster": "a Kubernetes cluster: test_kubernetes.py checks what the commands would send",
     "bash machines": "several machines: test_swarm.py makes three of this one, and does what the commands do",

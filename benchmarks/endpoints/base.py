@@ -63,6 +63,8 @@ class Endpoint:
     default_ports: dict[str, int]  # by role; "rest" or "grpc", after the protocol, is the one that is timed
     versions: dict[str, str] = {"1": "1", "2": "2"}
     rows_key: str  # the key of the rows in the JSON body
+    metrics_port: str = "rest"  # the role of the port where Prometheus asks
+    metrics_path: str = "/metrics"
     settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
     image_settings: dict[str, str] | None = None  # as settings, of the folder's image; None: it starts another set-up
     packages: tuple[str, ...] = ()  # whose versions the result file tells
@@ -133,6 +135,10 @@ class Endpoint:
 
     def environment(self) -> dict[str, str]:
         """Environment variables that the command needs beside the caller's."""
+        return {}
+
+    def environment_in(self, folder: Path) -> dict[str, str]:
+        """Further variables, for a server that keeps files: `folder` is its own and goes when it stops."""
         return {}
 
     def native_version(self, version: str) -> str:

@@ -1,6 +1,7 @@
 """BentoML with the two saved versions of the scikit-learn pipeline."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,15 @@ class BentomlEndpoint(Endpoint):
             "BENTOML_CONFIG": str(self.folder / self.config),
             "ONLY_VERSION": self.native_version(self.only_version) if self.only_version else "",
         }
+
+    def environment_in(self, folder: Path) -> dict[str, str]:
+        """A store of its own with the same models: BentoML counts in files below BENTOML_HOME, which every start
+        removes, so that servers that share it lose and mix their counts.
+        """
+        home = folder / "store"
+        home.mkdir()
+        (home / "models").symlink_to(self.folder / "store" / "models")
+        return {"BENTOML_HOME": str(home)}
 
     def path(self, version: str | None) -> str:
         return "/predict"

@@ -15,6 +15,7 @@ class TensorFlowServingEndpoint(Endpoint):
     folder = REPOSITORY_DIR / "tfserving"
     default_ports = {"rest": 8501, "grpc": 8500}
     rows_key = "instances"
+    metrics_path = "/monitoring/prometheus/metrics"
     packages = ("tensorflow", "uvicorn", "uvloop", "httptools", "grpcio")
     variant = "default"
     options: tuple[str, ...] = ()

@@ -22,6 +22,7 @@ class TorchServeEndpoint(Endpoint):
     }
     versions = {"1": "1.0", "2": "2.0"}
     rows_key = "data"
+    metrics_port = "metrics"
     packages = ("torchserve", "torch")
     variant = "default"
     options: tuple[str, ...] = ()

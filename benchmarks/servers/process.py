@@ -122,6 +122,7 @@ class ServerProcess:
     def _spawn(self) -> None:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
         environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **self.endpoint.environment()}
+        environment |= self.endpoint.environment_in(Path(self._log_dir.name))
         cpus, goes_first = self.cpus, self.goes_first
         parent = os.getpid()
 

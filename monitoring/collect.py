@@ -1,0 +1,458 @@
+"""Keep the gateway's prediction log, and count and watch what it says.
+
+    python collect.py
+
+Takes HAProxy's records on port 8406 (GATEWAY_PREDICTIONS of gateway.py) and
+writes one line per prediction into state/predictions. Answers Prometheus on
+port 8405, prints the alerts that Alertmanager posts there, and reads the
+labels that come later from state/labels. `python monitor.py` starts it beside
+Prometheus and Alertmanager.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from drift import Reference, Watch
+from prediction_log import Count, LogError, PredictionLog, open_view, utc_now
+from records import FEATURES, Record, read_record
+
+FOLDER = Path(__file__).resolve().parent
+DATA_DIR = FOLDER.parent / "data"
+RECORDS_ADDRESS, HTTP_ADDRESS = "127.0.0.1:8406", "127.0.0.1:8405"
+LONGEST_RECORD = 1 << 17  # haproxy.cfg's are at most 65,535 bytes
+# From a small model's own time to a client's patience; 50 ms is the objective of rules.yml.
+BUCKETS_S = (
+    0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0,
+    5.0, 10.0, 30.0,
+)  # fmt: skip
+LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 5.0, 60.0
+WATCHDOG_SILENCE_S = 180.0
+MOST_LABELS_KNOWN = 100_000  # so many are remembered, that one which comes twice counts once
+PRINTED = {"firing": "FIRING", "resolved": "resolved"}
+
+
+class Collector:
+    """What one record, one label and one alert changes. All but `write_metrics` and `take_alerts` run in one thread."""
+
+    def __init__(self, state: Path, keep_days: int):
+        self.state = state
+        self.log = PredictionLog(state / "predictions", keep_days)
+        self.labels_dir = state / "labels"
+        self.labels_dir.mkdir(exist_ok=True, mode=0o700)
+        self.records = Count(state / "records.count")
+        self.reference = Reference.read(DATA_DIR)
+        self.deciles = np.quantile(self.reference.features, np.arange(1, 10) / 10, axis=1).T.tolist()  # (5, 9)
+        self.watches: dict[tuple[str, str], Watch] = {}
+        self.offsets: dict[str, int] = {}  # bytes read of each file of labels
+        self.labelled: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self.alerts: dict[str, str] = {}  # status by fingerprint
+        self.watchdog_s = 0.0  # when Alertmanager last said that it is there; 0: not yet
+        self.lock = threading.Lock()  # around the watches: the HTTP thread reads and resets them
+        self._children: dict = {}
+        self._log_works = True
+        self._make_metrics()
+        self._load()
+
+    def _make_metrics(self) -> None:
+        self.registry = CollectorRegistry()
+        of, by = {"registry": self.registry}, ["server", "version"]
+        self.seconds = Histogram(
+            "gateway_request_seconds", "From the request to the end of its reply, as its user sees it",
+            [*by, "code"], buckets=BUCKETS_S, **of,
+        )  # fmt: skip
+        self.rows = Counter("gateway_rows", "Predicted rows by the class that they were given", [*by, "class"], **of)
+        self.deciles_seen = Counter(
+            "gateway_rows_by_decile", "Rows by the decile of train.csv that a feature lies in: a tenth each",
+            [*by, "feature", "decile"], **of,
+        )  # fmt: skip
+        self.expected_right = Counter("gateway_expected_right", "The sum of max(p, 1 - p) over the rows", by, **of)
+        self.fallbacks = Counter(
+            "gateway_fallbacks", "Requests that another version answered than was wanted", [*by, "wanted"], **of
+        )
+        self.labels = Counter("gateway_labels", "Labels by whether the prediction was right", [*by, "right"], **of)
+        self.unknown_labels = Counter("gateway_unknown_labels", "Labels of no prediction that is in the log", **of)
+        self.last_label = Gauge("gateway_last_label_seconds", "When the last label came, since 1970", by, **of)
+        self.unreadable = Counter("gateway_unreadable_records", "Lines that are no record of the gateway", **of)
+        self.write_errors = Counter("gateway_log_write_errors", "Records that the disk did not take", **of)
+        self.registry.register(self)
+
+    def collect(self):
+        """Return what is counted elsewhere, for prometheus_client: the records, and what the watches know."""
+        total = CounterMetricFamily("gateway_records", "Requests in the prediction log, also before a restart")
+        total.add_metric([], self.records.value)
+        by = ["server", "version", "kind"]
+        alarm = GaugeMetricFamily("drift_alarm", "1 from an alarm until the reset", labels=[*by, "statistic"])
+        progress = GaugeMetricFamily("drift_progress", "Evidence, logarithmic: 0 none, 1 an alarm", labels=by)
+        seen = CounterMetricFamily("drift_observations", "Requests, or labels, that were watched", labels=by)
+        with self.lock:
+            for key, watch in self.watches.items():
+                for kind, detectors in watch.detectors.items():
+                    seen.add_metric([*key, kind], detectors.observations)
+                    progress.add_metric([*key, kind], float(detectors.progress.max()))
+                    for name in watch.alarms[kind]:
+                        alarm.add_metric([*key, kind, name], 1)
+                    if not watch.alarms[kind]:
+                        alarm.add_metric([*key, kind, "none"], 0)
+        return [total, alarm, progress, seen]
+
+    def _of(self, metric, *labels: str):
+        """Return a metric with these labels, found faster than the library does."""
+        key = (metric, *labels)
+        if (child := self._children.get(key)) is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
+
+    def take(self, lines: list[bytes]) -> None:
+        """Take the gateway's lines: write them into the log, then count them."""
+        records, written = [], []
+        for line in lines:
+            try:
+                record = read_record(line)
+            except ValueError:
+                self.unreadable.inc()
+                continue
+            records.append(record)
+            if record.is_prediction:
+                written.append(record.lines())
+        try:
+            if written:
+                self.log.append("".join(written), utc_now())
+            self.records.add(len(records))
+            self._tell_about_the_disk(None)
+        except OSError as error:
+            self.write_errors.inc(len(records))
+            self._tell_about_the_disk(error)
+        with self.lock:
+            for record in records:
+                if record.is_prediction:
+                    self._count(record)
+
+    def _tell_about_the_disk(self, error: OSError | None) -> None:
+        if self._log_works == (error is not None):
+            self._log_works = error is None
+            say("the prediction log is written again" if error is None else
+                f"the prediction log cannot be written ({error.strerror}): rows are lost until it can")  # fmt: skip
+
+    def _count(self, record: Record) -> None:
+        key = record.server, record.version
+        if (self.seconds, *key, "5xx") not in self._children:
+            for code in ("2xx", "4xx", "5xx"):  # from 0 on: Prometheus sees no increase in a number's first value
+                self._of(self.seconds, *key, code)
+        self._of(self.seconds, *key, record.code).observe(record.seconds)
+        if record.wanted != record.version:
+            self._of(self.fallbacks, *key, record.wanted).inc()
+        if not record.probabilities:
+            return
+        benign = np.array(record.probabilities)[:, 1]  # (n,)
+        positive = int((benign >= 0.5).sum())
+        for name, count in (("benign", positive), ("malignant", len(benign) - positive)):
+            if count:
+                self._of(self.rows, *key, name).inc(count)
+        self._of(self.expected_right, *key).inc(float(np.maximum(benign, 1 - benign).sum()))
+        if not record.rows:
+            return
+        rows = np.array(record.rows)  # (n, 5)
+        for row in record.rows:
+            for name, value, edges in zip(FEATURES, row, self.deciles, strict=True):
+                self._of(self.deciles_seen, *key, name, str(bisect_right(edges, value) + 1)).inc()
+        for kind, statistic in self._watch(*key).observe(rows, benign):
+            say(f"drift: {record.server} version {record.version}, {kind}: {statistic}")
+
+    def _watch(self, server: str, version: str) -> Watch:
+        return self.watches.setdefault((server, version), Watch(self.reference, version))
+
+    def read_new_labels(self) -> list[tuple[str, int, int]]:
+        """Return the whole lines that were added to the files of labels since the last call: id, row, target."""
+        found = []
+        for path in sorted(self.labels_dir.glob("*.csv")):
+            start = self.offsets.get(path.name, 0)
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size < start:
+                    start = 0  # the file has been replaced
+                file.seek(start)
+                whole, end, _ = file.read(1 << 20).rpartition(b"\n")
+                self.offsets[path.name] = start + len(whole) + len(end)
+                for line in whole.decode(errors="replace").splitlines():
+                    with contextlib.suppress(ValueError):
+                        name, row, target = line.split(",")
+                        key = name.strip().lower(), int(row)
+                        if target.strip() in ("0", "1") and key not in self.labelled:
+                            self.labelled[key] = None
+                            found.append((*key, int(target)))
+        while len(self.labelled) > MOST_LABELS_KNOWN:
+            self.labelled.popitem(last=False)
+        return found
+
+    def find_predictions(self, labels: list[tuple[str, int, int]]) -> list[tuple[str, str, int]]:
+        """Return server, version and whether the prediction was wrong of each label that is in the log."""
+        with open_view(self.log.folder) as connection:
+            return connection.execute(
+                "WITH asked AS (SELECT unnest(?) AS id, unnest(?) AS row, unnest(?) AS target) "
+                "SELECT server, version, ((benign >= 0.5) <> (target = 1))::INTEGER FROM predictions p, asked a "
+                "WHERE p.id = TRY_CAST(a.id AS UUID) AND p.row = a.row AND benign IS NOT NULL ORDER BY time, p.row",
+                list(map(list, zip(*labels, strict=True))),
+            ).fetchall()
+
+    def count_labels(self, found: list[tuple[str, str, int]], asked: int) -> None:
+        self.unknown_labels.inc(asked - len(found))
+        with self.lock:
+            for server, version, is_error in found:
+                self._of(self.labels, server, version, "no" if is_error else "yes").inc()
+                self._of(self.last_label, server, version).set(time.time())
+                for kind, statistic in self._watch(server, version).observe_label(is_error):
+                    say(f"drift: {server} version {version}, {kind}: {statistic}")
+
+    def reset(self, server: str, version: str) -> int:
+        """Forget evidence and alarms of a server's version, of all where a name is empty; return of how many."""
+        with self.lock:
+            chosen = [w for (s, v), w in self.watches.items() if server in ("", s) and version in ("", v)]
+            for watch in chosen:
+                watch.reset()
+        self.keep()
+        return len(chosen)
+
+    def keep(self) -> None:
+        """Write what a restart must know, in one step."""
+        with self.lock:
+            watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
+            content = json.dumps({"watches": watches, "offsets": self.offsets})
+        temporary = self.state / "collector.json.writing"
+        with contextlib.suppress(OSError):  # a full disk: said by the log already
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(content)
+            temporary.replace(self.state / "collector.json")
+
+    def _load(self) -> None:
+        path = self.state / "collector.json"
+        try:
+            kept = json.loads(path.read_text())
+            self.offsets = {str(name): int(offset) for name, offset in kept["offsets"].items()}
+            for server, version, watch in kept["watches"]:
+                self._watch(server, version).load(watch)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            say(f"{path} is damaged: the drift detectors begin again")
+            self.watches, self.offsets = {}, {}
+
+    def take_alerts(self, posted: dict) -> None:
+        """Print and keep what Alertmanager posts: each alert when it begins and when it ends."""
+        for alert in posted["alerts"]:
+            name, status = alert["fingerprint"], alert["status"]
+            if self.alerts.get(name, "resolved") == status:
+                continue  # said again, for as long as it goes on
+            self.alerts[name] = status
+            labels, notes = alert["labels"], alert["annotations"]
+            words = f"{labels.get('severity', '')} {labels['alertname']}: {notes.get('summary', '')}"
+            runbook = f"; what to do: {notes['runbook']}" if status == "firing" and "runbook" in notes else ""
+            say(f"{PRINTED.get(status, status)} {words}{runbook}")
+            descriptor = os.open(self.state / "alerts.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(json.dumps({"time": time.time(), "status": status, **labels, **notes}) + "\n")
+
+    def check_watchdog(self) -> None:
+        """Say once when Alertmanager has stopped to say that it is there."""
+        if self.watchdog_s and time.monotonic() - self.watchdog_s > WATCHDOG_SILENCE_S:
+            self.watchdog_s = 0.0
+            say(f"no Watchdog for {WATCHDOG_SILENCE_S:.0f} s: Prometheus or Alertmanager fails, and no alert can come")
+
+
+class Intake(asyncio.Protocol):
+    """One connection of HAProxy: records, each after its length (RFC 6587, octet counting)."""
+
+    def __init__(self, collector: Collector):
+        self.collector = collector
+        self.unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        data = self.unread + data if self.unread else data
+        lines, position = [], 0
+        while (end := data.find(b" ", position, position + 7)) >= 0:
+            if not data[position:end].isdigit() or (length := int(data[position:end])) > LONGEST_RECORD:
+                break
+            if len(data) < end + 1 + length:
+                break
+            lines.append(data[end + 1 : end + 1 + length])
+            position = end + 1 + length
+        self.unread = data[position:]
+        if lines:
+            self.collector.take(lines)
+        size, is_whole, _ = self.unread[:7].partition(b" ")
+        if size and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
+            self.collector.unreadable.inc()
+            self.transport.abort()  # no place from which the next record could be found; HAProxy connects again
+
+
+class Handler(BaseHTTPRequestHandler):
+    """GET /metrics; POST /alerts, /watchdog and /reset."""
+
+    collector: Collector
+    address: tuple[str, int]
+    protocol_version = "HTTP/1.1"
+    timeout = 30
+
+    def do_GET(self) -> None:
+        if urlsplit(self.path).path != "/metrics":
+            return self._answer(404, "there are /metrics, and POST /alerts, /watchdog, /reset\n")
+        return self._answer(200, generate_latest(self.collector.registry).decode())
+
+    def do_POST(self) -> None:
+        target = urlsplit(self.path)
+        if self.headers.get("Origin"):  # a page in a browser, whoever made it
+            return self._answer(403, "not for browsers\n")
+        try:
+            body = self.rfile.read(min(int(self.headers.get("Content-Length", 0)), 1 << 20))
+            if target.path == "/alerts":
+                self.collector.take_alerts(json.loads(body))
+            elif target.path == "/watchdog":
+                self.collector.watchdog_s = time.monotonic()
+            elif target.path == "/reset":
+                asked = parse_qs(target.query)
+                count = self.collector.reset(*(asked.get(name, [""])[0] for name in ("server", "version")))
+                return self._answer(200, f"{count} reset\n")
+            else:
+                return self._answer(404, "POST /alerts, /watchdog or /reset\n")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            return self._answer(400, f"not what Alertmanager posts: {error!r}\n")
+        return self._answer(200, "")
+
+    def _answer(self, status: int, text: str) -> None:
+        body = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+class HttpServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+    def handle_error(self, *_) -> None:
+        """A client that breaks off is no error of ours."""
+
+
+async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.Event) -> None:
+    """Take records, labels and care of the files until `stop`."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Intake(collector), *records)
+    say(f"collector: records on {join(records)}, metrics on http://{join(Handler.address)}/metrics")
+
+    async def every(seconds: float, work) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), seconds)
+            try:
+                await work()
+            except Exception as error:  # noqa: BLE001  # whatever it is, records must be taken
+                say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+    async def look_for_labels() -> None:
+        collector.check_watchdog()
+        if labels := collector.read_new_labels():
+            collector.count_labels(await asyncio.to_thread(collector.find_predictions, labels), len(labels))
+
+    async def keep() -> None:
+        collector.keep()
+
+    async def tidy() -> None:
+        for line in await asyncio.to_thread(collector.log.tidy, utc_now()):
+            say(f"prediction log: {line}")
+
+    async with server:
+        await asyncio.gather(
+            every(LABELS_EVERY_S, look_for_labels), every(KEEP_EVERY_S, keep), every(TIDY_EVERY_S, tidy)
+        )
+
+
+def say(text: str) -> None:
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    print(f"{time.strftime('%H:%M:%S')} {printable}", flush=True)
+
+
+def join(address: tuple[str, int]) -> str:
+    return f"{address[0]}:{address[1]}"
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected an address and a port, as in {HTTP_ADDRESS}")
+    return host.strip("[]"), int(port)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--state", type=Path, default=FOLDER / "state", help="folder of all files (default: state here)"
+    )
+    parser.add_argument(
+        "--records", type=parse_address, default=RECORDS_ADDRESS, help=f"for HAProxy (default: {RECORDS_ADDRESS})"
+    )
+    parser.add_argument(
+        "--http", type=parse_address, default=HTTP_ADDRESS, help=f"for Prometheus (default: {HTTP_ADDRESS})"
+    )
+    parser.add_argument("--keep-days", type=int, default=30, help="days of predictions that are kept (default: 30)")
+    arguments = parser.parse_args()
+    if arguments.keep_days < 1:
+        parser.error("--keep-days must be at least 1")
+    os.umask(0o077)
+    try:
+        collector = Collector(arguments.state.resolve(), arguments.keep_days)
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"collect: {error}")
+    Handler.collector, Handler.address = collector, arguments.http
+    try:
+        http = HttpServer(arguments.http, Handler)
+    except OSError as error:
+        sys.exit(
+            f"collect: {join(arguments.http)}: {error.strerror}; stop what listens there, or choose another --http"
+        )
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await collect(collector, arguments.records, stop)
+
+    try:
+        asyncio.run(run())
+    except OSError as error:
+        where, reason = join(arguments.records), os.strerror(error.errno or 0)  # asyncio's own words are longer
+        sys.exit(f"collect: {where}: {reason}; stop what listens there, or choose another --records")
+    finally:
+        collector.keep()
+        collector.log.close()
+        http.shutdown()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except LogError as error:
+        sys.exit(f"collect: {error}")

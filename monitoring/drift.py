@@ -1,0 +1,172 @@
+"""Say when the world is no longer the one that the model was trained for, with a proved bound on false alarms.
+
+A mixture Shiryaev-Roberts e-detector (Shin, Ramdas & Rinaldo, "E-detectors", NEJSDS 2023, article 59) watches a number
+z from 0 to 1 that has a mean of at most m as long as nothing has changed:
+
+    M <- (M + 1) · (1 + bet · (z - m)),    alarm when the mean of M over the bets is at least the bound
+
+With E[z | past] <= m the mean time until a false alarm is at least the bound, whatever z's distribution and however its
+values depend on each other. Of K numbers each has the threshold K · bound: the bound holds for all of them together.
+"""
+
+import csv
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+# Requests, then labels, until a false alarm: a request comes often, a label seldom.
+INPUT_BOUND, PREDICTION_BOUND, ACCURACY_BOUND = 1e8, 1e8, 1e5
+# A reference is a sample, too: 455 rows know a mean rank to ± 0.0135 (one deviation), 114 to ± 0.027. And a drift
+# within the tolerance harms nobody: 0.05 is a shift by 0.18 standard deviations.
+INPUT_TOLERANCE, PREDICTION_TOLERANCE = 0.05, 0.10
+# Bets as fractions of the largest that keeps M above 0: the small ones find small changes, the large ones large ones.
+BETS = np.array([0.03, 0.06, 0.12, 0.24, 0.42, 0.62, 0.82])
+CONFIDENCE = 0.95  # of the bound on the error that the reference's own errors allow
+LARGEST = 1e250  # beyond the alarm evidence grows without an end
+
+
+class Detectors:
+    """K e-detectors over the same observations."""
+
+    def __init__(self, limits: np.ndarray, bound: float):
+        """`limits` (K,): the largest means without a change."""
+        self.limits = np.asarray(limits, float)
+        self.bets = BETS / self.limits[:, None]  # (K, bets)
+        self.evidence = np.zeros_like(self.bets)
+        self.threshold = len(self.limits) * bound
+        self.observations = 0
+
+    def observe(self, z: np.ndarray) -> np.ndarray:
+        """Take the next observation, (K,); return which detectors are at or above the threshold, (K,) of bool."""
+        self.evidence = (self.evidence + 1) * (1 + self.bets * (z - self.limits)[:, None])
+        np.minimum(self.evidence, LARGEST, out=self.evidence)
+        self.observations += 1
+        return self.evidence.mean(axis=1) >= self.threshold
+
+    @property
+    def progress(self) -> np.ndarray:
+        """How far the evidence is, on a scale of logarithms, from none (0) to an alarm (1), (K,)."""
+        return np.log(np.maximum(self.evidence.mean(axis=1), 1)) / math.log(self.threshold)
+
+
+def rank(values: np.ndarray, reference: list[list[float]]) -> np.ndarray:
+    """Return the share of the reference below each value, equal ones half: uniform from 0 to 1 without a drift.
+
+    `values` (n, k); `reference` k sorted lists, which bisect searches faster than NumPy where n is small; (n, k).
+    """
+    counts = [
+        [bisect_left(known, value) + bisect_right(known, value) for value, known in zip(row, reference, strict=True)]
+        for row in values.tolist()
+    ]
+    return np.array(counts) / (2 * len(reference[0]))
+
+
+def spread_out(u: np.ndarray) -> np.ndarray:
+    """Return what is watched of ranks (n, k): higher, lower, wider; the mean over n, (3k,).
+
+    A request of many rows is one observation: its rows need not be independent.
+    """
+    return np.concatenate([u, 1 - u, np.abs(2 * u - 1)], axis=1).mean(axis=0)
+
+
+def bound_error(errors: int, n: int) -> float:
+    """Return the largest error rate that `errors` of `n` do not exclude (Clopper & Pearson 1934, one-sided)."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        at_most = sum(math.comb(n, k) * rate**k * (1 - rate) ** (n - k) for k in range(errors + 1))
+        low, high = (rate, high) if at_most > 1 - CONFIDENCE else (low, rate)
+    return low
+
+
+@dataclass
+class Reference:
+    """What is known of the world in which the model was trained, from data/."""
+
+    features: list[list[float]]  # train.csv by columns, 5 of 455, each sorted
+    benign: dict[str, list[list[float]]]  # by version: P(benign) of test.csv's rows, 1 of 114, sorted
+    errors: dict[str, tuple[int, int]]  # by version: errors in test.csv, and its rows
+    names: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Reference":
+        """Read train.csv, test.csv and expected.csv. OSError, ValueError or KeyError where they are not as written."""
+        with (folder / "train.csv").open(newline="") as file:
+            head, *lines = csv.reader(file)
+        features = np.array([line[:-1] for line in lines], float)
+        with (folder / "test.csv").open(newline="") as file:
+            targets = np.array([int(line["target"]) for line in csv.DictReader(file)])
+        with (folder / "expected.csv").open(newline="") as file:
+            expected = list(csv.DictReader(file))
+        benign = {v: np.array([float(row[f"v{v}_benign"]) for row in expected]) for v in ("1", "2")}
+        errors = {v: (int(((p >= 0.5) != targets).sum()), len(targets)) for v, p in benign.items()}
+        columns = [sorted(column) for column in features.T.tolist()]
+        return cls(columns, {v: [sorted(p.tolist())] for v, p in benign.items()}, errors, head[:-1])
+
+
+class Watch:
+    """Watches the inputs, the predictions and the errors of one server and version; of an unknown version the inputs.
+
+    An alarm stays until `reset`: that no more evidence comes does not show that the drift is over.
+    """
+
+    KINDS = ("input", "prediction", "accuracy")
+
+    def __init__(self, reference: Reference, version: str):
+        self.reference, self.version = reference, version
+        k = len(reference.names)
+        ways = ("higher", "lower", "wider")
+        self.statistics = {
+            "input": [f"{name} {way}" for way in ways for name in reference.names],
+            "prediction": [f"P(benign) {way}" for way in ways],
+            "accuracy": ["errors"],
+        }
+        self.detectors = {"input": Detectors(np.full(3 * k, 0.5 + INPUT_TOLERANCE), INPUT_BOUND)}
+        if version in reference.benign:
+            limit = bound_error(*reference.errors[version])
+            self.detectors["prediction"] = Detectors(np.full(3, 0.5 + PREDICTION_TOLERANCE), PREDICTION_BOUND)
+            self.detectors["accuracy"] = Detectors(np.array([limit]), ACCURACY_BOUND)
+        self.alarms: dict[str, dict[str, int]] = {kind: {} for kind in self.KINDS}
+
+    def observe(self, rows: np.ndarray, benign: np.ndarray) -> list[tuple[str, str]]:
+        """Take the rows (n, 5) and the P(benign) (n,) of one request; return the new alarms, kind and statistic."""
+        found = self._observe("input", spread_out(rank(rows, self.reference.features)))
+        if "prediction" in self.detectors:
+            u = rank(benign[:, None], self.reference.benign[self.version])
+            found += self._observe("prediction", spread_out(u))
+        return found
+
+    def observe_label(self, is_error: float) -> list[tuple[str, str]]:
+        """Take one label: 1 where the prediction was wrong, 0 where it was right."""
+        return self._observe("accuracy", np.array([is_error])) if "accuracy" in self.detectors else []
+
+    def _observe(self, kind: str, z: np.ndarray) -> list[tuple[str, str]]:
+        detectors, known = self.detectors[kind], self.alarms[kind]
+        found = []
+        for place in np.flatnonzero(detectors.observe(z)):
+            name = self.statistics[kind][place]
+            if name not in known:
+                known[name] = detectors.observations
+                found.append((kind, name))
+        return found
+
+    def reset(self) -> None:
+        """Forget all evidence and all alarms."""
+        self.__init__(self.reference, self.version)
+
+    def dump(self) -> dict:
+        """Return what `load` takes, as JSON can say it."""
+        detectors = {k: [d.observations, d.evidence.tolist()] for k, d in self.detectors.items()}
+        return {"detectors": detectors, "alarms": self.alarms}
+
+    def load(self, kept: dict) -> None:
+        """Go on from `dump`; what does not fit is left out: then a detector begins again, which keeps its bound."""
+        for kind, (observations, evidence) in kept["detectors"].items():
+            detectors = self.detectors.get(kind)
+            if detectors and np.shape(evidence) == detectors.evidence.shape:
+                detectors.observations, detectors.evidence = int(observations), np.array(evidence, float)
+        for kind in self.KINDS:
+            self.alarms[kind] = {str(name): int(at) for name, at in kept["alarms"].get(kind, {}).items()}

@@ -1,0 +1,175 @@
+"""monitoring/drift.py against other ways to compute the same, and its promises in simulations with fixed chance."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from helpers import REPOSITORY_DIR, call_main, load_together
+
+MONITORING = REPOSITORY_DIR / "monitoring"
+drift, drift_table, patients = load_together(MONITORING, "drift", "drift_table", "patients")
+REFERENCE = drift.Reference.read(REPOSITORY_DIR / "data")
+
+
+def test_the_evidence_is_the_papers_formula():
+    limits = np.array([0.55, 0.112])
+    detectors = drift.Detectors(limits, 1e6)
+    rng = np.random.default_rng(1)
+    m = [[0.0] * len(drift.BETS) for _ in limits]
+    for z in rng.random((300, 2)):
+        detectors.observe(z)
+        for k, limit in enumerate(limits):
+            for j, bet in enumerate(drift.BETS):
+                m[k][j] = (m[k][j] + 1) * (1 + bet / limit * (z[k] - limit))
+    assert np.allclose(detectors.evidence, m, rtol=1e-9)
+    assert detectors.threshold == 2e6
+    many = drift_table.ManyDetectors(3, limits)
+    rng = np.random.default_rng(1)
+    for z in rng.random((300, 2)):
+        largest = many.observe(np.tile(z, (3, 1)))
+    assert np.allclose(largest, detectors.evidence.mean(axis=1).max() / 2)
+
+
+def test_an_observation_at_the_limit_is_worth_nothing_on_average():
+    """With E[z] = m the expected evidence grows by one a step, whatever the bet: that is what the bound rests on."""
+    for limit in (0.55, 0.112):
+        for bet in drift.BETS / limit:
+            assert 1 + bet * (0 - limit) > 0  # never negative, or it could not be a bound
+            ends = (1 + bet * (0 - limit)) * (1 - limit) + (1 + bet * (1 - limit)) * limit
+            assert ends == pytest.approx(1)
+
+
+def test_ranks_and_bounds_are_those_of_scipy():
+    rng = np.random.default_rng(2)
+    known = np.array(REFERENCE.features).T  # (455, 5)
+    values = known[rng.integers(455, size=20)]
+    expected = [[stats.percentileofscore(known[:, i], row[i], kind="mean") / 100 for i in range(5)] for row in values]
+    assert np.allclose(drift.rank(values, REFERENCE.features), expected)
+    assert REFERENCE.errors["1"] == (7, 114)
+    for errors, n in ((7, 114), (0, 50), (49, 50)):
+        assert drift.bound_error(errors, n) == pytest.approx(stats.beta.ppf(0.95, errors + 1, n - errors), abs=1e-9)
+
+
+def test_one_request_of_many_rows_is_one_observation():
+    watch = drift.Watch(REFERENCE, "1")
+    rows = np.repeat([[column[-1] for column in REFERENCE.features]], 2000, axis=0)  # the largest of everything
+    assert watch.observe(rows, np.full(2000, 0.5)) == []
+    assert watch.detectors["input"].observations == 1
+
+
+def watch_patients(shift: dict[str, float], requests: int, seed: int = 1, quiet: int = 0) -> tuple[drift.Watch, list]:
+    population = patients.Population(REPOSITORY_DIR / "data", shift)
+    plain = patients.Population(REPOSITORY_DIR / "data", {})
+    rng, watch, alarms = np.random.default_rng(seed), drift.Watch(REFERENCE, "1"), []
+    benign = REFERENCE.benign["1"][0]
+    for number in range(quiet + requests):
+        rows, _ = (plain if number < quiet else population).draw(1, rng)
+        alarms += [(number - quiet, *alarm) for alarm in watch.observe(rows, rng.choice(benign, 1))]
+    return watch, alarms
+
+
+def test_patients_without_drift_raise_no_alarm_and_changed_ones_do_by_the_features_name():
+    assert watch_patients({}, 4000)[1] == []
+    _, alarms = watch_patients({"mean texture": 0.5}, 1000, quiet=1000)
+    number, kind, statistic = alarms[0]
+    assert 0 <= number <= 800
+    assert (kind, statistic) == ("input", "mean texture higher")
+    assert not [alarm for alarm in alarms if "texture" not in alarm[2]]
+
+
+def test_the_ab_tests_users_raise_no_alarm_though_they_draw_114_rows_again_and_again():
+    rows = np.loadtxt(REPOSITORY_DIR / "data" / "test.csv", delimiter=",", skiprows=1)[:, :5]
+    watch, rng = drift.Watch(REFERENCE, "2"), np.random.default_rng(3)
+    z = [drift.spread_out(u[None]) for u in drift.rank(rows, REFERENCE.features)]
+    detectors = watch.detectors["input"]
+    for place in rng.integers(114, size=20_000):
+        assert not detectors.observe(z[place]).any()
+    assert detectors.progress.max() < 0.8
+
+
+@pytest.mark.parametrize(("error", "least", "most"), [(7 / 114, None, None), (0.3, 20, 400), (0.5, 8, 100)])
+def test_errors_are_an_alarm_when_there_are_more_than_the_reference_allows(error, least, most):
+    watch, rng = drift.Watch(REFERENCE, "1"), np.random.default_rng(4)
+    alarms = [n for n, wrong in enumerate(rng.random(3000) < error, 1) if watch.observe_label(float(wrong))]
+    assert (alarms == []) if least is None else (least <= alarms[0] <= most)
+
+
+def test_an_alarm_stays_until_the_reset_and_survives_a_restart():
+    watch, alarms = watch_patients({"mean symmetry": 2.0}, 300)
+    assert alarms
+    again = drift.Watch(REFERENCE, "1")
+    again.load(json.loads(json.dumps(watch.dump())))
+    assert again.alarms == watch.alarms
+    assert np.allclose(again.detectors["input"].evidence, watch.detectors["input"].evidence)
+    for _ in range(200):
+        again.observe(np.median(REFERENCE.features, axis=1)[None], np.array([0.9]))
+    assert again.alarms["input"].keys() >= watch.alarms["input"].keys()
+    again.reset()
+    assert not any(again.alarms.values())
+    assert again.detectors["input"].observations == 0
+    again.load({"detectors": {"input": [7, [[1.0]]], "other": [1, []]}, "alarms": {}})  # of other statistics
+    assert again.detectors["input"].observations == 0
+
+
+def test_a_version_without_a_reference_is_watched_by_its_inputs():
+    watch = drift.Watch(REFERENCE, "default")
+    assert watch.detectors.keys() == {"input"}
+    assert watch.observe(np.array(REFERENCE.features).T[:3], np.array([0.1, 0.2, 0.3])) == []
+    assert watch.observe_label(1.0) == []
+
+
+def test_patients_are_like_those_of_the_files_but_none_twice():
+    population = patients.Population(REPOSITORY_DIR / "data", {})
+    rows, targets = population.draw(20_000, np.random.default_rng(5))
+    assert len(np.unique(rows, axis=0)) > 19_900
+    assert abs(targets.mean() - population.targets.mean()) < 0.02
+    assert np.all(rows >= 0)
+    for column in range(5):
+        assert stats.ks_2samp(rows[:, column], population.rows[:, column]).statistic < 0.04
+    moved, _ = patients.Population(REPOSITORY_DIR / "data", {"mean radius": 1.0}).draw(20_000, np.random.default_rng(5))
+    assert (moved[:, 0] - rows[:, 0]).mean() == pytest.approx(population.rows[:, 0].std(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("--drift", "mean texture"), "write a feature and a shift"),
+        (("--drift", "mean size=+1sd"), "no feature 'mean size'; there are mean radius"),
+        (("--servers", "nobody"), "no server called 'nobody'; there are bentoml"),
+        (("--rate", "0"), "expected a number above 0"),
+        (("--wrong-labels", "2"), "wrong-labels is 0 to 1"),
+        (("--ca", "/nowhere/tls.pem"), "no certificate /nowhere/tls.pem: start the gateway"),
+    ],
+)
+def test_wrong_words_to_patients_are_refused_in_one_line(words, reason, monkeypatch):
+    monkeypatch.setenv("KEY", "gw_key")
+    try:
+        done = call_main(patients, *words)
+        text = done.stderr
+        assert done.returncode != 0
+    except patients.PatientsError as error:
+        text = str(error)
+    assert reason in text
+
+
+@pytest.mark.slow
+def test_the_table_of_the_readme_holds():
+    """No false alarm in 20,000,000 requests, and the delays that the page names; chance is fixed."""
+    printed = []
+    found = drift_table.compare(quick=False, rng=np.random.default_rng(1), say=printed.append)
+    print("\n".join(printed))
+    ours = found["e-detector, bound 1 in 1e8"]
+    assert (ours["alarms"], ours["requests"]) == (0, 20_000_000)
+    for case in ("without drift, neighbours alike (AR 0.9)", "without drift, 8 rows a request"):
+        assert found[case]["alarms"] == 0
+
+    def p90(delays: list[float]) -> float:
+        return float(np.quantile(delays, 0.9, method="higher"))
+
+    assert p90(ours["delays"]) <= 630
+    assert p90(found["+1 sd in one feature"]["delays"]) <= 130
+    assert p90(found["+0.5 sd from the first request on"]["delays"]) <= 630
+    assert p90(found["errors 0.200"]["delays"]) <= 400
+    assert not np.isfinite(found["errors 0.061"]["delays"]).any()

@@ -1,0 +1,723 @@
+"""monitoring/: the tap, the collector and its log, on a real HAProxy before toys that speak all servers' forms."""
+
+import base64
+import contextlib
+import gzip
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+
+from endpoints.base import load_endpoints
+from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, wait_until
+from machine.free_ports import find_free_ports
+from test_gateway import Gateway
+
+MONITORING = REPOSITORY_DIR / "monitoring"
+TOY = REPOSITORY_DIR / "tests" / "toy_predictors.py"
+TOYS = ("onnx", "bentoml", "tfserving", "torchserve")
+prediction_log, records, grpc_exchanges, exchanges = load_together(
+    MONITORING, "prediction_log", "records", "grpc_exchanges", "exchanges"
+)
+
+
+def toy_rows(n: int, start: int = 0) -> list[list[float]]:
+    """Rows of which each is another: P(benign) is a hundredth of the first number, or of the second by version 2."""
+    return [[(start + i) % 97 + 0.25, (start + i) % 89 + 0.5, 0.1, 0.1, 0.2 + (start + i) / 1e6] for i in range(n)]
+
+
+class Program:
+    """A process of the monitoring, whose output is kept."""
+
+    def __init__(self, *command: str | Path, log: Path, environment: dict[str, str] | None = None):
+        self.log_path = log
+        with log.open("ab") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], cwd=MONITORING, env={**os.environ, **(environment or {})},
+                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_for(self, text: str) -> None:
+        wait_until(lambda: text in self.log(), lambda: f"{text!r} in {self.log()!r}", while_alive=self.process)
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+
+class Collector(Program):
+    def __init__(self, folder: Path, ports: dict[str, int] | None = None):
+        self.state = folder / "monitoring"
+        self.ports = ports or find_free_ports(["records", "http"])
+        self.records = f"127.0.0.1:{self.ports['records']}"
+        super().__init__(
+            "collect.py", "--state", self.state, "--records", self.records,
+            "--http", f"127.0.0.1:{self.ports['http']}", log=folder / "collector.log",
+        )  # fmt: skip
+        count = self.log().count("records on")
+        wait_until(lambda: self.log().count("records on") > count or self.answers(), self.log, while_alive=self.process)
+
+    def answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            return bool(self.get("/metrics"))
+        return False
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['http']}{path}", timeout=DEADLINE_S) as reply:
+            return reply.read().decode()
+
+    def post(self, path: str, body: object = "", **headers: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports["http"], timeout=DEADLINE_S)
+        with contextlib.closing(connection):
+            connection.request("POST", path, body if isinstance(body, str) else json.dumps(body), headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read().decode()
+
+    def value(self, metric: str) -> float:
+        """Return the sum of a metric's values, of those whose labels are named in it."""
+        name, _, labels = metric.partition("{")
+        wanted = re.findall(r'\w+="[^"]*"', labels)
+        lines = [line.rpartition(" ") for line in self.get("/metrics").splitlines() if re.match(rf"{name}[{{ ]", line)]
+        return sum(float(value) for key, _, value in lines if all(pair in key for pair in wanted))
+
+    def ask(self, sql: str) -> list[tuple]:
+        with prediction_log.open_view(self.state / "predictions", self.state / "labels") as connection:
+            return connection.execute(sql).fetchall()
+
+    def wait_for_records(self, count: int) -> None:
+        wait_until(
+            lambda: self.value("gateway_records_total") >= count,
+            lambda: f"{count} records: {self.value('gateway_records_total')}, {self.log()}",
+        )
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory):
+    """The environment of a gateway behind which both versions of all four servers are toys."""
+    folder, programs, environment = tmp_path_factory.mktemp("toys"), [], {}
+    try:
+        for version in "12":
+            ports = find_free_ports(["rest", "grpc"])
+            programs.append(
+                Program(
+                    REPOSITORY_DIR / "tests" / "toy_predictors.py",
+                    version,
+                    *map(str, ports.values()),
+                    log=folder / version,
+                )
+            )
+            for name in TOYS:
+                environment[f"GATEWAY_{name.upper()}_V{version}"] = f"127.0.0.1:{ports['rest']}"
+            for name in ("TFSERVING", "TORCHSERVE"):
+                environment[f"GATEWAY_{name}_V{version}_GRPC"] = f"127.0.0.1:{ports['grpc']}"
+            wait_until(lambda port=ports["rest"]: listens(port), programs[-1].log, while_alive=programs[-1].process)
+        yield environment
+    finally:
+        for program in programs:
+            program.end(signal.SIGKILL)
+
+
+def listens(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def all_up(gateway: Gateway) -> bool:
+    versions = [gateway.versions(name) for name in TOYS]
+    return all(
+        replica["state"] == "UP" for v in versions for facts in v.values() for replica in facts["replicas"].values()
+    )
+
+
+@pytest.fixture(scope="module")
+def collector(tmp_path_factory):
+    collector = Collector(tmp_path_factory.mktemp("collector"))
+    yield collector
+    assert collector.end() == 0
+    assert "Traceback" not in collector.log()
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory, toys, collector):
+    environment = {**toys, "GATEWAY_PREDICTIONS": collector.records}
+    with Gateway(tmp_path_factory.mktemp("gateway") / "state", "--servers", *TOYS, environment=environment) as gateway:
+        wait_until(lambda: all_up(gateway), gateway.log, while_alive=gateway.process)
+        yield gateway
+
+
+def ask(gateway: Gateway, name: str, rows: list[list[float]], version: str | None = None, **headers: str):
+    """Ask over REST; return id, version and probabilities of the reply."""
+    endpoint = load_endpoints()[name]()
+    request = endpoint.request(rows, None)
+    headers |= {"X_Model_Version": version} if version else {}
+    status, replied, body = gateway.ask(f"/{name}{request.path}", request.body, **headers)
+    assert status == 200, body
+    return replied["x-request-id"], replied["x-model-version"], endpoint.decode(body)
+
+
+def ask_grpc(gateway: Gateway, name: str, rows: list[list[float]], version: str):
+    endpoint = load_endpoints()[f"{name}-grpc"]()
+    request = endpoint.request(rows, None)
+    with gateway.channel() as channel:
+        metadata = (("x-api-key", gateway.key), ("x-model-version", version))
+        reply, state = channel.unary_unary(request.path).with_call(request.body, metadata=metadata, timeout=DEADLINE_S)
+        headers = dict(state.initial_metadata())
+        return headers["x-request-id"], headers["x-model-version"], endpoint.decode(reply)
+
+
+def test_every_prediction_of_every_server_and_version_is_in_the_log_once_with_its_values(gateway, collector):
+    sent = {}
+    before = collector.value("gateway_records_total")
+    for number, name in enumerate(TOYS):
+        for version in "12":
+            for n in (1, 3):
+                rows = toy_rows(n, start=100 * number + n)
+                ways = [ask] + ([ask_grpc] if f"{name}-grpc" in load_endpoints() else [])
+                for way in ways:
+                    key, answered, probabilities = way(gateway, name, rows, version)
+                    assert answered == version
+                    sent[key] = (name, version, "gRPC" if way is ask_grpc else "REST", rows, probabilities)
+    collector.wait_for_records(before + len(sent))
+    kept = collector.ask("SELECT * FROM predictions ORDER BY time, id, row")
+    mine = [row for row in kept if str(row[1]) in sent]
+    assert len(mine) == sum(len(rows) for *_, rows, _ in sent.values())
+    for (
+        _,
+        key,
+        row,
+        count,
+        server,
+        version,
+        wanted,
+        replica,
+        owner,
+        bucket,
+        protocol,
+        status,
+        ms,
+        *numbers,
+        note,
+    ) in mine:
+        name, asked, way, rows, probabilities = sent[str(key)]
+        tolerance = 1e-9 if way == "REST" else 1e-6  # over gRPC the rows are float32
+        assert (server, version, wanted, replica, owner) == (name, asked, asked, f"v{asked}-1", "tester")
+        assert (protocol, status, count, note) == (way, 200, len(rows), "")
+        assert 0 <= bucket < 100
+        assert 0 < ms < DEADLINE_S * 1000
+        assert np.abs(np.array(numbers[:5]) - rows[row]).max() <= tolerance * np.abs(rows[row]).max()
+        assert np.abs(np.array(numbers[5:]) - probabilities[row]).max() <= tolerance
+
+
+def fresh(collector: Collector, key: str) -> tuple:
+    """Return status, note, mean radius and benign of the one line of a request."""
+    wait_until(lambda: collector.ask(f"SELECT id FROM predictions WHERE id = '{key}'"), collector.log)
+    [line] = collector.ask(f"SELECT status, note, \"mean radius\", benign FROM predictions WHERE id = '{key}'")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "note"),
+    [
+        (b"{", 400, "the body is no JSON; status 400"),
+        (b"", 400, "the body is no JSON; status 400"),
+        (b'{"data": [[1, 2]]}', 200, "rows of 2 numbers"),
+        (b'{"data": [["patient 4711", 2, 3, 4, 5]]}', 400, "a row holds something that is no number; status 400"),
+        (b'{"data": [[1, 2, 3, 4, 5]], "pad": "' + b"x" * 30_000 + b'"}', 200, "request too large to be logged"),
+        (b'{"fail": 500, "data": [[1, 2, 3, 4, 5]]}', 500, "status 500"),
+    ],
+    ids=["no JSON", "empty", "short rows", "words", "large", "fails"],
+)
+def test_what_is_no_prediction_has_a_line_that_says_why(gateway, collector, body, status, note):
+    answered, headers, _ = gateway.ask("/onnx/predict", body)
+    assert answered == status
+    kept, said, radius, benign = fresh(collector, headers["x-request-id"])
+    assert (kept, said) == (status, note)
+    assert radius == (1.0 if status == 500 else None)
+    assert (benign is None) == (note != "rows of 2 numbers")
+
+
+def test_what_the_gateway_refuses_and_what_predicts_nothing_is_counted_and_not_logged(gateway, collector):
+    before, lines = collector.value("gateway_records_total"), collector.ask("SELECT count(*) FROM predictions")
+    assert gateway.ask(key="gw_unknown")[0] == 401
+    assert gateway.ask("/nobody/predict")[0] == 404
+    gateway.ask("/onnx/v2/health/ready")
+    collector.wait_for_records(before + 3)
+    assert collector.ask("SELECT count(*) FROM predictions") == lines
+
+
+def test_haproxy_counts_as_many_requests_as_there_are_records(gateway, collector):
+    """Their difference is what is lost, so whatever is asked must be counted by both."""
+    for junk in (
+        b"GARBAGE\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /onnx/predict HTTP/1.1\r\nContent-Length: 9\r\n\r\n",
+    ):
+        with gateway.connection() as connection:
+            connection.sendall(junk)
+            connection.settimeout(1)
+            with contextlib.suppress(OSError):
+                connection.recv(4096)
+    gateway.ask(key="gw_unknown")
+    key, _, _ = ask(gateway, "onnx", toy_rows(1))
+    fresh(collector, key)
+
+    def counted() -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics_port}/metrics", timeout=DEADLINE_S) as reply:
+            metrics = reply.read().decode()
+        return float(re.search(r'haproxy_frontend_http_requests_total\{proxy="gateway"\} (\S+)', metrics)[1])
+
+    wait_until(
+        lambda: collector.value("gateway_records_total") == counted(),
+        lambda: f"{collector.value('gateway_records_total')} records, {counted()} requests",
+    )
+
+
+def test_failures_over_grpc_are_failures_though_http_says_200(gateway, collector):
+    metric = 'gateway_request_seconds_count{server="tfserving",code="5xx"}'
+    before = collector.value(metric)
+    with pytest.raises(grpc.RpcError):
+        ask_grpc(gateway, "tfserving", [[200.0, 1, 1, 1, 1]], "1")
+    wait_until(
+        lambda: collector.value('gateway_request_seconds_count{server="tfserving",code="5xx"}') == before + 1,
+        collector.log,
+    )
+
+
+def test_nothing_that_names_a_user_is_in_a_file(gateway, collector):
+    planted = "planted-user-4711"
+    headers = {"X_User_Id": planted, "User_Agent": f"{planted}-agent", "X_Forwarded_For": "203.0.113.77"}
+    key, _, _ = ask(gateway, "onnx", toy_rows(1), "1", **headers)
+    body = json.dumps({"data": toy_rows(1), "name": planted}).encode()
+    other = gateway.ask("/onnx/predict", body, Content_Encoding=f"'{planted}'")[1]["x-request-id"]
+    fresh(collector, key), fresh(collector, other)
+    assert collector.post("/reset")[0] == 200  # writes the collector's own file
+    files = [path for path in collector.state.rglob("*") if path.is_file()]
+    assert len(files) >= 4
+    for path in files:
+        content = path.read_bytes()
+        for secret in (planted, gateway.key, "203.0.113.77", "127.0.0.1", "7F000001"):
+            assert secret.encode() not in content, f"{secret} in {path.name}"
+        assert path.stat().st_mode & 0o077 == 0, f"others may read {path}"
+    assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", key)
+    assert "7F000001" not in (gateway.state / "access.log").read_text()
+
+
+def test_the_histogram_counts_every_prediction_once_by_server_version_and_code(gateway, collector):
+    metric = 'gateway_request_seconds_count{server="bentoml",version="2",code="2xx"}'
+    before = collector.value(metric), collector.value("gateway_records_total")
+    for _ in range(7):
+        ask(gateway, "bentoml", toy_rows(2), "2")
+    collector.wait_for_records(before[1] + 7)
+    assert collector.value(metric) == before[0] + 7
+
+
+def test_labels_that_come_later_say_how_accurate_each_version_was(gateway, collector):
+    rows = [
+        [80.0, 20.0, 0.1, 0.1, 0.2],
+        [10.0, 90.0, 0.1, 0.1, 0.2],
+    ]  # benign by version 1: yes, no; by version 2: no, yes
+    keys = {version: ask(gateway, "onnx", rows, version)[0] for version in "12"}
+    for key in keys.values():
+        fresh_rows = f"SELECT id FROM predictions WHERE id = '{key}'"
+        wait_until(lambda sql=fresh_rows: len(collector.ask(sql)) == 2, collector.log)
+    metrics = [f'gateway_labels_total{{server="onnx",right="{right}"}}' for right in ("yes", "no")]
+    before = list(map(collector.value, metrics))
+    lines = [f"{key},{row},{target}\n" for key in keys.values() for row, target in ((0, 1), (1, 0))]
+    lines += [lines[0], "00000000-0000-0000-0000-000000000000,0,1\n", "no label\n", f"{keys['1']},0,7\n"]
+    path = collector.state / "labels" / "hospital.csv"
+    with path.open("a") as file:
+        file.write("".join(lines) + f"{keys['1']}")  # the last line is not whole yet
+    wait_until(lambda: collector.value("gateway_unknown_labels_total") == 1, collector.log)
+    assert list(map(collector.value, metrics)) == [count + 2 for count in before]  # one that comes twice counts once
+    done = run_python("ask.py", "accuracy", "--state", collector.state, cwd=MONITORING, check=True)
+    assert re.search(r"onnx +1 +2 +1\.0 ", done.stdout), done.stdout
+    assert re.search(r"onnx +2 +2 +0\.0 ", done.stdout), done.stdout
+
+
+def test_alerts_are_printed_when_they_begin_and_when_they_end(collector):
+    alert = {
+        "fingerprint": "f1", "status": "firing", "labels": {"alertname": "ReplicaDown", "severity": "page"},
+        "annotations": {"summary": "onnx v2-1 does\x1b[31m not answer", "runbook": "README.md#replicadown"},
+    }  # fmt: skip
+    for status in ("firing", "firing", "resolved", "resolved"):
+        assert collector.post("/alerts", {"alerts": [{**alert, "status": status}]})[0] == 200
+    lines = [line for line in collector.log().splitlines() if "ReplicaDown" in line]
+    assert [line.split(maxsplit=1)[1] for line in lines] == [
+        "FIRING page ReplicaDown: onnx v2-1 does?[31m not answer; what to do: README.md#replicadown",
+        "resolved page ReplicaDown: onnx v2-1 does?[31m not answer",
+    ]
+    kept = [json.loads(line) for line in (collector.state / "alerts.jsonl").read_text().splitlines()]
+    assert [line["status"] for line in kept if line["alertname"] == "ReplicaDown"] == ["firing", "resolved"]
+    for junk in ("", "{", "[]", '{"alerts": [{}]}', '{"alerts": 7}'):
+        assert collector.post("/alerts", junk)[0] == 400
+    assert collector.post("/reset", Origin="http://evil.example")[0] == 403
+    assert collector.post("/elsewhere")[0] == 404
+
+
+def test_nonsense_on_the_records_port_is_counted_and_does_no_harm(gateway, collector):
+    before = collector.value("gateway_unreadable_records_total")
+    for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 5000, b"99999999 x", b"5 hello5 world", b"12 [p@1 ] {}   "):
+        with socket.create_connection(("127.0.0.1", collector.ports["records"]), timeout=DEADLINE_S) as connection:
+            connection.sendall(junk)
+            connection.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                connection.recv(10)
+    wait_until(lambda: collector.value("gateway_unreadable_records_total") == before + 6, collector.log)
+    key, _, _ = ask(gateway, "onnx", toy_rows(1))
+    assert fresh(collector, key)[0] == 200
+
+
+def test_a_second_collector_and_a_taken_port_are_refused_in_one_line(collector, tmp_path):
+    ports = find_free_ports(["records", "http"])
+    free = ["--records", f"127.0.0.1:{ports['records']}", "--http", f"127.0.0.1:{ports['http']}"]
+    same_state = run_python("collect.py", "--state", collector.state, *free, cwd=MONITORING)
+    assert same_state.returncode == 1
+    assert same_state.stderr.startswith("collect: another collector writes into ")
+    for option, address in (("--records", collector.records), ("--http", f"127.0.0.1:{collector.ports['http']}")):
+        done = run_python("collect.py", "--state", tmp_path / "state", *free, option, address, cwd=MONITORING)
+        assert done.returncode == 1
+        assert (
+            done.stderr
+            == f"collect: {address}: Address already in use; stop what listens there, or choose another {option}\n"
+        )
+
+
+def test_the_log_of_an_hour_becomes_parquet_with_the_same_rows(tmp_path, collector, gateway):
+    ask(gateway, "onnx", toy_rows(5))
+    [lines] = list((collector.state / "predictions").glob("date=*/*.jsonl"))[:1]
+    log = prediction_log.PredictionLog(tmp_path / "predictions", keep_days=7)
+    now = prediction_log.utc_now()
+    log.append(lines.read_text(), now - prediction_log.timedelta(hours=2))
+    log.append(lines.read_text()[:-20], now - prediction_log.timedelta(days=1))  # cut as by a full disk
+    log.append(lines.read_text(), now - prediction_log.timedelta(days=9))
+    log.append(lines.read_text(), now)
+    with prediction_log.open_view(log.folder) as before:
+        rows = sorted(before.execute("SELECT * FROM predictions").fetchall(), key=str)
+    count = len(lines.read_text().splitlines())
+    assert len(rows) == 4 * count - 1
+    done = log.tidy(now)
+    oldest = now - prediction_log.timedelta(days=9)
+    assert [line for line in done if "removed" in line] == [f"removed {oldest:date=%Y-%m-%d}, older than 7 days"]
+    with prediction_log.open_view(log.folder) as after:
+        kept = sorted(after.execute("SELECT * FROM predictions").fetchall(), key=str)
+        assert after.execute("SELECT typeof(time), typeof(id) FROM predictions LIMIT 1").fetchall() == [
+            ("TIMESTAMP", "UUID")
+        ]
+    assert len(kept) == 3 * count - 1
+    assert set(map(str, kept)) == set(map(str, rows))
+    assert len(list(log.folder.glob("date=*/*.parquet"))) == 2
+    assert len(list(log.folder.glob("date=*/*.jsonl"))) == 1
+    log.close()
+
+
+def test_a_deleted_day_is_gone_and_what_comes_later_is_kept(tmp_path):
+    log, now = prediction_log.PredictionLog(tmp_path / "predictions"), prediction_log.utc_now()
+    log.append('{"id": "00000000-0000-0000-0000-000000000001"}\n', now)
+    shutil.rmtree(log.folder / f"{now:date=%Y-%m-%d}")
+    log.append('{"id": "00000000-0000-0000-0000-000000000002"}\n', now)
+    with prediction_log.open_view(log.folder) as connection:
+        assert [str(key) for (key,) in connection.execute("SELECT id FROM predictions").fetchall()] == [
+            "00000000-0000-0000-0000-000000000002"
+        ]
+    log.close()
+
+
+def test_a_full_disk_loses_rows_says_so_and_goes_on(tmp_path):
+    if not os.access("/dev/full", os.W_OK):
+        pytest.skip("no /dev/full on this system")
+    collector = load_together(MONITORING, "collect")[0].Collector(tmp_path / "state", 30)
+    line = next(iter(make_records(1)))
+    collector.log.append("", prediction_log.utc_now())
+    working, collector.log._file = collector.log._file, os.open("/dev/full", os.O_WRONLY)
+    collector.take([line])
+    assert (collector.records.value, collector.write_errors._value.get()) == (0, 1)
+    os.close(collector.log._file)
+    collector.log._file = working
+    collector.take([line])
+    assert collector.records.value == 1
+
+
+def make_records(n: int) -> list[bytes]:
+    """Lines as HAProxy writes them, of rows of test.csv's scale."""
+    lines = []
+    for i in range(n):
+        body = base64.b64encode(json.dumps({"data": [[13.82, 24.49, 0.1162, 0.1357, 0.2275]]}).encode()).decode()
+        reply = base64.b64encode(json.dumps({"predictions": [[0.25, 0.75]]}).encode()).decode()
+        said = {
+            "time": "2026-11-29T13:25:36Z", "id": str(uuid.UUID(int=i)), "owner": "alice", "http": "HTTP/1.1",
+            "method": "POST", "path": "/onnx/predict", "server": "onnx", "bucket": "24", "percent": "0", "wanted": "1",
+            "version": "1", "replica": "v1-1", "status": 200, "retries": "0", "queue_ms": 0, "connect_ms": 0,
+            "reply_ms": 1, "total_us": "1747", "bytes_in": 165, "bytes_out": 144, "end": "--",
+        }  # fmt: skip
+        empty = " ".join(
+            f'{name}="-"' for name in ("coding", "json_bytes", "reply_coding", "reply_json_bytes", "grpc_status")
+        )
+        lines.append(
+            '<134>1 2026-11-29T13:25:36+00:00 - haproxy 1 - [p@1 us="1795958736554251" type="YXBwbGljYXRpb24vanNvbg==" '
+            f'{empty} body="{body}" reply="{reply}"] {json.dumps(said)}'.encode()
+        )
+    return lines
+
+
+def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
+    collect = load_together(MONITORING, "collect")[0]
+    lines = make_records(50)
+    stream = b"".join(b"%d %s" % (len(line), line) for line in lines)
+    for size in (1, 7, 1000, len(stream)):
+        collector = collect.Collector(tmp_path / str(size), 30)
+        intake = collect.Intake(collector)
+        for start in range(0, len(stream), size):
+            intake.data_received(stream[start : start + size])
+        assert collector.records.value == 50
+        with prediction_log.open_view(collector.log.folder) as connection:
+            assert connection.execute("SELECT count(*), count(DISTINCT id) FROM predictions").fetchall() == [(50, 50)]
+
+
+def send_many(gateway: Gateway, count: int, connections: int = 4) -> tuple[int, float]:
+    """Send `count` requests of one row as fast as they are answered; return how many failed, and the slowest."""
+    failed, slowest, numbers, lock = 0, 0.0, iter(range(count)), threading.Lock()
+    body = json.dumps({"data": toy_rows(1)}).encode()
+
+    def user() -> None:
+        nonlocal failed, slowest
+        connection = http.client.HTTPSConnection(
+            "localhost", gateway.port, timeout=DEADLINE_S, context=gateway.context()
+        )
+        with contextlib.closing(connection):
+            while True:
+                with lock:
+                    if next(numbers, None) is None:
+                        return
+                start_s = time.perf_counter()
+                connection.request("POST", "/onnx/predict", body, {"X-API-Key": gateway.key})
+                reply = connection.getresponse()
+                reply.read()
+                with lock:
+                    failed += reply.status != 200
+                    slowest = max(slowest, time.perf_counter() - start_s)
+
+    threads = [threading.Thread(target=user) for _ in range(connections)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    return failed, slowest
+
+
+def test_a_collector_that_hangs_loses_nothing_one_that_dies_almost_nothing_and_no_user_notices(toys, tmp_path):
+    collector = Collector(tmp_path)
+    environment = {**toys, "GATEWAY_PREDICTIONS": collector.records}
+    with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
+        gateway_ready(gateway)
+        assert send_many(gateway, 200)[0] == 0
+        collector.wait_for_records(200)
+        collector.process.send_signal(signal.SIGSTOP)
+        assert send_many(gateway, 200)[0] == 0
+        collector.process.send_signal(signal.SIGCONT)
+        collector.wait_for_records(400)
+        collector.end(signal.SIGKILL)
+        assert send_many(gateway, 200)[0] == 0
+        collector = Collector(tmp_path, collector.ports)
+        last = ask(gateway, "onnx", toy_rows(1))[0]
+        fresh(collector, last)
+    rows, different = collector.ask("SELECT count(*), count(DISTINCT id) FROM predictions")[0]
+    assert rows == different == collector.value("gateway_records_total")
+    # What HAProxy had sent, and the dead had not read, is lost; the 200 that came while it was dead are not.
+    assert 601 - 5 <= rows <= 601
+    assert collector.end() == 0
+
+
+def gateway_ready(gateway: Gateway) -> None:
+    wait_until(
+        lambda: gateway.versions()["1"]["replicas"]["v1-1"]["state"] == "UP", gateway.log, while_alive=gateway.process
+    )
+
+
+def test_what_did_not_fit_into_the_ring_is_missing_and_the_counts_say_how_much(toys, tmp_path):
+    """The ring of haproxy.cfg holds 32 MB; this one a thousandth, so that a test can fill it."""
+    ports = find_free_ports(["records", "http"])
+    environment = {**toys, "GATEWAY_PREDICTIONS": f"127.0.0.1:{ports['records']}"}
+    folder = tmp_path / "copy"
+    shutil.copytree(REPOSITORY_DIR / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("state", "results"))
+    (folder / "benchmarks").symlink_to(REPOSITORY_DIR / "benchmarks")
+    config = folder / "gateway" / "haproxy.cfg"
+    small = config.read_text().replace("size 33554432", "size 131072")
+    assert small != config.read_text()
+    config.write_text(small)
+    with Gateway(
+        tmp_path / "state", "--servers", "onnx", environment=environment, script=config.with_name("gateway.py")
+    ) as gateway:
+        gateway_ready(gateway)
+        assert send_many(gateway, 1000)[0] == 0
+        collector = Collector(tmp_path, ports)
+        assert send_many(gateway, 10)[0] == 0
+        last = ask(gateway, "onnx", toy_rows(1))[0]
+        fresh(collector, last)
+        with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics_port}/metrics") as reply:
+            metrics = reply.read().decode()
+    asked = float(re.search(r'haproxy_frontend_http_requests_total\{proxy="gateway"\} (\d+)', metrics)[1])
+    kept = collector.ask("SELECT count(*) FROM predictions")[0][0]
+    assert asked == 1011
+    assert collector.value("gateway_records_total") == kept < 600
+    assert collector.end() == 0
+
+
+def test_without_its_variable_the_gateway_has_no_tap_and_a_wrong_one_is_refused(toys, tmp_path):
+    for wrong in ("8406", "127.0.0.1", "127.0.0.1:x"):
+        gateway = Gateway(tmp_path / "state", environment={"GATEWAY_PREDICTIONS": wrong})
+        done = gateway.command("serve", check=False)
+        assert done.returncode == 1
+        assert (
+            done.stderr
+            == f"gateway: GATEWAY_PREDICTIONS={wrong}: expected the collector's address, as in 127.0.0.1:8406\n"
+        )
+    with Gateway(tmp_path / "state", "--servers", "onnx", environment={**toys, "GATEWAY_PREDICTIONS": ""}) as gateway:
+        gateway_ready(gateway)
+        assert gateway.ask()[0] == 200
+        assert "predictions" not in gateway_show(gateway)
+
+
+def gateway_show(gateway: Gateway) -> str:
+    """What HAProxy knows of its rings."""
+    from state import State
+
+    return State(gateway.state).ask("show events")
+
+
+def test_the_copies_of_what_reads_exchanges_are_equal():
+    copies = [REPOSITORY_DIR / folder / "exchanges.py" for folder in ("gateway", "monitoring")]
+    assert copies[0].read_bytes() == copies[1].read_bytes(), "cp gateway/exchanges.py monitoring/"
+
+
+@pytest.mark.parametrize("name", ["tfserving-grpc", "torchserve-grpc", "onnx-grpc-tuned"])
+def test_grpc_requests_are_read_as_they_were_written(name):
+    endpoint = load_endpoints()[name]()
+    rows = toy_rows(7)
+    message = endpoint.request(rows, "1").body
+    framed = b"\0" + len(message).to_bytes(4, "big") + message
+    packed = gzip.compress(message)
+    for body in (framed, b"\1" + len(packed).to_bytes(4, "big") + packed):
+        assert np.abs(np.array(grpc_exchanges.read_rows(endpoint.path(None), body)) - rows).max() < 1e-5
+    for cut in range(len(framed)):
+        with pytest.raises(exchanges.Unreadable):
+            grpc_exchanges.read_rows(endpoint.path(None), framed[:cut])
+    rng = np.random.default_rng(1)
+    for _ in range(300):  # whatever the bytes are, they are rows or Unreadable
+        junk = bytearray(message)
+        for place in rng.integers(len(junk), size=3):
+            junk[place] = rng.integers(256)
+        with contextlib.suppress(exchanges.Unreadable):
+            grpc_exchanges.read_rows(endpoint.path(None), b"\0" + len(junk).to_bytes(4, "big") + bytes(junk))
+
+
+def test_grpc_replies_are_read_as_the_onnx_server_writes_them():
+    messages = load_together(REPOSITORY_DIR / "onnx", "grpc_messages")[0]
+    reply = messages.ModelInferResponse()
+    output = reply.outputs.add(name="probabilities", datatype="FP32", shape=[2, 2])
+    reply.outputs.add(name="label", datatype="INT64", shape=[2])
+    values = np.array([[0.25, 0.75], [1, 0]], "<f4")
+    reply.raw_output_contents.extend([values.tobytes(), np.array([1, 0], "<i8").tobytes()])
+    for text in (reply, messages.ModelInferResponse(outputs=[output])):
+        if text is not reply:
+            text.outputs[0].contents.fp32_contents.extend(values.ravel().tolist())
+        message = text.SerializeToString()
+        framed = b"\0" + len(message).to_bytes(4, "big") + message
+        assert grpc_exchanges.read_probabilities(grpc_exchanges.INFER, framed) == values.tolist()
+
+
+@pytest.mark.slow
+def test_ten_million_rows_are_asked_in_seconds_and_take_sixty_bytes_each(tmp_path):
+    """Features as clinics write them, four digits; each row another id, and a probability of a float32."""
+    hours, rows = 24, 10_000_000
+    day = tmp_path / "predictions" / "date=2026-11-29"
+    day.mkdir(parents=True)
+    with prediction_log.duckdb.connect() as connection:
+        for hour in range(hours):
+            connection.execute(
+                f"""COPY (
+                SELECT make_timestamp(1795910400000000 + {hour} * 3600000000 + i * 8640) AS time, uuid() AS id,
+                0::USMALLINT AS row, 1::USMALLINT AS rows, s AS server, v AS version, v AS wanted,
+                'v' || v || '-1' AS replica, 'alice' AS owner, (random() * 99)::UTINYINT AS bucket, 'REST' AS protocol,
+                200::SMALLINT AS status, round(1 + random() * 5, 3)::FLOAT AS ms,
+                round(6 + random() * 22, 2) AS "mean radius", round(9 + random() * 30, 2) AS "mean texture",
+                round(0.05 + random() * 0.1, 4) AS "mean smoothness", round(random() * 0.4, 4) AS "mean concavity",
+                round(0.1 + random() * 0.2, 4) AS "mean symmetry", 1 - p AS malignant, p AS benign, '' AS note
+                FROM (SELECT i, ['onnx', 'bentoml', 'tfserving', 'torchserve'][1 + i % 4] AS s,
+                (1 + i % 2)::VARCHAR AS v, random()::FLOAT::DOUBLE AS p FROM range({rows // hours}) t(i)))
+                TO '{day}/{hour:02}.parquet' {prediction_log.PARQUET}"""
+            )
+    count = rows // hours * hours
+    size = sum(path.stat().st_size for path in day.iterdir())
+    questions = load_together(MONITORING, "ask")[0].read_questions((MONITORING / "queries.sql").read_text())
+    with prediction_log.open_view(tmp_path / "predictions") as connection:
+        assert [c[0] for c in connection.execute("SELECT * FROM predictions LIMIT 1").description] == list(
+            prediction_log.COLUMNS
+        )
+        for text in ("SELECT server, version, count(*), avg(benign), max(ms) FROM predictions GROUP BY ALL",
+                     questions["newest"][1], questions["failures"][1]):  # fmt: skip
+            start_s = time.perf_counter()
+            connection.execute(text).fetchall()
+            print(
+                f"\n{count:,} rows, {size / count:.1f} bytes each: {time.perf_counter() - start_s:.2f} s: {text[:60]}"
+            )
+    assert size / count <= 60
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
+@pytest.mark.parametrize("connections", [1, 16])
+def test_the_tap_costs_users_little(toys, tmp_path, connections):
+    """Prints p50 and requests/s of a gateway with and of one without the tap, asked in turn."""
+    collector = Collector(tmp_path)
+    with contextlib.ExitStack() as stack:
+        gateways = {}
+        for name in ("without", "with"):
+            environment = {**toys, "GATEWAY_PREDICTIONS": collector.records if name == "with" else ""}
+            gateway = Gateway(tmp_path / name, "--servers", "onnx", environment=environment)
+            gateways[name] = stack.enter_context(gateway)
+            gateway_ready(gateway)
+        body = json.dumps({"data": toy_rows(1)})
+        script = tmp_path / "ask.lua"
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in gateways}
+        for _ in range(8):
+            for name, gateway in gateways.items():
+                script.write_text(
+                    f"wrk.method = 'POST'\nwrk.body = '{body}'\nwrk.headers['X-API-Key'] = '{gateway.key}'\n"
+                    "wrk.headers['Content-Type'] = 'application/json'\n"
+                )
+                url = f"https://localhost:{gateway.port}/onnx/predict"
+                command = ["wrk", "-t1", f"-c{connections}", "-d3s", "--latency", "-s", str(script), url]
+                text = run(*command, check=True).stdout
+                [(amount, unit)] = re.findall(r"50%\s+([\d.]+)(us|ms|s)", text)
+                p50_ms = float(amount) * {"us": 1e-3, "ms": 1, "s": 1e3}[unit]
+                found[name].append((p50_ms, float(re.search(r"Requests/sec:\s+([\d.]+)", text)[1])))
+    pairs = list(zip(found["without"], found["with"], strict=True))
+    added = sorted(b[0] - a[0] for a, b in pairs)
+    ratios = sorted(b[1] / a[1] for a, b in pairs)
+    print(
+        f"\n{connections} connections: p50 without {min(p for p, _ in found['without']):.3f} ms, with "
+        f"{min(p for p, _ in found['with']):.3f} ms at best, {added[len(added) // 2]:+.3f} ms in the median; "
+        f"requests/s {100 * ratios[len(ratios) // 2]:.1f} % in the median"
+    )
+    assert collector.end() == 0
+    assert added[0] <= 0.5
