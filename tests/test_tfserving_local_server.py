@@ -447,6 +447,8 @@ def test_method_names_are_checked_if_asked_for_and_warm_up_replays_the_older_ver
             "Unexpected element type in feature: x expecting type: float",
         ),
         ("verbs:classify", {"examples": [{"x": 1}]}, "Data types don't match"),
+        ("verbs:classify", {"examples": [{"x": True}]}, "Data types don't match"),  # an integer, like 1
+        ("verbs:classify", {"examples": [{"x": 2**63}]}, "Feature: x has uint64 element. Only int64 is supported."),
         ("verbs:classify", {"examples": [{}], "signature_name": "z"}, "No signature was found with the name: z"),
         ("verbs:regress", {"examples": [{"x": 0.5}]}, "No regression outputs found in SignatureDef."),
         ("toys:classify", {"examples": [{"x": 0.5}]}, "No classification inputs found in SignatureDef."),
