@@ -321,6 +321,54 @@ def test_the_holes_of_model_signing_that_are_closed_here_are_still_there(home, t
         verifier.verify(moved, tmp_path / "lax.sig")
 
 
+# What is refused: what changes while it is looked at.
+
+
+def test_what_is_changed_after_it_was_verified_is_not_what_is_served(home, memory, monkeypatch):
+    verify = unseal.find_signer
+
+    def verify_and_change(*arguments):
+        key = verify(*arguments)
+        note = json.loads((arguments[0] / "release.json").read_text())
+        for path in version_dir(home, version=note["version"]).iterdir():
+            path.write_bytes(b"changed")
+        return key
+
+    monkeypatch.setattr(unseal, "find_signer", verify_and_change)
+    assert Look(home, memory).versions == ["1", "2"]
+    trained = REPOSITORY_DIR / "onnx/models/my_model/2/model.onnx"
+    assert (memory / "my_model/2/model.onnx").read_bytes() == trained.read_bytes()
+
+
+def test_a_file_that_turns_into_a_link_and_back_lets_nothing_else_in(home, memory):
+    """A thread exchanges the file for a link to another all the time."""
+    path, ended = version_dir(home) / "model.onnx.age", threading.Event()
+    trained = (REPOSITORY_DIR / "onnx/models/my_model/2/model.onnx").read_bytes()
+    good, bad = home / "good", home / "bad"
+    shutil.copy(path, good)
+
+    def exchange() -> None:
+        while not ended.is_set():
+            bad.symlink_to("/etc/passwd")
+            bad.replace(path)
+            shutil.copy(good, home / "again")
+            (home / "again").replace(path)
+
+    attacker = threading.Thread(target=exchange)
+    attacker.start()
+    try:
+        for _ in range(30):
+            look = Look(home, memory)
+            assert "1" in look.versions
+            if "2" in look.versions:
+                assert (memory / "my_model/2/model.onnx").read_bytes() == trained
+            assert set(list_plaintext(memory)) <= {"my_model/1/model.onnx", "my_model/2/model.onnx"}
+    finally:
+        ended.set()
+        attacker.join()
+    assert Look(home, memory).versions == ["1", "2"]
+
+
 # What is refused: the old and the displaced.
 
 
@@ -1044,6 +1092,14 @@ def test_a_second_unsealing_of_a_folder_is_refused_and_stops_with_a_signal(home,
         output, _ = first.communicate(timeout=DEADLINE_S)
     assert first.returncode == 0, output
     assert "Traceback" not in output
+
+
+def test_two_unsealings_into_two_folders_both_remember(home, memory):
+    both = [spawn(server, "--to", memory / server, "--home", home) for server in ("onnx", "tfserving")]
+    for process in both:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0, output
+    assert len(json.loads((home / "state/state.json").read_text())) == 4
 
 
 def test_with_a_command_it_ends_with_the_server_and_its_code_and_removes_the_folder(home, memory):
