@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,8 @@ def find_on_disk(needle: bytes, folder: Path) -> list[Path]:
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if Path(parent, name).lstat().st_dev == device]
-        for name in names:
-            path = Path(parent, name)
-            if (
-                path.is_file()
-                and not path.is_symlink()
-                and path.stat().st_size < 1 << 20
-                and needle in path.read_bytes()
-            ):
-                found.append(path)
+        for path in (Path(parent, name) for name in names):
+            status = path.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_dev == device and status.st_size < 1 << 20:
+                found += [path] if needle in path.read_bytes() else []
     return found
