@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import subprocess
@@ -1014,9 +1015,15 @@ def test_what_it_costs_at_a_start(home, memory, server, capsys):
             endpoint.start_timeout_s = DEADLINE_S
             with ServerProcess(seal_endpoint(server, home, memory / "models") if sealed else endpoint) as running:
                 seconds[sealed].append(running.ready_s)
+    cpu_s = []
+    for number in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run_python(SEALING_DIR / "unseal.py", server, "--to", memory / str(number), "--home", home, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     plain, sealed = (sorted(values)[1] for values in seconds.values())
     with capsys.disabled():
-        print(f"\n| {server} | {plain:.2f} s | {sealed:.2f} s | {sealed - plain:+.2f} s |")
+        print(f"\n| {server} | {plain:.2f} s | {sealed:.2f} s | {sealed - plain:+.2f} s | {min(cpu_s):.2f} s |")
     assert sealed - plain < 10
 
 
