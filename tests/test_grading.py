@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import psutil
 import pytest
@@ -9,7 +10,15 @@ import pytest
 import servers.grading
 from conftest import REPOSITORY_DIR
 from helpers import call_main, load_script
-from servers.grading import Grade, format_receipt, grade, is_receipt_whole, list_bad_requests, write_receipt
+from servers.grading import (
+    MOST_POINTS,
+    Grade,
+    format_receipt,
+    grade,
+    is_receipt_whole,
+    list_bad_requests,
+    write_receipt,
+)
 from toy_endpoint import Toy
 
 PARTS = ("starts", "right answers", "bad input", "load", "ends")
@@ -95,6 +104,12 @@ def test_the_bad_requests_are_a_dozen_in_the_endpoints_own_format():
     assert len(requests) >= 12
     assert {request.path for name, request in requests.items() if name != "an unknown version"} == {"/toy/1"}
     assert requests["an unknown version"].path == "/toy/99"
+
+
+def test_the_teachers_page_shows_the_points_that_are_given():
+    rows = re.findall(r"^\| ([a-z ]+) \| (\d+) \|", (REPOSITORY_DIR / "TEACHING.md").read_text(), re.M)
+    assert {name: int(points) for name, points in rows} == MOST_POINTS
+    assert sum(MOST_POINTS.values()) == 100
 
 
 def test_the_command_names_the_endpoints_that_there_are():

@@ -21,6 +21,7 @@ from machine.environment import describe_environment
 from servers.parity import find_problem, max_abs_difference
 from servers.process import ServerProcess
 
+MOST_POINTS = {"starts": 10, "right answers": 40, "bad input": 20, "load": 20, "ends": 10}
 GOOD_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
 JUNK_BYTES = 1_000_000
 CONNECTIONS = 16
@@ -71,12 +72,7 @@ class Grade:
 def grade(endpoint_class: type[Endpoint], tell: Callable[[str], None] = lambda _: None) -> Grade:
     """Start an endpoint's server on free ports, judge it, and stop it; a server that does not start gets no points."""
     file = find_file(endpoint_class)
-    parts = {
-        part.name: part
-        for part in (
-            Part("starts", 10), Part("right answers", 40), Part("bad input", 20), Part("load", 20), Part("ends", 10)
-        )
-    }  # fmt: skip
+    parts = {name: Part(name, most) for name, most in MOST_POINTS.items()}
     result = Grade(
         endpoint_class.name, file.name, hashlib.sha256(file.read_bytes()).hexdigest(),
         describe_environment(endpoint_class.packages), list(parts.values()),
