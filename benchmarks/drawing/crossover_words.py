@@ -31,6 +31,11 @@ def describe_bound(measured: Measured, path: Path = GPU_PATH) -> str:
         result = read_crossover(path)
     except ResultError:
         return "How much an infinitely fast GPU would bring is not known: gpu_crossover.py --device cpu measures it."
+    if result["environment"].get("cpu") != measured.environment.get("cpu"):
+        return (
+            "How much an infinitely fast GPU would bring is not known: the model was timed on another processor than "
+            "the server, and gpu_crossover.py --device cpu times it here."
+        )
     cells = make_timed_cells(result)
     parts = []
     for cell in measured.closed(SERVER) if SERVER in measured.servers else []:
@@ -43,9 +48,7 @@ def describe_bound(measured: Measured, path: Path = GPU_PATH) -> str:
     if not parts:
         return "How much an infinitely fast GPU would bring is not known for the rows that were measured."
     rows = "row" if len(parts) == 1 else "rows a request"
-    elsewhere = result["environment"].get("cpu") != measured.environment.get("cpu")
-    note = " The model was timed on another processor than the server." if elsewhere else ""
-    return f"An infinitely fast GPU makes {SERVER} at most {', '.join(parts)} {rows} faster, by Amdahl's law.{note}"
+    return f"An infinitely fast GPU makes {SERVER} at most {', '.join(parts)} {rows} faster, by Amdahl's law."
 
 
 def describe_crossover(path: Path = GPU_PATH) -> str:
