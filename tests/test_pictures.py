@@ -30,31 +30,36 @@ def sample():
     return Measured(read_result(SAMPLE_PATH))
 
 
+@pytest.fixture(scope="module")
+def charts(sample):
+    return {theme: render_chart(sample, theme) for theme in THEMES}
+
+
 @pytest.mark.parametrize("theme", THEMES)
-def test_the_pictures_are_fresh(sample, theme):
-    assert (PICTURES_DIR / f"requests-{theme}.svg").read_text() == render_chart(sample, theme), "run make readme"
+def test_the_pictures_are_fresh(sample, charts, theme):
+    assert (PICTURES_DIR / f"requests-{theme}.svg").read_text() == charts[theme], "run make readme"
     screen = PICTURES_DIR / f"report-{theme}.png"
     assert read_fingerprint(screen) == fingerprint(sample, theme), "run make readme (it needs Chromium)"
     with Image.open(screen) as image:
         assert image.size == SCREEN
 
 
-def test_the_chart_shows_every_server_but_the_floor_in_the_colours_of_its_theme(sample):
-    comments = re.findall(r"<!-- (.*?) -->", render_chart(sample, "light"))
+def test_the_chart_shows_every_server_but_the_floor_in_the_colours_of_its_theme(sample, charts):
+    comments = re.findall(r"<!-- (.*?) -->", charts["light"])
     for name in sample.names:
         shown = any(comment == name for comment in comments)
         assert shown == (
             not sample.is_floor(name) and sample.cell(name, sample.settings["connections"][-1]) is not None
         )
     assert any("local: this repository" in comment for comment in comments)
-    light, dark = (set(re.findall(r"#[0-9a-f]{6}", render_chart(sample, theme))) for theme in ("light", "dark"))
+    light, dark = (set(re.findall(r"#[0-9a-f]{6}", charts[theme])) for theme in ("light", "dark"))
     assert light <= set(LIGHT.values()) | {"#000000", "#ffffff"}
     assert dark <= set(DARK.values()) | {"#000000", "#ffffff"}
     assert light != dark
 
 
-def test_the_chart_is_an_svg_that_asks_nothing_of_anybody(sample):
-    text = render_chart(sample, "dark")
+def test_the_chart_is_an_svg_that_asks_nothing_of_anybody(charts):
+    text = charts["dark"]
     assert ElementTree.fromstring(text).tag == f"{SVG}svg"
     assert not re.search(r"""(?:href|src)=["'](?!#)""", text)
 
