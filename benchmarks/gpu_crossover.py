@@ -96,6 +96,8 @@ def run(arguments: argparse.Namespace) -> None:
         print("interrupted: what was measured is kept")
     show(result, arguments)
     print(f"wrote {arguments.output}")
+    if not result["complete"]:
+        sys.exit(130)
 
 
 def show(result: dict, arguments: argparse.Namespace) -> None:

@@ -3,6 +3,10 @@
 import importlib
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,10 +37,11 @@ from accelerator.variants import (
     open_bound,
     open_plain,
 )
+from conftest import REPOSITORY_DIR
 from drawing.crossover_words import NOT_MEASURED, describe_bound, describe_crossover
 from figures.measured import Measured
 from figures.result_file import SAMPLE_PATH, SCHEMA_VERSION, read_result, write_result
-from helpers import call_main
+from helpers import DEADLINE_S, call_main, wait_until
 from planted_results import Planted, make_result
 
 ROWS = (1, 8, 64, 512, 4096, 32_768)
@@ -249,6 +254,38 @@ def test_the_processors_half_runs_end_to_end(script, tmp_path):
     for cpu, words in ((result["environment"]["cpu"], "onnx-tuned at most"), ("another", "on another processor")):
         sample["environment"]["cpu"] = cpu
         assert words in describe_bound(Measured(sample), path)
+
+
+def has_members(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_measured_and_leaves_no_process(tmp_path):
+    """SIGINT reaches the whole group, as in a terminal."""
+    path, log = tmp_path / "gpu.json", tmp_path / "log"
+    script = REPOSITORY_DIR / "benchmarks" / "gpu_crossover.py"
+    options = ["--device", "cpu", "--models", OURS, "--rows", "1", "8", "64", "--seconds", "0.5", "--output", path]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, script, *options], stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        wait_until(path.exists, lambda: log.read_text(), while_alive=process)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(DEADLINE_S) == 130, log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "interrupted: what was measured is kept" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert read_result(path)["cells"]
+    wait_until(lambda: not has_members(process.pid), "a process is left")  # multiprocessing's tracker ends last
 
 
 def test_without_cuda_it_says_in_one_line_what_it_needs(script, tmp_path):

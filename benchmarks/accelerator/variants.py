@@ -192,7 +192,6 @@ def time_round(run: Run, inputs: list[np.ndarray], seconds: float) -> tuple[int,
 
 def _work(pipe: Connection, model: bytes, rows: int) -> None:
     """A process of the machine's throughput: opens the network, and times a round whenever it is told to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the one that started this ends it
     run, inputs = open_plain(model, "cpu", 1, True), make_inputs(rows)
     run(inputs[0])
     with contextlib.suppress(EOFError, BrokenPipeError):  # who started this is gone
@@ -210,7 +209,11 @@ def processes_of(model: bytes, rows: int, count: int) -> Iterator[Callable[[floa
         for _ in range(count):
             own, other = context.Pipe()
             worker = context.Process(target=_work, args=(other, model, rows), daemon=True)
-            worker.start()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the process inherits it: Ctrl-C
+            try:  # reaches the whole group, and the one that started this ends it
+                worker.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             other.close()
             pipes.append(own)
             workers.append(worker)
