@@ -163,7 +163,9 @@ def list_traces() -> dict:
         "rules": [line for line in rules.splitlines() if line.startswith("-A")],
         "forwarding": Path("/proc/sys/net/ipv4/ip_forward").read_text(),
         "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if "engine-" in line],
-        "processes": [process.name() for process in psutil.process_iter() if process.name().startswith(names)],
+        "processes": [
+            name for process in psutil.process_iter(["name"]) if (name := process.info["name"] or "").startswith(names)
+        ],
     }
 
 

@@ -173,6 +173,14 @@ class Nodes:
                 "docker", "swarm", "join", "--token", token, "--advertise-addr", node.address, f"{first.address}:2377"
             )
 
+    def list_left(self) -> list[str]:
+        """What is left of it: mounts, namespaces, and processes that name its folders."""
+        folders = [str(self.folder), *(str(node.folder) for node in self.all)]
+        lines = Path("/proc/self/mounts").read_text().splitlines()
+        lines += [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+        names = [str(path) for path in Path("/run/netns").glob(f"{self.prefix}*")]
+        return [line for line in lines if any(folder in line for folder in folders)] + names
+
     @property
     def on_switch(self) -> list[str]:
         """What stands before a command that is to run where the clients are."""

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from endpoints.reference import TOLERANCE
-from engine import Engine, build_settings, list_traces, make_base
+from engine import Engine, build_settings, make_base
 from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
 from nodes import REGISTRY, Nodes, find_missing
 
@@ -64,7 +64,6 @@ def images(tmp_path_factory):
 def nodes(images):
     """Three machines that run the stack; afterwards nothing of them is left."""
     path, names = images
-    before = list_traces()
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(Nodes())
         first = made.all[0]
@@ -75,7 +74,7 @@ def nodes(images):
         wait_until(lambda: len(running(first)) == REPLICAS, lambda: tell(first))
         wait_until(lambda: len(running(first, "serving_gateway")) == len(made.all), lambda: tell(first))
         yield made
-    wait_until(lambda: list_traces() == before, lambda: f"something is left: {list_traces()}, before {before}")
+    wait_until(lambda: not made.list_left(), lambda: f"this is left: {made.list_left()}")
 
 
 def deploy(node: Engine) -> None:
