@@ -175,7 +175,9 @@ class Collector:
             say(f"drift: {record.server} version {record.version}, {kind}: {statistic}")
 
     def _watch(self, server: str, version: str) -> Watch:
-        return self.watches.setdefault((server, version), Watch(self.reference, version))
+        if (watch := self.watches.get((server, version))) is None:
+            watch = self.watches[server, version] = Watch(self.reference, version)
+        return watch
 
     def read_new_labels(self) -> list[tuple[str, int, int]]:
         """Return the whole lines that were added to the files of labels since the last call: id, row, target."""

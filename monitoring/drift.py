@@ -41,10 +41,11 @@ class Detectors:
 
     def observe(self, z: np.ndarray) -> np.ndarray:
         """Take the next observation, (K,); return which detectors are at or above the threshold, (K,) of bool."""
-        self.evidence = (self.evidence + 1) * (1 + self.bets * (z - self.limits)[:, None])
+        self.evidence += 1
+        self.evidence *= 1 + self.bets * (z - self.limits)[:, None]
         np.minimum(self.evidence, LARGEST, out=self.evidence)
         self.observations += 1
-        return self.evidence.mean(axis=1) >= self.threshold
+        return self.evidence.sum(axis=1) >= self.threshold * len(BETS)
 
     @property
     def progress(self) -> np.ndarray:

@@ -5,13 +5,13 @@
 -- who answered how much, how fast, and what
 SELECT server, version, count(DISTINCT id) AS requests, count(*) AS rows,
        count(DISTINCT id) FILTER (status >= 500) AS failed,
-       round(quantile_cont(ms, 0.5), 2) AS p50_ms, round(quantile_cont(ms, 0.99), 2) AS p99_ms,
+       round(quantile_cont(ms::DOUBLE, 0.5), 2) AS p50_ms, round(quantile_cont(ms::DOUBLE, 0.99), 2) AS p99_ms,
        round(avg(benign), 3) AS mean_benign
 FROM predictions GROUP BY ALL ORDER BY ALL;
 
 -- name: newest
 -- the ten newest predictions
-SELECT strftime(time, '%H:%M:%S') AS time, id, row, server, version, status, round(ms, 2) AS ms, round(benign, 4) AS benign, note
+SELECT strftime(time, '%H:%M:%S') AS time, id, row, server, version, status, round(ms::DOUBLE, 2) AS ms, round(benign, 4) AS benign, note
 FROM predictions ORDER BY predictions.time DESC, row LIMIT 10;
 
 -- name: failures
@@ -29,7 +29,7 @@ WHERE benign IS NOT NULL GROUP BY ALL ORDER BY ALL;
 -- name: minutes
 -- requests and latency of the last ten minutes
 SELECT strftime(time_bucket(INTERVAL 1 minute, time), '%H:%M') AS minute, server, version,
-       count(DISTINCT id) AS requests, round(quantile_cont(ms, 0.99), 2) AS p99_ms
+       count(DISTINCT id) AS requests, round(quantile_cont(ms::DOUBLE, 0.99), 2) AS p99_ms
 FROM predictions WHERE time > now()::TIMESTAMP - INTERVAL 10 minute GROUP BY ALL ORDER BY ALL;
 
 -- name: confident-errors
