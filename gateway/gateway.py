@@ -442,12 +442,17 @@ def reload(arguments: argparse.Namespace) -> None:
     state = State(arguments.state)
     log_path = state.folder / "haproxy.log"
     with state.lock():  # a split that is set during a reload might reach only the old worker
-        try:
-            before, known_bytes = worker_pid(state), log_path.stat().st_size
-            state.ask("reload", "master.sock")
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise GatewayError("the gateway is not running: python gateway.py serve") from None
         deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
+        while True:
+            try:
+                before, known_bytes = worker_pid(state), log_path.stat().st_size
+                state.ask("reload", "master.sock")
+                break
+            except (FileNotFoundError, ConnectionRefusedError):
+                # HAProxy's master begins anew with each reload, and takes no command until it has.
+                if not state.is_claimed() or time.monotonic() > deadline_s:
+                    raise GatewayError("the gateway is not running: python gateway.py serve") from None
+                time.sleep(POLL_S)
         while worker_pid(state) in (before, None):
             log = log_path.read_bytes()[known_bytes:].decode(errors="replace")
             if "Loading failure!" in log:

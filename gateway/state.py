@@ -72,6 +72,17 @@ class State:
                 ) from None
             yield
 
+    def is_claimed(self) -> bool:
+        """Whether a gateway runs in the folder."""
+        try:
+            with (self.folder / "running").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
     def read(self, name: str) -> dict[str, str]:
         """Return a map file's pairs. StateError where a line is no pair."""
         path = self.folder / name

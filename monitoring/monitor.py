@@ -53,6 +53,7 @@ class Program:
         def end_with_parent() -> None:
             """Have the kernel send this process SIGTERM when ours ends, even by kill -9; Linux only."""
             if sys.platform == "linux":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be lost with the program
                 ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
                 if os.getppid() != parent:
                     os.kill(os.getpid(), signal.SIGTERM)

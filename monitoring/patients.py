@@ -78,6 +78,7 @@ class Clinic:
         self.seen: Counter[str] = Counter()  # replies by version, or by what went wrong
         self.waiting: deque[tuple[float, str]] = deque()  # when a line of labels is due
         self.lock = threading.Lock()
+        self.is_interrupted = False  # by a signal, whose handler must not take an Event's lock
         self.stopping = threading.Event()
         self.servers = self._read_servers()
         try:
@@ -119,8 +120,9 @@ class Clinic:
             if time.monotonic() - told_s >= 10:
                 told_s = time.monotonic()
                 self.tell()
-            self.stopping.wait(0.2)
-            if self.stopping.is_set():
+            time.sleep(0.2)
+            if self.is_interrupted:
+                self.stopping.set()
                 break
 
     def _send(self, first: int, count: int, start_s: float) -> None:
@@ -230,8 +232,12 @@ def main() -> None:
     if not (key := os.environ.get("KEY")):
         raise PatientsError("no KEY: export KEY=$(cd ../gateway && python gateway.py keys add alice)")
     clinic = Clinic(arguments, Population(DATA_DIR, dict(arguments.drift)), key)
+
+    def interrupt(*_: object) -> None:
+        clinic.is_interrupted = True
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: clinic.stopping.set())
+        signal.signal(number, interrupt)
     clinic.run()
     clinic.tell()
     if not any(" v" in what for what in clinic.seen):

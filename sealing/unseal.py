@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import ctypes
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -283,7 +282,14 @@ def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a server that Ctrl-C does not reach, and that ends with this process, even by kill -9."""
-    end_with_parent = functools.partial(ctypes.CDLL(None).prctl, PR_SET_PDEATHSIG, signal.SIGTERM)
+    parent = os.getpid()
+
+    def end_with_parent() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
 
 

@@ -348,7 +348,7 @@ def test_every_servers_real_replies_are_read(name, request):
     assert comparison.compared == 5 and not (comparison.failed or comparison.dropped or comparison.refused)
     order = [ROWS.index(row) for row in comparison.rows]
     assert sorted(order) == list(range(20))
-    assert comparison.v1 == comparison.v2
+    assert comparison.v1 == pytest.approx(comparison.v2, rel=1e-12)  # sums of rows that share a run take another order
     assert np.abs(np.array(comparison.v1) - load_expected("2")[order, 1]).max() <= TOLERANCE
 
 
@@ -409,7 +409,7 @@ def test_every_form_that_version_1_predicts_is_compared(name, request):
     comparison = running.comparison
     assert comparison.compared == asked and not (comparison.failed or comparison.dropped or comparison.refused)
     assert np.abs(np.array(comparison.rows) - ROWS[:2] * asked).max() < 1e-5
-    assert comparison.v1 == comparison.v2
+    assert comparison.v1 == pytest.approx(comparison.v2, rel=1e-12)  # sums of rows that share a run take another order
 
 
 def test_a_copy_has_all_headers_of_its_request_but_the_connections(v1):
