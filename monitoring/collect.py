@@ -423,6 +423,7 @@ def main() -> None:
     if arguments.keep_days < 1:
         parser.error("--keep-days must be at least 1")
     os.umask(0o077)
+    os.nice(10)  # on a busy machine users go first: records wait in HAProxy
     try:
         collector = Collector(arguments.state.resolve(), arguments.keep_days)
     except (OSError, ValueError, KeyError) as error:

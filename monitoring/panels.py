@@ -97,7 +97,7 @@ PANELS = [
                 "$server",
             )
         ],
-        "What `gateway.py set my_model v2=30` has set, seen from behind.", 1.0,
+        "The share that gateway.py set, counted behind it.", 1.0,
     ),
     Panel(
         "Rows called benign", "percent",
