@@ -284,6 +284,14 @@ def test_another_result_file_gives_another_answer(script, tmp_path):
     assert "from r.json" in done.stdout
 
 
+def test_a_file_of_another_command_is_one_line(script, tmp_path):
+    path = tmp_path / "gpu.json"
+    path.write_text('{"schema_version": 2, "settings": {}, "cells": []}')
+    done = call_main(script, path)
+    assert done.returncode == 1
+    assert done.stderr == "choose: no endpoints and no windows in this file: benchmark_all.py did not write it\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -8,6 +8,7 @@ import numpy as np
 
 from figures.cells import Cell, Knee, find_knee, make_cells, paired_ratio
 from figures.intervals import Interval
+from figures.result_file import ResultError
 
 
 class Measured:
@@ -18,6 +19,9 @@ class Measured:
     """
 
     def __init__(self, result: dict[str, Any]):
+        missing = [key for key in ("settings", "endpoints", "windows") if key not in result]
+        if missing:
+            raise ResultError(f"no {' and no '.join(missing)} in this file: benchmark_all.py did not write it")
         self.result = result
         self.settings: dict[str, Any] = result["settings"]
         self.environment: dict[str, Any] = result.get("environment", {})
