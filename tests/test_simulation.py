@@ -1,6 +1,7 @@
 """The simulation gives what queueing theory gives where there is a formula, and elsewhere what was measured."""
 
 import importlib
+import re
 
 import numpy as np
 import pytest
@@ -160,4 +161,5 @@ def test_the_command_simulates_replicas_behind_a_gateway():
     done = call_main(importlib.import_module("capacity"), "--simulate", "--rate", "4000", "--servers", "onnx-tuned")
     assert done.returncode == 0
     assert "measured and simulated" in done.stdout
+    assert re.search(r"Within 25% of the measured p99: \d+ of \d+ steady rates, \d+ of all \d+", done.stdout)
     assert "behind a gateway of 4 cores" in done.stdout

@@ -181,6 +181,11 @@ class Agreement:
         return self.rounds_s[1] <= STEADY * self.rounds_s[0]
 
     @property
+    def is_close(self) -> bool:
+        """Within a quarter of the measured p99, whatever its rounds say."""
+        return abs(self.simulated_s / self.measured_s - 1) <= AGREES
+
+    @property
     def agrees(self) -> bool:
         """Within a quarter of the measured p99; of what its rounds span, if these differ from each other by more."""
         low_s, high_s = (self.measured_s, self.measured_s) if self.is_steady else self.rounds_s
