@@ -134,6 +134,16 @@ def test_the_autoscaler_is_the_one_that_is_simulated(rendered):
         assert down["stabilizationWindowSeconds"] == simulated.down_window_s
 
 
+def test_the_gateway_notices_a_silent_machine_at_every_server():
+    """HAProxy ignores tcp-ut, without a word, in default-server and for a name of no certain family (test_swarm.py)."""
+    lines = re.findall(
+        r"^\s+(?:default-server|server-template) .*", (REPOSITORY_DIR / "gateway/containers.cfg").read_text(), re.M
+    )
+    default, *servers = lines
+    assert "tcp-ut" not in default
+    assert len(servers) == 6 and all('"ipv4@' in line and " tcp-ut 2s" in line for line in servers)
+
+
 def test_the_gateway_of_the_image_finds_the_services_by_name(rendered):
     """HAProxy checks the file with the domain that the Deployment gives it, and asks each server at its own port."""
     given = rendered["overlays/production"].manifests
@@ -146,7 +156,7 @@ def test_the_gateway_of_the_image_finds_the_services_by_name(rendered):
     run(haproxy, "-c", "-f", "gateway/containers.cfg", env={"SERVERS_DOMAIN": None}, check=True)
     for server in SERVERS:
         ports = {port["port"] for port in find(given, "Service", server)["spec"]["ports"]}
-        asked = {int(port) for port in re.findall(rf'"{server}\$\{{SERVERS_DOMAIN\}}:(\d+)"', config)}
+        asked = {int(port) for port in re.findall(rf'"ipv4@{server}\$\{{SERVERS_DOMAIN\}}:(\d+)"', config)}
         assert asked and asked <= ports, server
 
 
