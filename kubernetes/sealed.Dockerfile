@@ -5,4 +5,4 @@
 # hadolint ignore=DL3006
 FROM my_model-unseal
 
-COPY sealed sealed
+COPY sealed /srv/sealed
