@@ -40,7 +40,7 @@ from servers.containers import list_container_endpoints
 SERVICES = ("torchserve", "tfserving", "bentoml", "onnx")
 DOCKERFILES = (
     "torchserve/Dockerfile", "onnx/Dockerfile", "sealing/Dockerfile", "monitoring/Dockerfile", "gateway/Dockerfile",
-    "swarm/tfserving.Dockerfile",
+    "swarm/tfserving.Dockerfile", "kubernetes/sealed.Dockerfile",
 )  # fmt: skip
 PORT_VARIABLES = re.findall(r"\$\{([A-Z_]+PORT)-", "".join(
     (REPOSITORY_DIR / name).read_text() for name in ("docker-compose.yml", "tfserving/docker-compose.yml")
