@@ -24,6 +24,7 @@ INPUT_BOUND, PREDICTION_BOUND, ACCURACY_BOUND = 1e8, 1e8, 1e5
 INPUT_TOLERANCE, PREDICTION_TOLERANCE = 0.05, 0.10
 # Bets as fractions of the largest that keeps M above 0: the small ones find small changes, the large ones large ones.
 BETS = np.array([0.03, 0.06, 0.12, 0.24, 0.42, 0.62, 0.82])
+ERROR_BETS = np.array([0.03, 0.045, 0.06, 0.08, 0.11, 0.16, 0.25])  # their limit is low, and so are the best bets
 CONFIDENCE = 0.95  # of the bound on the error that the reference's own errors allow
 LARGEST = 1e250  # beyond the alarm evidence grows without an end
 
@@ -31,10 +32,10 @@ LARGEST = 1e250  # beyond the alarm evidence grows without an end
 class Detectors:
     """K e-detectors over the same observations."""
 
-    def __init__(self, limits: np.ndarray, bound: float):
-        """`limits` (K,): the largest means without a change."""
+    def __init__(self, limits: np.ndarray, bound: float, bets: np.ndarray = BETS):
+        """`limits` (K,): the largest means without a change; `bets` as fractions of the largest."""
         self.limits = np.asarray(limits, float)
-        self.bets = BETS / self.limits[:, None]  # (K, bets)
+        self.bets = bets / self.limits[:, None]  # (K, bets)
         self.evidence = np.zeros_like(self.bets)
         self.threshold = len(self.limits) * bound
         self.observations = 0
@@ -45,7 +46,7 @@ class Detectors:
         self.evidence *= 1 + self.bets * (z - self.limits)[:, None]
         np.minimum(self.evidence, LARGEST, out=self.evidence)
         self.observations += 1
-        return self.evidence.sum(axis=1) >= self.threshold * len(BETS)
+        return self.evidence.sum(axis=1) >= self.threshold * self.bets.shape[1]
 
     @property
     def progress(self) -> np.ndarray:
@@ -129,7 +130,7 @@ class Watch:
         if version in reference.benign:
             limit = bound_error(*reference.errors[version])
             self.detectors["prediction"] = Detectors(np.full(3, 0.5 + PREDICTION_TOLERANCE), PREDICTION_BOUND)
-            self.detectors["accuracy"] = Detectors(np.array([limit]), ACCURACY_BOUND)
+            self.detectors["accuracy"] = Detectors(np.array([limit]), ACCURACY_BOUND, ERROR_BETS)
         self.alarms: dict[str, dict[str, int]] = {kind: {} for kind in self.KINDS}
 
     def observe(self, rows: np.ndarray, benign: np.ndarray) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drift import BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
+from drift import BETS, ERROR_BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 REFERENCE_ROWS, FEATURES, DRIFTING = 455, 5, 1  # mean texture drifts
@@ -69,9 +69,9 @@ def rank_each(rows: np.ndarray, references: np.ndarray) -> np.ndarray:
 class ManyDetectors:
     """The detectors of drift.py for many runs at once; what drift.Detectors does to each is what this does."""
 
-    def __init__(self, runs: int, limits: np.ndarray):
+    def __init__(self, runs: int, limits: np.ndarray, bets: np.ndarray = BETS):
         self.limits = limits  # (K,)
-        self.bets = BETS / limits[:, None]
+        self.bets = bets / limits[:, None]
         self.evidence = np.zeros((runs, *self.bets.shape))
 
     def observe(self, z: np.ndarray) -> np.ndarray:
@@ -292,7 +292,7 @@ def compare(quick: bool, rng: np.random.Generator, say: Callable[[str], None]) -
     say("\nerrors, once labels come: 7 of 114 rows of test.csv are wrong, so up to "
         f"{bound_error(7, 114):.3f} is no alarm (bound 1 in 100,000 labels)")  # fmt: skip
     for rate in (7 / 114, 0.15, 0.2, 0.3, 0.5):
-        detectors = ManyDetectors(runs, np.array([bound_error(7, 114)]))
+        detectors = ManyDetectors(runs, np.array([bound_error(7, 114)]), ERROR_BETS)
         steps = 30_000 if rate < 0.1 else 6_000
         errors = (detectors.observe((rng.random(runs) < rate).astype(float)[:, None]) for _ in range(steps))
         found = count_delays(errors, 1e5, 0)

@@ -201,6 +201,8 @@ def test_a_dead_replica_is_told_in_the_terminal_and_so_is_its_return(toys):
 def test_failures_drift_and_wrong_labels_each_come_as_an_alert_and_end(toys):
     monitor, gateway = toys.monitor, toys.gateway
     assert "failed" not in toys.patients("--count", "200", "--rate", "100")
+    # Prometheus sees no increase in a number's first value: it must have seen the 0.
+    wait_until(lambda: monitor.ask('gateway_request_seconds_count{code="5xx"} == 0'), monitor.log)
     body = json.dumps({"fail": 500}).encode()
     for _ in range(30):
         assert gateway.ask(body=body)[0] == 500
@@ -212,6 +214,7 @@ def test_failures_drift_and_wrong_labels_each_come_as_an_alert_and_end(toys):
     )
     toys.patients("--count", "400", "--rate", "100", "--labels-after", "2", "--wrong-labels", "0.5")
     monitor.wait_for(" FIRING page AccuracyDrift: onnx version 1: more errors than test.csv allows")
+    wait_until(lambda: monitor.ask("sum(gateway_labels_total) == 400"), monitor.log)  # or the next would alarm again
     url = f"http://127.0.0.1:{monitor.ports['collector']}/reset?server=onnx&version=1"
     with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=DEADLINE_S) as reply:
         assert reply.read() == b"1 reset\n"
