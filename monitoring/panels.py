@@ -202,19 +202,6 @@ def make_dashboard() -> str:
         "templating": {
             "list": [{"name": "datasource", "label": "Prometheus", "type": "datasource", "query": "prometheus"}]
         },
-        "annotations": {
-            "list": [
-                {
-                    "name": "alerts",
-                    "enable": True,
-                    "iconColor": "red",
-                    "datasource": source,
-                    "expr": 'ALERTS{alertstate="firing", alertname!="Watchdog"}',
-                    "titleFormat": "{{alertname}}",
-                    "textFormat": "{{server}} {{replica}}",
-                }
-            ]
-        },
         "panels": panels,
     }
     return json.dumps(dashboard, indent=1) + "\n"
