@@ -179,6 +179,7 @@ def toys(tmp_path):
         toys.stop()
 
 
+@pytest.mark.slow
 @needs_both
 def test_a_dead_replica_is_told_in_the_terminal_and_so_is_its_return(toys):
     monitor = toys.monitor
