@@ -26,6 +26,7 @@ import pytest
 from endpoints.base import load_endpoints
 from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, wait_until
 from machine.free_ports import find_free_ports
+from machine.signals import end_with_parent
 from test_gateway import Gateway
 
 MONITORING = REPOSITORY_DIR / "monitoring"
@@ -46,10 +47,12 @@ class Program:
 
     def __init__(self, *command: str | Path, log: Path, environment: dict[str, str] | None = None):
         self.log_path = log
+        parent = os.getpid()
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *command], cwd=MONITORING, env={**os.environ, **(environment or {})},
                 stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=lambda: end_with_parent(parent),  # whatever becomes of the test
             )  # fmt: skip
 
     def log(self) -> str:
