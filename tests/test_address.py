@@ -27,6 +27,8 @@ def gateway(onnx_server):
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        disable_nagle_algorithm = True  # a reply in two parts would wait 40 ms for an acknowledgement
+
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
             hosts.append(self.headers["Host"])
@@ -50,6 +52,7 @@ def gateway(onnx_server):
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True
+        request_queue_size = 128  # with the usual 5, one of 64 connections that come at once is not answered
 
         def handle_error(self, *_):  # a client that hangs up is no news
             pass

@@ -79,6 +79,7 @@ EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
 THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
 NUMBER = re.compile(r"\d[\d,.]*(T\d+Z|e[-+]?\d+)?")
 FOLDERS = (*FRAMEWORKS, "gateway", "monitoring", "sealing", "kubernetes", "data")
+LONG = ("monitoring", "sealing")  # minutes each: they are typed by make test-slow
 NOT_TYPED = {  # fences whose commands need what no CI here has
     "bash cluster": "a Kubernetes cluster: test_kubernetes.py checks what the commands would send",
     "bash machines": "several machines: test_swarm.py makes three of this one, and does what the commands do",
@@ -274,8 +275,9 @@ def read_whole(readme: str, tmp_path: Path, environment: dict[str, str], trained
         reader.read()
 
 
-@pytest.mark.readmes
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(name, marks=pytest.mark.slow if name in LONG else pytest.mark.readmes) for name in FOLDERS]
+)
 def test_every_command_of_a_folders_readme_works_as_written_and_in_order(folder, tmp_path, environment):
     if folder in FRAMEWORKS:
         refuse_taken_ports(folder)
