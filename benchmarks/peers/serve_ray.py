@@ -56,7 +56,7 @@ def place_haproxy(arguments: argparse.Namespace, folder: Path) -> None:
     """Tell Ray, by environment variables, the ports and files of HAProxy; by default all clusters have the same."""
     os.environ.update(
         RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT=str(arguments.replica_port),
-        RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT=str(arguments.replica_port + 1),
+        RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT=str(arguments.replica_port + 8),  # one whose start fails keeps its port
         RAY_SERVE_HAPROXY_METRICS_PORT=str(arguments.metrics_port),
         RAY_SERVE_HAPROXY_STATS_PORT=str(arguments.stats_port),
         RAY_SERVE_HAPROXY_CONFIG_FILE_LOC=str(folder / "haproxy.cfg"),
