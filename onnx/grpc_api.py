@@ -147,7 +147,7 @@ class Servicer:
 
     def __init__(self, serving: Any):
         self.serving = serving
-        self.messages = serving.messages
+        self.served = serving.messages  # when what is known was learnt
         self.known: dict[bytes, tuple[Model, InferCodec, int]] = {}  # by all of a message but the values at its end
         self.sizes: dict[int, int] = {}  # bytes of those values, by the message's length
 
@@ -219,9 +219,9 @@ class Servicer:
 
     def find_known(self, data: bytes) -> tuple[Model, InferCodec, int] | None:
         """Return model and codec of a request that differs from an earlier one in its values only, and their bytes."""
-        if self.messages is not self.serving.messages:  # other models are served since
+        if self.served is not self.serving.messages:  # other models are served since
             self.known.clear()
-            self.messages = self.serving.messages
+            self.served = self.serving.messages
         size = self.sizes.get(len(data), 1)
         known = self.known.get(data[:-size])
         return known if known is not None and known[2] == size else None

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -190,7 +189,7 @@ class Nodes:
 def remove_namespace(name: str) -> None:
     """Remove a network namespace and the interfaces in it, once nothing runs there."""
     if Path("/run/netns", name).exists():
-        deadline_s = time.monotonic() + DEADLINE_S
-        while subprocess.run(["ip", "netns", "delete", name], capture_output=True).returncode != 0:
-            assert time.monotonic() < deadline_s, f"the network namespace {name} stays"
-            time.sleep(0.1)
+        command = ["ip", "netns", "delete", name]
+        wait_until(
+            lambda: subprocess.run(command, capture_output=True).returncode == 0, f"the namespace {name} is removed"
+        )
