@@ -1,18 +1,38 @@
-"""Keep HAProxy's log: gateway.py starts this, and HAProxy writes to it.
+"""Keep HAProxy's log: gateway.py starts this, and HAProxy sends to it.
 
-    haproxy … | python access_log.py FILE BYTES
+    haproxy … | python access_log.py SOCKET FILE BYTES
 
-Appends each line that is a request, that is JSON, to FILE, or prints it where
-FILE is -. A FILE that would become larger than BYTES first becomes FILE.1, in
-the place of the FILE.1 before it. Ends when HAProxy has ended.
+Appends each datagram that is a request, that is JSON, to FILE as a line, or
+prints it where FILE is -. SOCKET is the number of an open UDP socket. A FILE
+that would become larger than BYTES first becomes FILE.1, in the place of the
+FILE.1 before it. Ends when HAProxy, which holds the pipe, has ended.
+
+Why not the pipe: of two threads of HAProxy that write to one at a time, one
+gives up, and its line is lost (fd_write_frag_line in HAProxy's fd.c).
 """
 
 import contextlib
+import os
+import select
 import signal
+import socket
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+DATAGRAM_BYTES = 65536
+
+
+def receive(log: socket.socket, pipe: int) -> Iterator[bytes]:
+    """Yield the datagrams of `log` as lines, until the other side of `pipe` is closed and none is left."""
+    ended = False
+    while not ended:
+        ready, _, _ = select.select([log, pipe], [], [])
+        ended = pipe in ready and not os.read(pipe, DATAGRAM_BYTES)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                yield log.recv(DATAGRAM_BYTES, socket.MSG_DONTWAIT).rstrip(b"\n") + b"\n"
 
 
 def keep(lines: Iterable[bytes], path: Path, limit_bytes: int) -> None:
@@ -44,12 +64,13 @@ def show(lines: Iterable[bytes], output: BinaryIO) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the last lines come while HAProxy ends
-    name, limit_bytes = sys.argv[1], int(sys.argv[2])
+    number, name, limit_bytes = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    lines = receive(socket.socket(fileno=number), sys.stdin.fileno())
     with contextlib.suppress(BrokenPipeError):
         if name == "-":
-            show(sys.stdin.buffer, sys.stdout.buffer)
+            show(lines, sys.stdout.buffer)
         else:
-            keep(sys.stdin.buffer, Path(name), limit_bytes)
+            keep(lines, Path(name), limit_bytes)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ START_TIMEOUT_S = 30.0
 RELOAD_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
+LOG_BUFFER_BYTES = 4 << 20  # of lines that access_log.py has not read yet; Linux gives what net.core.rmem_max allows
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEFAULTS = {
     "GATEWAY_BIND": "127.0.0.1:8443",
@@ -166,26 +167,28 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
     HAProxy says on the same way that it ends or reloads; access_log.py keeps what is a request.
     """
     command = [program, "-W", "-S", "unix@master.sock,mode,600", "-f", str(CONFIG_PATH), "-f", "backends.cfg"]
-    check = subprocess.run(
-        [program, "-c", *command[4:]],
-        cwd=state.folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    if check.returncode:
-        raise GatewayError(f"HAProxy refuses its configuration: {find_reason(check.stderr)}")
     with ExitStack() as stack:
+        log = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        log.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LOG_BUFFER_BYTES)
+        log.bind(("127.0.0.1", 0))
+        environment = {**os.environ, **settings, "GATEWAY_LOG_PORT": str(log.getsockname()[1])}
+        check = subprocess.run(
+            [program, "-c", *command[4:]], cwd=state.folder, env=environment, capture_output=True, text=True
+        )
+        if check.returncode:
+            raise GatewayError(f"HAProxy refuses its configuration: {find_reason(check.stderr)}")
+        keeper = [sys.executable, FOLDER / "access_log.py", str(log.fileno()), log_path or "-"]
         lines = subprocess.Popen(
-            [sys.executable, FOLDER / "access_log.py", log_path or "-", settings["GATEWAY_ACCESS_LOG_BYTES"]],
+            [*keeper, settings["GATEWAY_ACCESS_LOG_BYTES"]],
             stdin=subprocess.PIPE,
+            pass_fds=[log.fileno()],
             start_new_session=True,
         )
         stack.enter_context(lines.stdin)
         return subprocess.Popen(
             command,
             cwd=state.folder,
-            env={**os.environ, **settings},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=lines.stdin,
             stderr=stack.enter_context((state.folder / "haproxy.log").open("wb")),

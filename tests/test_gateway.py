@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from ipaddress import ip_address
@@ -637,6 +638,45 @@ def test_options_tells_a_users_version_and_asks_no_server(gateway):
     asked = sum(after[version]["requests"] - before[version]["requests"] for version in "12")
     assert asked == 20
     gateway.command("set", "my_model", "v2=30")
+
+
+def test_the_access_log_has_every_request_though_its_keeper_got_no_cpu(gateway):
+    """Through a pipe, HAProxy lost lines beyond some 160, and of two threads that logged at a time, one's."""
+
+    def ask(_: int) -> set[str]:
+        connection = http.client.HTTPSConnection(
+            "localhost", gateway.port, timeout=DEADLINE_S, context=gateway.context()
+        )
+        ids = set()
+        with contextlib.closing(connection):
+            for _ in range(30):
+                connection.request("GET", "/nothing", headers={"X-API-Key": gateway.key})
+                with connection.getresponse() as reply:
+                    reply.read()
+                ids.add(reply.headers["X-Request-Id"])
+        return ids
+
+    keeper = next(process for process in gateway.family() if any("access_log.py" in word for word in process.cmdline()))
+    keeper.suspend()
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            asked = set().union(*pool.map(ask, range(8)))
+    finally:
+        keeper.resume()
+    assert len(asked) == 240
+    log = (gateway.state / "access.log").read_text
+    wait_until(lambda: asked <= {json.loads(line)["id"] for line in log().split("\n")[:-1]}, "every request's line")
+
+
+def test_the_last_lines_of_the_access_log_are_kept():
+    reading, writing = os.pipe()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as log, log.dup() as sender:
+        log.bind(("127.0.0.1", 0))
+        for number in range(3):
+            sender.sendto(b"%d\n" % number, log.getsockname())
+        os.close(writing)
+        assert list(access_log.receive(log, reading)) == [b"0\n", b"1\n", b"2\n"]
+    os.close(reading)
 
 
 def test_an_access_log_never_holds_more_than_two_files(tmp_path):
