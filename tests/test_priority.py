@@ -62,3 +62,21 @@ def test_a_server_and_its_child_in_another_session_go_first(monkeypatch, goes_fi
     assert len(sessions) == 2
     assert priorities == {HIGHEST if goes_first and allowed else usual}
     assert of_sessions in ({HIGHEST}, {None}) or not (goes_first and allowed)
+
+
+def test_what_a_server_starts_goes_first_while_its_first_answer_is_awaited(monkeypatch):
+    """BentoML's worker has a session of its own: asked too early, it stayed behind for the 30 s of that request."""
+    monkeypatch.setenv("TOY_MANNER", "deaf")
+    monkeypatch.setattr("servers.process.STOP_TIMEOUT_S", 0.5)
+    if not may_lift():
+        pytest.skip("needs root or CAP_SYS_NICE, to give processes a higher priority")
+    server = ServerProcess(Toy.on_free_ports(), goes_first=True)
+
+    def ask(*_: object) -> str:
+        children = psutil.Process(server.pid).children
+        wait_until(lambda: {child.nice() for child in children(recursive=True)} == {HIGHEST}, "the child stays behind")
+        return ""
+
+    monkeypatch.setattr("servers.process.find_problem", ask)
+    with server:
+        pass

@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -153,9 +155,33 @@ class ServerProcess:
 
     def wait_until_correct(self) -> None:
         """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""
+        with self._watched():
+            self._wait_until_correct()
+        self.processes()
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Look every half second for what the server starts, so that it goes first, too, also during a request."""
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(LOOK_INTERVAL_S):
+                self.processes()
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        if self.goes_first:
+            watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if self.goes_first:
+                watcher.join()
+
+    def _wait_until_correct(self) -> None:
         process = self._spawned()
         deadline_s = self._started_s + self.endpoint.start_timeout_s
-        problem, looked_s = "no answer", self._started_s
+        problem = "no answer"
         while time.perf_counter() < deadline_s:
             if process.poll() is not None:
                 raise ServerError(
@@ -164,13 +190,9 @@ class ServerProcess:
                 )
             if np.isnan(self.listens_s) and self._listens():
                 self.listens_s = time.perf_counter() - self._started_s
-            if self.goes_first and time.perf_counter() > looked_s + LOOK_INTERVAL_S:
-                self.processes()
-                looked_s = time.perf_counter()
             problem = find_problem(self.endpoint, self.endpoint.only_version or "1")
             if not problem:
                 self.ready_s = time.perf_counter() - self._started_s
-                self.processes()
                 return
             time.sleep(POLL_INTERVAL_S)
         raise ServerError(
