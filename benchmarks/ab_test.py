@@ -23,31 +23,31 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
-try:
-    from rich.console import Console
+import machine.packages  # noqa: F401
 
-    from endpoints.base import load_endpoints
-    from figures.result_file import RESULTS_DIR, write_result
-    from machine.signals import interrupt_on_sigterm
-    from rollout.decision import Judgement, Plan, User, make_plan
-    from rollout.experiment import (
-        EXPERIMENT_VERSION,
-        add_user_options,
-        baseline_accuracy,
-        decode_users,
-        describe_failures,
-        describe_plan,
-        describe_rows,
-        encode_users,
-        gather_crowd,
-        plan_of,
-        start_result,
-        tell_look,
-    )
-    from rollout.gateway_cli import GatewayError, read_share
-    from rollout.split_users import Crowd, SplitError
-except ModuleNotFoundError as error:
-    sys.exit(f"ab_test: {error.name} is not installed in this Python; run `source .venv/bin/activate` first")
+# isort: split
+from rich.console import Console
+
+from endpoints.base import load_endpoints
+from figures.result_file import RESULTS_DIR, write_result
+from machine.signals import interrupt_on_sigterm
+from rollout.decision import Judgement, Plan, User, make_plan
+from rollout.experiment import (
+    EXPERIMENT_VERSION,
+    add_user_options,
+    baseline_accuracy,
+    decode_users,
+    describe_failures,
+    describe_plan,
+    describe_rows,
+    encode_users,
+    gather_crowd,
+    plan_of,
+    start_result,
+    tell_look,
+)
+from rollout.gateway_cli import GatewayError, read_share
+from rollout.split_users import Crowd, SplitError
 
 
 def describe_end(result: dict, plan: Plan, judgement: Judgement, users: list[User]) -> list[str]:

@@ -39,6 +39,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 import numpy as np
 import psutil
 from rich.console import Console

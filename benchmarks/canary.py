@@ -22,6 +22,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from rich.console import Console
 
 from endpoints.base import load_endpoints

@@ -26,6 +26,9 @@ import json
 import sys
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from rich.console import Console
 
 from drawing.plan_tables import (

@@ -16,6 +16,9 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from drawing.choices import describe_choice
 from drawing.guide import GUIDE_PATH, render_guide
 from figures.measured import Measured

@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import machine.packages  # noqa: F401
+
+# isort: split
 import numpy as np
 from rich.console import Console
 

@@ -19,6 +19,9 @@ import sys
 import time
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from rich.console import Console
 
 from drawing.readme import CONTAINERS_PAGE, replace_part

@@ -17,6 +17,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 import numpy as np
 from rich.console import Console
 from rich.table import Table

@@ -14,6 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from accelerator.crossover import GPU_PATH, read_crossover
 from accelerator.measure import measure_cell
 from accelerator.networks import OURS, WIDE, load_network

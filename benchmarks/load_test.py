@@ -37,6 +37,9 @@ import sys
 import time
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 import gevent
 import locust.argument_parser
 import locust.stats

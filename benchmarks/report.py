@@ -14,6 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from drawing.page import write_report
 from drawing.pictures import write_pictures
 from figures.measured import Measured

@@ -18,6 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from rich.console import Console
 
 from drawing.readme import README_PATH, format_summary, replace_part

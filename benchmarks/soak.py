@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import machine.packages  # noqa: F401
+
+# isort: split
 import numpy as np
 import psutil
 from rich.console import Console

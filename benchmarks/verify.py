@@ -12,6 +12,9 @@ when one breaks the contract or does not start. Writes nothing.
 import argparse
 import sys
 
+import machine.packages  # noqa: F401
+
+# isort: split
 from rich.console import Console
 
 from endpoints.base import ServerError, describe_choices, load_endpoints

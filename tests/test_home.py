@@ -74,6 +74,14 @@ def test_the_ab_test_and_its_plot_leave_the_home_folder_empty(home, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_report_leaves_the_home_folder_empty(home, tmp_path):
+    shutil.copy(REPOSITORY_DIR / "benchmarks" / "results" / "sample.json", tmp_path)
+    run(sys.executable, "benchmarks/report.py", tmp_path / "sample.json", check=True)
+    assert (tmp_path / "sample" / "report.html").exists()
+    assert list_all(home) == []
+
+
+@pytest.mark.slow
 def test_the_shadow_leaves_the_home_folder_empty(home, tmp_path):
     skip_without_haproxy()
     options = ["--server", "onnx", "--seconds", "0.5", "--output", tmp_path / "shadow.json"]

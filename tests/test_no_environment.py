@@ -24,7 +24,7 @@ SCRIPTS = {
     "onnx/onnx_inference.py": [],
     "gateway/gateway.py": ["--state", "{folder}/state", "serve"],
     "gateway/shadow.py": [],
-    "benchmarks/ab_test.py": [],
+    **{f"benchmarks/{path.name}": [] for path in sorted((REPOSITORY_DIR / "benchmarks").glob("*.py"))},
 }
 
 

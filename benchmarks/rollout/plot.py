@@ -1,12 +1,8 @@
 """Draw the looks of an A/B test: how each difference and its interval went, and what they were held against."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-# Its list of fonts, which it would keep in the home folder.
-os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).resolve().parent.parent / "results" / ".matplotlib"))
 
 import matplotlib
 import numpy as np
