@@ -23,7 +23,9 @@ from bad_requests import GOOD_ROW
 from client.ask import ask, send
 from client.load_generator import LoadGenerator, make_exchanges
 from endpoints.base import Request, ServerError, load_endpoints
+from endpoints.open_inference import decode_reply, encode_request
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from figures.intervals import median_interval
 from helpers import (
     DEADLINE_S,
     REPOSITORY_DIR,
@@ -37,6 +39,8 @@ from helpers import (
     wait_until,
     write_onnx_settings,
 )
+from machine.environment import split_cpus
+from machine.priority import lifted_priority
 from servers.process import ServerProcess
 
 ONNX_DIR = REPOSITORY_DIR / "onnx"
@@ -229,6 +233,46 @@ def test_tuned_is_twice_and_a_half_as_fast_as_fastapi_with_pydantic(tmp_path):
     ours, theirs = (values[1:] for values in rates.values())
     ratio = np.median([a / b for a, b in zip(ours, theirs, strict=True)])
     assert ratio >= 2.5, rates
+
+
+class JsonInference(load_endpoints()["onnx-infer-tuned"]):
+    """The tuned server over the Open Inference Protocol, tensors in JSON."""
+
+    def request(self, rows: list[list[float]], version: str | None) -> Request:
+        return Request(self.path(version), encode_request(rows))
+
+    def decode(self, reply: bytes) -> np.ndarray:
+        return decode_reply(reply)
+
+
+@pytest.mark.timing
+@pytest.mark.parametrize("connections", [16, 64])
+def test_the_protocol_is_nearly_as_fast_as_predict(connections, capsys):
+    classes = load_endpoints()
+    expected, rows = load_expected("1"), load_test_rows()[0]
+    asked = {"predict": classes["onnx-tuned"], "json": JsonInference, "bytes": classes["onnx-infer-tuned"]}
+    rates: dict[str, list[float]] = {name: [] for name in asked}
+    server_cpus, client_cpus = split_cpus()
+    with contextlib.ExitStack() as stack:
+        goes_first = stack.enter_context(lifted_priority())
+        server = stack.enter_context(ServerProcess(asked["predict"].on_free_ports(), server_cpus, goes_first))
+        if client_cpus is not None:
+            stack.callback(os.sched_setaffinity, 0, os.sched_getaffinity(0))
+            os.sched_setaffinity(0, client_cpus)
+        for number in range(21):  # the first warms up
+            for name, endpoint_class in asked.items():
+                endpoint = endpoint_class(server.endpoint.ports)
+                with LoadGenerator(endpoint, make_exchanges(endpoint, "1", rows, expected), connections) as load:
+                    window = load.run_closed(0.2)
+                assert not window.errors
+                assert not window.wrong
+                if number:
+                    rates[name].append(window.rate)
+    ratios = {name: median_interval(np.divide(rates[name], rates["predict"])) for name in ("json", "bytes")}
+    with capsys.disabled():
+        print(f"\n{connections} connections, against /predict: {ratios}")
+    assert ratios["json"].high >= 0.75
+    assert ratios["bytes"].high >= 0.8
 
 
 # The Open Inference Protocol, by a client that others wrote

@@ -44,7 +44,7 @@ class Style:
 def make_styles(measured: Measured) -> dict[str, Style]:
     """Return each server's style: a framework has one colour and marker, gRPC is dashed and hollow, floors are grey.
 
-    A default beside its tuned set-up is dotted.
+    The Open Inference Protocol ("-infer") has long dashes, a default beside its tuned set-up is dotted.
     """
     families: dict[str, int] = {}
     styles = {}
@@ -55,9 +55,10 @@ def make_styles(measured: Measured) -> dict[str, Style]:
             dashes: Dashes = (0, (5, 1.5, 1, 1.5)) if is_grpc else (0, (1, 1.2))
             styles[name] = Style(label, LIGHT["floor"], "d", dashes, not is_grpc)
             continue
-        family = re.sub(r"[-_ ]?grpc$", "", name.removesuffix("-tuned"), flags=re.IGNORECASE)
+        server = name.removesuffix("-tuned")
+        family = re.sub(r"[-_ ]?(grpc|infer)$", "", server, flags=re.IGNORECASE)
         number = families.setdefault(family, len(families))
-        dashes = (0, (4, 1.8)) if is_grpc else "-"
+        dashes = (0, (4, 1.8)) if is_grpc else (0, (8, 1.5)) if server.endswith("-infer") else "-"
         if about.get("variant") == "default":
             dashes = (0, (1, 1.6))
         styles[name] = Style(label, LIGHT[f"series{number % 7}"], MARKERS[number % 7], dashes, not is_grpc)
