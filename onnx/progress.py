@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
 
 console = Console(highlight=False)
 spinner = console.status("")
-unfinished: list[Path] = []  # folders that Ctrl-C removes
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what kill, timeout and a container's engine send
+unfinished: list[Path] = []  # folders that they remove
 
 
 def read_output_dir(description: str) -> Path:
@@ -37,7 +38,7 @@ def show(text: str) -> None:
 
 
 def end_on_interrupt(script: str) -> None:
-    """From now on let Ctrl-C end this process with one line and exit code 1, and remove what is unfinished.
+    """From now on let a stop signal end this process with one line and exit code 1, and remove what is unfinished.
 
     No exception is raised: scikit-learn's `fit` takes a KeyboardInterrupt for the end of the training, and returns a
     half-trained model.
@@ -52,9 +53,11 @@ def end_on_interrupt(script: str) -> None:
         print(f"{script}: interrupted; nothing was written", file=sys.stderr, flush=True)
         os._exit(1)
 
-    signal.signal(signal.SIGINT, end)
+    for number in STOPS:
+        signal.signal(number, end)
 
 
 def finish_uninterrupted() -> None:
-    """Ignore Ctrl-C from now on: the rest takes milliseconds, and a half of it is of no use."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ignore stop signals from now on: the rest takes milliseconds, and a half of it is of no use."""
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)

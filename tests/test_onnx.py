@@ -707,18 +707,19 @@ def test_a_quantized_model_stays_within_its_stated_tolerance(optimized, inferenc
 
 
 @pytest.mark.parametrize(
-    ("script", "step"),
+    ("script", "step", "stop"),
     [
-        ("convert_to_onnx.py", "loading"),  # imports
-        pytest.param("convert_to_onnx.py", "source", marks=pytest.mark.slow),  # trains: scikit-learn would go on
-        ("optimize.py", "optimising"),
+        ("convert_to_onnx.py", "loading", signal.SIGINT),  # imports
+        # trains: scikit-learn would go on
+        pytest.param("convert_to_onnx.py", "source", signal.SIGINT, marks=pytest.mark.slow),
+        ("optimize.py", "optimising", signal.SIGTERM),
     ],
 )
-def test_ctrl_c_ends_a_script_with_one_line_and_leaves_no_file(start_script, tmp_path, script, step):
+def test_a_stop_signal_ends_a_script_with_one_line_and_leaves_no_file(start_script, tmp_path, script, step, stop):
     folder = tmp_path / "models"
     process = start_script(script, "--output-dir", folder)
     wait_until(lambda: process.stdout.readline().startswith(step), f"the line {step}", process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     errors = process.communicate(timeout=DEADLINE_S)[1]
     name = script.removesuffix(".py")
     assert (process.returncode, errors) == (1, f"{name}: interrupted; nothing was written\n")

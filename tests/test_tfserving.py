@@ -670,8 +670,16 @@ def test_ctrl_c_during_an_export_prints_one_line(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["importing TensorFlow", "training version 1", "exporting version 1"])
-def test_ctrl_c_at_any_step_of_an_export_is_one_line_and_leaves_nothing(tmp_path, step):
+@pytest.mark.parametrize(
+    ("step", "stop"),
+    [
+        ("importing TensorFlow", signal.SIGINT),
+        ("training version 1", signal.SIGINT),
+        ("exporting version 1", signal.SIGINT),
+        ("exporting version 1", signal.SIGTERM),
+    ],
+)
+def test_a_stop_signal_at_any_step_of_an_export_is_one_line_and_leaves_nothing(tmp_path, step, stop):
     keyboard, screen = os.openpty()
     process = subprocess.Popen(
         [sys.executable, "export_model.py", "--models-dir", tmp_path / "models"],
@@ -686,7 +694,7 @@ def test_ctrl_c_at_any_step_of_an_export_is_one_line_and_leaves_nothing(tmp_path
         while drawn := os.read(keyboard, 65536):
             shown += drawn
             if step.encode() in shown and not is_asked:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(stop)
                 is_asked = True
     os.close(keyboard)
     assert process.wait(DEADLINE_S) == 1

@@ -18,13 +18,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-unfinished: list[Path] = []  # folders that Ctrl-C removes
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what kill, timeout and a container's engine send
+unfinished: list[Path] = []  # folders that they remove
 terminal = os.dup(2)  # quiet_tensorflow silences the original while TensorFlow is imported
 
 
 def end_at_once(*_) -> None:
-    """End on Ctrl-C with one line, wherever it comes: TensorFlow would show its call stack."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End on a stop signal with one line, wherever it comes: TensorFlow would show its call stack."""
+    handle_stops(signal.SIG_IGN)
     for folder in unfinished:
         shutil.rmtree(folder, ignore_errors=True)
     line = b"export_model: interrupted; a version that was not finished is as it was before\n"
@@ -32,8 +33,13 @@ def end_at_once(*_) -> None:
     os._exit(1)
 
 
+def handle_stops(handler: signal.Handlers | Callable[..., None]) -> None:
+    for number in STOPS:
+        signal.signal(number, handler)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, end_at_once)  # here, because the imports take seconds
+    handle_stops(end_at_once)  # here, because the imports take seconds
 
 try:
     import numpy as np
@@ -144,12 +150,13 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
         finished = Path(folder) / target.name
         tf.saved_model.save(module, str(finished), signatures={"serving_default": serve})
         write_warm_up(finished / "assets.extra" / "tf_serving_warmup_requests", recipe["model_name"], rows)
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # between the two there is no version
+        handler = signal.getsignal(signal.SIGINT)
+        handle_stops(signal.SIG_IGN)  # between the two renames there is no version
         if target.exists():
             target.rename(Path(folder) / "replaced")
         finished.rename(target)
         unfinished.remove(Path(folder))
-        signal.signal(signal.SIGINT, handler)
+        handle_stops(handler)
 
 
 def show_progress(line: str) -> Progress:
