@@ -78,6 +78,8 @@ STOP = re.compile(r"\b[Ss]top(\s+(the\s+\w+|it))?\s+with\s+Ctrl-C\b")
 EVERY_TERMINAL = re.compile(r"\bin\s+every\s+terminal\b", re.IGNORECASE)
 THIRD_TERMINAL = re.compile(r"\bthird\s+terminal\b")
 NUMBER = re.compile(r"\d[\d,.]*(T\d+Z|e[-+]?\d+)?")
+TYPED = ("README.md", "REFERENCE.md")  # of a folder: the lesson, and then what is looked up
+WORDS_PER_MINUTE, READING_MINUTES = 220, 8  # of a lesson's prose; its commands take the other half of a quarter hour
 FOLDERS = (*FRAMEWORKS, "gateway", "monitoring", "sealing", "kubernetes", "data")
 LONG = ("monitoring", "sealing")  # minutes each: they are typed by make test-slow
 NOT_TYPED = {  # fences whose commands need what no CI here has
@@ -233,7 +235,7 @@ def list_files(*options: str) -> list[str]:
 
 
 def list_readmes() -> list[str]:
-    return [path for path in list_pages() if Path(path).name == "README.md"]
+    return [path for path in list_pages() if Path(path).name in TYPED]
 
 
 def list_pages() -> list[str]:
@@ -263,16 +265,19 @@ def environment(tmp_path):
         }
 
 
-def read_whole(readme: str, tmp_path: Path, environment: dict[str, str], trained: bool) -> None:
-    """Read `readme` in a fresh copy of the repository, with the models of this one if `trained`."""
+def read_whole(folder: str, tmp_path: Path, environment: dict[str, str], trained: bool) -> None:
+    """Read the folder's pages in a fresh copy of the repository, with the models of this one if `trained`."""
     copy = tmp_path / "repository"
     copy_files(list_files("--cached"), copy)
     if trained:
         made = list_files("--ignored", *FRAMEWORKS)
         copy_files([path for path in made if "__pycache__" not in path and "prometheus" not in path], copy)
     (copy / ".venv").symlink_to(REPOSITORY_DIR / ".venv")
-    with Reader(readme, (REPOSITORY_DIR / readme).read_text(), copy, environment) as reader:
-        reader.read()
+    for page in TYPED:
+        path = Path(folder, page)
+        if (REPOSITORY_DIR / path).exists():
+            with Reader(str(path), (REPOSITORY_DIR / path).read_text(), copy, environment) as reader:
+                reader.read()
 
 
 @pytest.mark.parametrize(
@@ -281,14 +286,14 @@ def read_whole(readme: str, tmp_path: Path, environment: dict[str, str], trained
 def test_every_command_of_a_folders_readme_works_as_written_and_in_order(folder, tmp_path, environment):
     if folder in FRAMEWORKS:
         refuse_taken_ports(folder)
-    read_whole(f"{folder}/README.md", tmp_path, environment, trained=folder not in FRAMEWORKS)
+    read_whole(folder, tmp_path, environment, trained=folder not in FRAMEWORKS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("readme", ["README.md", "benchmarks/README.md"])
-def test_every_command_of_the_readmes_about_all_servers_works_as_written_and_in_order(readme, tmp_path, environment):
+@pytest.mark.parametrize("folder", [".", "benchmarks"])
+def test_every_command_of_the_readmes_about_all_servers_works_as_written_and_in_order(folder, tmp_path, environment):
     refuse_taken_ports()
-    read_whole(readme, tmp_path, environment, trained=True)
+    read_whole(folder, tmp_path, environment, trained=True)
 
 
 SERVER = "```bash server\necho ready; cat\n```\n```text\nready\n```\n"  # serves until Ctrl-C
@@ -391,9 +396,9 @@ def test_commands_stand_only_in_fences_that_are_typed():
             assert kind in {*allowed, "protobuf"}, f"{page}: a fence of kind {kind!r} would not be typed"
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_a_wait_of_a_readme_ends_and_shows_that_no_server_listens(folder):
-    for fence in FENCE.finditer((REPOSITORY_DIR / folder / "README.md").read_text()):
+@pytest.mark.parametrize("readme", list_readmes())
+def test_a_wait_of_a_readme_ends_and_shows_that_no_server_listens(readme):
+    for fence in FENCE.finditer((REPOSITORY_DIR / readme).read_text()):
         if not fence["info"].startswith("bash"):
             continue
         endless = re.search(r"^\s*(until|while)\b.*", fence["text"], re.MULTILINE)
@@ -409,7 +414,13 @@ def test_a_readme_says_where_its_first_cd_starts(readme):
 
 
 def test_every_readme_is_read_by_a_test():
-    assert list_readmes() == sorted(["README.md", "benchmarks/README.md", *(f"{name}/README.md" for name in FOLDERS)])
+    assert {str(Path(readme).parent) for readme in list_readmes()} == {".", "benchmarks", *FOLDERS}
+
+
+@pytest.mark.parametrize("folder", [".", "benchmarks", *FOLDERS])
+def test_a_lesson_is_read_in_eight_minutes(folder):
+    prose = FENCE.sub("", (REPOSITORY_DIR / folder / "README.md").read_text())
+    assert len(prose.split()) <= WORDS_PER_MINUTE * READING_MINUTES
 
 
 def test_each_command_that_is_not_executed_stands_in_a_page():
