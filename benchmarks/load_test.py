@@ -308,6 +308,7 @@ def add_arguments(parser) -> None:
 def prepare(environment, **_) -> None:
     signal.signal(signal.SIGTERM, interrupt_once)  # until Locust listens for it: only when a shape has ended
     gevent.signal_handler(signal.SIGINT, interrupt_once)  # in a greenlet of its own, not in a user's
+    gevent.get_hub().loop.update_now()  # or --run-time counts from when gevent was imported
     options = environment.parsed_options
     environment.host = environment.host or f"http://127.0.0.1:{ENDPOINTS[options.endpoint]().port}"
     environment.stop_timeout = environment.stop_timeout or STOP_TIMEOUT_S
