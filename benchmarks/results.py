@@ -6,9 +6,10 @@ measured.
     python results.py results/sample.json
         that one
     python results.py --update-readme
-        rewrite the measured parts of ../README.md, RESULTS.md and README.md
+        rewrite the measured parts of ../README.md, RESULTS.md, README.md and
+        REFERENCE.md
 
-Every number is computed from the raw observations in the file. The READMEs'
+Every number is computed from the raw observations in the file. The pages'
 parts come from results/sample.json and results/peers.json.
 """
 
@@ -23,7 +24,7 @@ import machine.packages  # noqa: F401
 # isort: split
 from rich.console import Console
 
-from drawing.readme import README_PATH, format_summary, replace_part
+from drawing.readme import README_PATH, format_lesson, format_summary, replace_part
 from drawing.tables import format_markdown, format_peers, print_result
 from figures.measured import Measured
 from figures.result_file import PEERS_PATH, SAMPLE_PATH, ResultError, find_newest_result, read_result
@@ -34,7 +35,7 @@ END = "<!-- end of the made part -->"
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a README that is made from a result file."""
+    """A part of a page that is written from a result file."""
 
     readme: Path
     source: Path
@@ -45,7 +46,7 @@ class Part:
         return f"<!-- made by `make readme` from benchmarks/results/{self.source.name}: do not edit -->"
 
     def update(self, readme: str) -> str:
-        """Return the README's text with this part made again."""
+        """Return the page's text with this part written again."""
         return replace_part(readme, self.begin, END, self.format(Measured(read_result(self.source))))
 
 
@@ -53,14 +54,15 @@ FOLDER = Path(__file__).resolve().parent
 PARTS = (
     Part(README_PATH, SAMPLE_PATH, format_summary),
     Part(FOLDER / "RESULTS.md", SAMPLE_PATH, format_markdown),
-    Part(FOLDER / "README.md", PEERS_PATH, format_peers),
+    Part(FOLDER / "README.md", SAMPLE_PATH, format_lesson),
+    Part(FOLDER / "REFERENCE.md", PEERS_PATH, format_peers),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, nargs="?", help="a result file (default: this machine's newest in results/)")
-    parser.add_argument("--update-readme", action="store_true", help="rewrite the READMEs (default: only print)")
+    parser.add_argument("--update-readme", action="store_true", help="rewrite the pages (default: only print)")
     arguments = parser.parse_args()
     try:
         if arguments.update_readme:

@@ -2,7 +2,7 @@
 
 A 95 % interval must cover the truth in about 95 of 100 repeated measurements. With 1,000 repetitions the
 observed coverage itself has a standard error of 0.7 %. `python -m pytest -s tests/test_intervals.py -k
-coverage` prints the coverages that benchmarks/README.md states.
+coverage` prints the coverages that benchmarks/REFERENCE.md states.
 """
 
 import json

@@ -8,7 +8,7 @@ import pytest
 from helpers import REPOSITORY_DIR
 
 BENCHMARKS_DIR = REPOSITORY_DIR / "benchmarks"
-# By floor: a room imports rooms of lower floors only. The order is that of benchmarks/README.md.
+# By floor: a room imports rooms of lower floors only. The order is that of benchmarks/REFERENCE.md.
 FLOORS = {
     **{"machine": 1, "figures": 1},
     **{"endpoints": 2, "planning": 2, "accelerator": 2},
@@ -35,7 +35,8 @@ def list_imports(path: Path) -> set[str]:
 
 def test_the_door_holds_commands_and_rooms_only():
     entries = {path.name for path in BENCHMARKS_DIR.iterdir()} - {"__pycache__"}
-    assert entries == {f"{name}.py" for name in COMMANDS} | {*FLOORS, "peers", "results", "README.md", "RESULTS.md"}
+    pages = {"README.md", "REFERENCE.md", "RESULTS.md"}
+    assert entries == {f"{name}.py" for name in COMMANDS} | {*FLOORS, "peers", "results"} | pages
     assert len(COMMANDS) <= 16
     for name in COMMANDS:
         text = (BENCHMARKS_DIR / f"{name}.py").read_text()

@@ -1,13 +1,15 @@
-"""The parts of a page that a command makes from a result file, between two marks."""
+"""The parts of a page that a command writes from a result file, between two marks."""
 
 from drawing.answers import answer_one_user, answer_under_load
-from drawing.tables import NOT_RIVALS
+from drawing.tables import NOT_RIVALS, TextTable, add_row, format_table, make_speed_table
 from endpoints.base import REPOSITORY_DIR
 from figures.measured import Measured
 from figures.result_file import ResultError
+from figures.words import UNKNOWN, format_offered
 
 README_PATH = REPOSITORY_DIR / "README.md"
 CONTAINERS_PAGE = REPOSITORY_DIR / "CONTAINERS.md"
+LESSON_SERVERS = ("torchserve-tuned", "bentoml-tuned", "onnx-tuned", "tfserving-tuned", "null")
 
 
 def replace_part(readme: str, begin: str, end: str, text: str) -> str:
@@ -20,7 +22,7 @@ def replace_part(readme: str, begin: str, end: str, text: str) -> str:
 
 
 def format_summary(measured: Measured) -> str:
-    """Return in Markdown what a run has shown, in four lines."""
+    """Return the result of a run in four lines of Markdown."""
     environment = measured.environment
     return "\n".join(
         [
@@ -32,3 +34,17 @@ def format_summary(measured: Measured) -> str:
             "",
         ]
     )
+
+
+def format_lesson(measured: Measured) -> str:
+    """Return the speed and the sustained rates of the lesson's servers as one table in Markdown."""
+    speed = make_speed_table(measured)
+    table = TextTable("", [*speed.header, "keeps up with, req/s"], "")
+    cells = {row[0]: row[1:] for row in speed.rows}
+    for name in (name for name in LESSON_SERVERS if name in measured.names):
+        knee = measured.knees.get(name)
+        rate = format_offered(knee.sustained_rate) if knee else UNKNOWN
+        add_row(table, measured, name, *cells[measured.label(name)], rate)
+    _, _, *lines = format_table(table)
+    source = f"- {measured.environment['utc'][:10]}, {measured.environment['cpu']}, `{measured.environment['command']}`"
+    return "\n".join(["", *(line for line in lines if line), "", source, ""])
