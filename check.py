@@ -261,7 +261,9 @@ def grade_endpoint(name: str) -> int:
     except (ValueError, ImportError, SyntaxError) as error:
         sys.exit(f"check: an endpoint file cannot be read: {error}")
     if name not in classes:
-        sys.exit(f"check: {name}: no such endpoint; there are {', '.join(classes)}. benchmarks/REFERENCE.md: Add a server")
+        sys.exit(
+            f"check: {name}: no such endpoint; there are {', '.join(classes)}. benchmarks/REFERENCE.md: Add a server"
+        )
     result = grade(classes[name], lambda part: print(f"{name}: {part} …", flush=True))
     print(format_receipt(result))
     print(f"wrote {write_receipt(result, RESULTS_DIR)}")

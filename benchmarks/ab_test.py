@@ -11,7 +11,7 @@ versions. The number of users follows from the accuracy difference to be found,
 before the first one comes. They are looked at in ten parts, with boundaries
 that keep the chance of a false verdict at 5 % over all looks together. The
 verdict is `promote`, `roll back` or `not enough evidence`. Writes
-results/ab-<time>.json, with all that every user saw, and a plot beside it.
+results/ab-<time>.json, with the replies of every user, and a plot next to it.
 Ctrl-C, or a gateway that is lost, ends it early: what came in by the last whole
 look is judged and written, and the exit code is not 0.
 """
@@ -60,7 +60,7 @@ def describe_end(result: dict, plan: Plan, judgement: Judgement, users: list[Use
 def measure(plan: Plan, crowd: Crowd, result: dict, tell: Callable[[str], None]) -> list[Judgement]:
     """Send the users, look by look, until a look, Ctrl-C or the gateway ends it; fill `result`, return the judgements.
 
-    SplitError where the gateway cannot be asked before the first look is done.
+    SplitError if the gateway cannot be asked before the first look is done.
     """
     judgements = []
     try:
@@ -125,7 +125,7 @@ def main() -> int:
 
 
 def read_ab_result(path: Path) -> dict:
-    """Return the file's content; GatewayError where it is of another form."""
+    """Return the file's content; GatewayError if it has another form."""
     try:
         result = json.loads(path.read_text())
         if result["schema_version"] == EXPERIMENT_VERSION and result["looks"]:
@@ -148,7 +148,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--power", type=float, default=0.9, help="chance to find it (default: 0.9)")
     parser.add_argument("--looks", type=int, default=10, help="how often to look (default: 10)")
     parser.add_argument(
-        "--users", type=int, help="how many users instead of what the power needs (default: as planned)"
+        "--users", type=int, help="number of users (instead of the number for the power) (default: as planned)"
     )
     parser.add_argument("--output", type=Path, help="the result file (default: results/ab-<time>.json)")
     parser.add_argument("--read", type=Path, metavar="FILE", help="print and draw this result again (default: measure)")

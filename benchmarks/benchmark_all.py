@@ -8,7 +8,7 @@ saturation and cost.
     python benchmark_all.py --containers
         the servers that docker compose runs
     python benchmark_all.py --address onnx-tuned=http://10.0.0.5/onnx
-        what answers there: a gateway, a cluster
+        whatever answers there: a gateway, a cluster
 
 Starts every server with its README's command, proves |p - expected| <= 1e-5 on
 all test rows of both versions, then runs many short rounds of load, all servers
@@ -58,7 +58,7 @@ from servers.remote import RemoteServer
 from servers.under_test import OPEN_CONNECTIONS, VERSION, AnyServer, ServerUnderTest
 
 SHUFFLE_SEED = 0
-LIMIT_FACTOR = 10.0  # a window that waits for its least number of requests is at most so many times longer
+LIMIT_FACTOR = 10.0  # at most: how many times longer a window may be that waits for its least number of requests
 LONGEST_S = 600.0  # of a window that waits for MLPerf's number of requests
 LOOK_EVERY = 4  # rounds between two looks at how well the ratios are known
 MANY_ROWS_EVERY = 2  # requests of many rows are measured in every second round
@@ -67,9 +67,9 @@ MOST_REPEATED = 0.25  # of all windows
 RAISE = 1.3  # the next offered rate, as a multiple of one that did not break the server
 MOST_RAISES = 8
 SAVE_EVERY_S = 10.0
-OVERHEAD_S = 0.03  # of a window beside its load: connecting, reading the processes' state, checking the answers
+OVERHEAD_S = 0.03  # of a window besides its load: connecting, reading the processes' state, checking the answers
 REPORT_S = 25.0  # to end the servers, write and draw
-# MLPerf Inference asks for so many queries that a 99th percentile is known to a twentieth of its distance
+# MLPerf Inference requires enough queries that a 99th percentile is known to a twentieth of its distance
 # from 100 % with 99 % confidence: 0.99 * 0.01 * (2.576 / 0.0005)**2 = 262,742, in whole multiples of 2**13
 # (mlcommons/inference_policies, inference_rules.adoc, "Number of queries").
 MLPERF_QUERIES = 270_336
@@ -77,7 +77,7 @@ MLPERF_QUERIES = 270_336
 
 @dataclass(frozen=True)
 class Plan:
-    """How much one run measures: a profile with what the command line changed."""
+    """How much one run measures: a profile with the command line's changes."""
 
     starts: int  # cold starts of each server
     rounds: int  # least, over all servers
@@ -95,7 +95,7 @@ class Plan:
     open_seconds: float  # length of an open-loop window
     rate_shares: tuple[float, ...]  # offered rates, as shares of the server's fastest closed-loop rate
     settle_seconds: float  # longest warm-up of a server after its check
-    defaults_in_full: bool  # False: a default beside its tuned set-up by connections only, and over gRPC not at all
+    defaults_in_full: bool  # False: a default with a tuned set-up is measured by connections only, and not over gRPC
     rates: tuple[float, ...] = ()  # offered rates instead of shares; then they are not raised
     arrivals: str = "poisson"
     objective_ms: float = 50.0
@@ -154,7 +154,7 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namesp
         nargs="+",
         default=[],
         metavar="NAME=URL",
-        help="measure what answers at http://host:port/prefix, and those alone (default: start each server)",
+        help="measure only what answers at http://host:port/prefix (default: start each server)",
     )
     add("--no-report", action="store_true", help="draw no report; report.py can later (default: draw it)")
     add("--output", type=Path, help="the result file (default: results/<utc>.json)")
@@ -216,7 +216,7 @@ def parse_arguments(classes: dict[str, type[Endpoint]]) -> tuple[argparse.Namesp
     if unknown := set(arguments.endpoints) - set(names):
         parser.error(f"no container answers {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     if arguments.output and arguments.output.suffix != ".json":
-        parser.error("--output must end in .json; tables and report are written beside it")
+        parser.error("--output must end in .json; tables and report are written next to it")
     options = dict(option.partition("=")[::2] for option in arguments.server_options)
     if unknown := set(options) - set(names):
         parser.error(f"--server-options: no server called {', '.join(sorted(unknown))}")
@@ -444,7 +444,7 @@ def _round(rate: float) -> float:
 
 
 def seconds_of_sweeps(plan: Plan, servers: int) -> float:
-    """About how long the sweeps of so many servers take, raised twice."""
+    """Return about how long the sweeps of that many servers take if raised twice."""
     rates = len(plan.rates) or len(plan.rate_shares) + 2
     return servers * plan.open_rounds * rates * (plan.open_seconds + plan.warmup_seconds + OVERHEAD_S)
 
@@ -493,7 +493,7 @@ def main() -> int:
 
     try:
         with contextlib.ExitStack() as stack:
-            if not arguments.containers and not arguments.address:  # they have a priority of their own
+            if not arguments.containers and not arguments.address:  # those have their own priority
                 result["settings"]["goes_first"] = stack.enter_context(lifted_priority())
             servers: dict[str, ServerUnderTest] = {}
             for name in arguments.endpoints:

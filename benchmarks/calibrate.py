@@ -68,7 +68,7 @@ OFFERED_RATE = 20_000.0  # requests per second
 OPEN_CONNECTIONS = 128  # a server that stands still for 6 ms leaves some free: lateness is then the client's own
 LATENESS_BOUND_S = 1e-3
 WARMUP_SECONDS = 0.3
-ATTEMPTS = 3  # at one measurement, until other programs left the cores alone
+ATTEMPTS = 3  # at one measurement, until other programs leave the cores
 MOST_DISTURBED = {"p50": FOREIGN_LOAD_SHARE, "rate": FOREIGN_LOAD_SHARE, "late": 0.005}  # p99 shows 1 % of the time
 TURNS = [("p50", P50_CONNECTIONS), *(("rate", connections) for connections in RATE_BOUNDS)]  # of each client
 SHUFFLE_SEED = 0
@@ -143,7 +143,7 @@ def run_wrk(wrk: str, script: Path, url: str, connections: int, seconds: int) ->
 
 
 def check(window: Window) -> Window:
-    """Return the window; CalibrationError where a request failed or was answered wrongly."""
+    """Return the window; CalibrationError if a request failed or was answered wrongly."""
     if window.errors.total() or window.wrong or not len(window.latencies_s):
         raise CalibrationError(f"the null server: errors {dict(window.errors)}, wrong answers {window.wrong}")
     return window
@@ -169,7 +169,7 @@ def measure_lateness(endpoint: Endpoint, exchanges: list[Exchange], seconds: flo
 
 
 def watch(run: Callable[[], tuple], other_cpu_s: Callable[[], float], cpus: set[int] | None) -> tuple:
-    """Return what `run` gave, and the share of the cores that others took meanwhile.
+    """Return what `run` gave, and the share of the cores that others took during it.
 
     `other_cpu_s` gives the CPU seconds that the server and wrk have used so far.
     """

@@ -1,5 +1,5 @@
 """Ship version 2 step by step through the gateway, and take it back by itself
-where it does harm.
+if it does harm.
 
     python canary.py --endpoint onnx
 
@@ -9,10 +9,10 @@ failures of the two versions: one sequential test that goes on over all steps,
 so that the chance to take back a version that is as good stays below 5 % for
 the whole walk. Harm takes version 2 back at once; so does a replica of it that
 is lost, a split that does not do what it is set to, a step that takes too long,
-and Ctrl-C: all users then get version 1. At 100 % nobody is left to compare
+and Ctrl-C: all users then get version 1. At 100 % no user is left to compare
 with; failures are watched there, and a promotion is final only after that step.
-Writes results/canary-<time>.json and a plot beside it; `ab_test.py --read`
-prints it again. Exit code 0 only where version 2 was promoted.
+Writes results/canary-<time>.json and a plot next to it; `ab_test.py --read`
+prints it again. Exit code 0 only if version 2 was promoted.
 """
 
 import argparse
@@ -76,7 +76,7 @@ def walk(
         judgements.append(judgement)
         if len(users) < len(wanted):
             return ROLL_BACK, f"the step took more than {step_s:g} s"
-        if count_replicas(server) < replicas:  # version 1 answers for it meanwhile, so that no user need notice
+        if count_replicas(server) < replicas:  # version 1 answers for it, so that no user need notice
             return ROLL_BACK, "version 2 lost a replica"
         if judgement.ends:
             break

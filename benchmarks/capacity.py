@@ -1,5 +1,4 @@
-"""Say how many replicas a rate takes and what each must be given, from a
-result file.
+"""Print how many replicas a rate takes and what to give each, from a result file.
 
     python capacity.py --rate 5000 --p99-ms 50
         every server that was swept: replicas, cores, and the settings of its

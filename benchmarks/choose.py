@@ -1,4 +1,4 @@
-"""Say which server meets what you need, which does not and by how far, from a
+"""Print which servers meet your needs, and which do not and by how far, from a
 result file.
 
     python choose.py --rate 5000 --p99-ms 20 --memory-mb 600 --maintained
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--framework", choices=FRAMEWORKS, default="any", help="of the model (default: any)")
     parser.add_argument("--reload", action="store_true", help="new versions while it serves (default: not needed)")
     parser.add_argument("--grpc", action="store_true", help="gRPC is needed (default: not needed)")
-    parser.add_argument("--maintained", action="store_true", help="somebody mends it (default: not needed)")
+    parser.add_argument("--maintained", action="store_true", help="it must be maintained (default: not needed)")
     parser.add_argument("--guide", action="store_true", help="write CHOOSING.md (default: answer)")
     arguments = parser.parse_args()
     needs = Needs(

@@ -1,4 +1,4 @@
-"""Compare two result files: what a change did to each server, with 95 %
+"""Compare two result files: the effect of a change on each server, with 95 %
 intervals.
 
     python compare.py BEFORE.json AFTER.json
@@ -82,7 +82,7 @@ def _medians_ms(cell: Cell) -> list[float]:
 
 
 def list_differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return in what the two environments and settings differ, a sentence each."""
+    """Return the differences of the two environments and settings, a sentence each."""
     differences = []
     for part, keys in (
         ("environment", ("cpu", "cores", "system", "python", "packages")),

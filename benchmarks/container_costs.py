@@ -6,7 +6,7 @@ start, memory, time to stop.
     python container_costs.py --update-readme
         rewrite the table in ../CONTAINERS.md from that file
 
-Makes each container anew STARTS times and waits for its first right answer,
+Makes each container again STARTS times and waits for its first right answer,
 asks it every test row, reads its memory as `docker stats` counts it, and stops
 it. The containers run again when this ends.
 """
@@ -48,7 +48,7 @@ def read_memory_bytes(container_id: str) -> int:
 
 
 def measure(endpoint_class) -> dict:
-    """Return the costs of one server's container; ServerError where it does not start or answers wrongly."""
+    """Return the costs of one server's container; ServerError if it does not start or answers wrongly."""
     starts_s = []
     for _ in range(STARTS):
         with ContainerServer(endpoint_class()) as server:
@@ -74,7 +74,7 @@ def measure(endpoint_class) -> dict:
 
 
 def format_table(result: dict) -> str:
-    """Return the measured table as Markdown, with what it was measured on."""
+    """Return the measured table as Markdown, with the machine it was measured on."""
     environment = result["environment"]
     lines = [
         "| server | kind | image | size MB | user | cold start s | memory MB | stops in s |",
@@ -97,7 +97,7 @@ def format_table(result: dict) -> str:
 
 
 def describe_base() -> str:
-    """Return what the image that the others start from is: Python's own, or one made in its place."""
+    """Return the base of the images: Python's image, or one made in its place."""
     labels = json.loads(run_docker("image", "inspect", "my_model-torchserve"))[0]["Config"].get("Labels") or {}
     return labels.get("base", "as pulled")
 

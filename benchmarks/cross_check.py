@@ -1,12 +1,12 @@
 """Measure one server with two clients, Locust and our own load generator, and
-say why their figures differ.
+explain why their figures differ.
 
     python cross_check.py --endpoint onnx --connections 1 8 --seconds 6
 
 Both clients keep the same number of connections busy (closed loop) on the same
 core, one after the other, on one server that stays up: half of the generator's
 time before Locust, half after, so that a drift would show. Every reply is
-checked. Exits non-zero where one failed or was wrong. Writes nothing.
+checked. Exits non-zero if one failed or was wrong. Writes nothing.
 """
 
 import argparse
@@ -60,7 +60,7 @@ class Observation:
 
     @property
     def in_flight(self) -> float:
-        """Requests under way on average: rate times mean latency (Little, "A proof for the queuing formula", 1961)."""
+        """Unanswered requests on average: rate times mean latency (Little, "A proof for the queuing formula", 1961)."""
         return self.latencies_s.sum() / self.elapsed_s if self.elapsed_s else 0.0
 
 

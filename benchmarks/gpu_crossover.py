@@ -2,7 +2,7 @@
 process, without a server.
 
     python gpu_crossover.py
-        measure, where CUDA is; elsewhere show what was measured
+        measure, if CUDA is here; otherwise show the measured figures
     python gpu_crossover.py --device cpu
         the half that needs no GPU: how much of a request is the model at all
 
@@ -28,7 +28,7 @@ from figures.words import format_count
 from machine.environment import describe_environment, usable_cpus
 from machine.signals import interrupt_on_sigterm
 
-ROWS = (1, 1024, 64, 8, 512, 32, 4096, 32_768, 262_144)  # what tells most comes first
+ROWS = (1, 1024, 64, 8, 512, 32, 4096, 32_768, 262_144)  # the most informative first
 NEEDS_CUDA = "needs an NVIDIA GPU with its driver, CUDA and cuDNN"
 
 
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise DeviceMissing(f"{MODEL_PATH} not found: make train")
     cuda = arguments.device != "cpu" and has_cuda()
     if arguments.device == "cuda" and not cuda:
-        raise DeviceMissing(f"CUDA was demanded and is not here: it {NEEDS_CUDA}")
+        raise DeviceMissing(f"CUDA was requested and is not here: it {NEEDS_CUDA}")
     if arguments.device == "auto" and not cuda:
         print(f"gpu_crossover: {NEEDS_CUDA}, and there is none here; --device cpu measures the other half")
         show(read_crossover(arguments.output), arguments)

@@ -1,12 +1,12 @@
-"""Measure all about one server's latency, one request at a time: how long, how
-steadily, and where the time goes.
+"""Measure one server's latency, one request at a time: how long, how steady, and
+where the time goes.
 
     python latency_test.py --endpoint onnx
         starts the server, measures a minute, stops it
     python latency_test.py --endpoint onnx --running
         measures the one that already runs on its usual port
     python latency_test.py --endpoint onnx --address http://10.0.0.5/onnx
-        measures what answers there: a gateway, a cluster
+        measures whatever answers there: a gateway, a cluster
 
 Prints a histogram, percentiles with 95 % intervals, the first, middle and last
 third of the time with a verdict on whether the server was steady, and, from a
@@ -58,10 +58,10 @@ PROGRESS_SECONDS = 2.0  # how often the progress bar moves: between two stretche
 
 
 def find_interval(latencies_s: np.ndarray, percent: float) -> Interval | None:
-    """Return a percentile in seconds with its 95 % interval; None where fewer than 10 observations lie beyond it.
+    """Return a percentile in seconds with its 95 % interval; None if fewer than 10 observations lie beyond it.
 
     `latencies_s` (n,) are in order of time. Consecutive batches are the clusters of `percentile_interval`,
-    so that it also holds what comes and goes.
+    so that it also covers slow stretches.
     """
     beyond = round(len(latencies_s) * (1 - percent / 100), 6)
     if beyond < SAMPLES_BEYOND_PERCENTILE:
@@ -70,7 +70,7 @@ def find_interval(latencies_s: np.ndarray, percent: float) -> Interval | None:
 
 
 def format_percentiles(latencies_s: np.ndarray) -> list[str]:
-    """One line a percentile, in ms with its interval; those that too few observations lie beyond are said to be so."""
+    """One line a percentile, in ms with its interval; those without enough observations beyond them are marked."""
     lines = []
     for percent in PERCENTILES:
         interval = find_interval(latencies_s, percent)
@@ -102,12 +102,12 @@ def split_by_time(latencies_s: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 def judge_steadiness(latencies_s: np.ndarray) -> tuple[bool | None, str]:
-    """Return whether latency stayed the same over the three thirds of the time, and the sentence that says it.
+    """Return whether latency stayed the same over the three thirds of the time, and the sentence that reports it.
 
-    Each third gives ten pieces, each piece a percentile; the Kruskal-Wallis test says whether the three
+    Each third gives ten pieces, each piece a percentile; the Kruskal-Wallis test decides whether the three
     sets of ten differ by more than chance (Kruskal and Wallis, JASA 47, 1952). With a hundred thousand
-    requests it finds differences that nobody cares for, so a change must also be at least LEAST_CHANGE.
-    p50 is always judged, p99 where each piece supports it; None where there are too few requests for either.
+    requests it finds differences too small to matter, so a change must also be at least LEAST_CHANGE.
+    p50 is always judged, p99 if each piece supports it; None if there are too few requests for either.
     """
     from scipy import stats  # only here: it takes seconds to import
 
@@ -256,7 +256,7 @@ def measure(load: LoadGenerator, seconds: float, console: Console) -> Window:
     """Run the closed loop for `seconds`, in stretches between which a terminal's progress bar moves."""
     whole = Window(len(load.connections))
     columns = TextColumn("measuring"), BarColumn(), TimeRemainingColumn()
-    # No thread of its own draws the bar: it would take turns with the measuring one.
+    # No second thread draws the bar: it would take turns with the measuring one.
     with Progress(*columns, console=console, transient=True, auto_refresh=False) as progress:
         task = progress.add_task("", total=seconds)
         while whole.elapsed_s < seconds:

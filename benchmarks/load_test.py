@@ -6,7 +6,7 @@ response times to the microsecond.
     python load_test.py --endpoint bentoml --shape ramp
         users rise step by step; spike and soak are the others
     python load_test.py --address http://10.0.0.5/onnx
-        starts none: the users ask what answers there
+        starts none: the users ask whatever answers there
     python load_test.py --processes 2
         two worker processes and a master that adds them up
     locust -f load_test.py --endpoint onnx
@@ -16,11 +16,11 @@ response times to the microsecond.
     locust -f load_test.py --master --headless --expect-workers 2 \
         --users 8 --run-time 10s
     locust -f load_test.py --worker
-        in a terminal, or on a machine, of its own
+        in another terminal, or on another machine
 
 Without --host Locust asks the endpoint's usual port. Options that are not
-listed below go to Locust. Writes nothing unless told to: with --csv PREFIX also
-PREFIX_percentiles.csv and PREFIX_record.json, beside Locust's own files. Locust
+listed below go to Locust. Writes nothing by default; --csv PREFIX writes
+PREFIX_percentiles.csv and PREFIX_record.json next to Locust's own files. Locust
 uses most of a core for some thousand requests a second, so benchmark_all.py
 does the measuring and cross_check.py shows the difference; this is for users,
 stages and failures.
@@ -63,7 +63,7 @@ ENDPOINTS = {name: value for name, value in load_endpoints().items() if value.pr
 VERSION = "1"
 USERS = 8
 SHAPE_SECONDS = 60
-STOP_TIMEOUT_S = 5.0  # users end the request under way: a request cut off would be in the server's count alone
+STOP_TIMEOUT_S = 5.0  # users finish their request: one that is cut off would be only in the server's count
 FINAL_REPORT_TIMEOUT_S = 5.0  # beyond STOP_TIMEOUT_S
 USERS_INTERVAL_S = 0.05
 
@@ -222,7 +222,7 @@ class Recorder:
             gevent.sleep(USERS_INTERVAL_S)
 
     def take(self) -> dict:
-        """Return what a worker observed since the last time."""
+        """Return a worker's observations since the last call."""
         self.count_cpu()
         taken, self.record = self.record, LoadRecord(self.record.width_s)
         return taken.to_dict()
@@ -234,7 +234,7 @@ class Recorder:
         self.record.merge(data["record"])
 
     def collect_last_reports(self, **_) -> None:
-        """Stop the workers' users and wait for what they still have to report: Locust itself waits half a second."""
+        """Stop the workers' users and wait for their last reports: Locust itself waits half a second."""
         if not self.environment.parsed_options.headless:
             return  # stopped from the web page: the workers stay and go on reporting
         self.waited_for = {client.id for client in self.runner.clients.all}
@@ -307,7 +307,7 @@ def add_arguments(parser) -> None:
 @events.init.add_listener
 def prepare(environment, **_) -> None:
     signal.signal(signal.SIGTERM, interrupt_once)  # until Locust listens for it: only when a shape has ended
-    gevent.signal_handler(signal.SIGINT, interrupt_once)  # in a greenlet of its own, not in a user's
+    gevent.signal_handler(signal.SIGINT, interrupt_once)  # in its own greenlet, not in a user's
     gevent.get_hub().loop.update_now()  # or --run-time counts from when gevent was imported
     options = environment.parsed_options
     environment.host = environment.host or f"http://127.0.0.1:{ENDPOINTS[options.endpoint]().port}"
@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument(
         "--endpoint", choices=list(ENDPOINTS), default="onnx", metavar="NAME", help=describe_choices(ENDPOINTS)
     )
-    parser.add_argument("--users", type=int, default=USERS, help=f"simulated users, at the most (default: {USERS})")
+    parser.add_argument("--users", type=int, default=USERS, help=f"simulated users, at most (default: {USERS})")
     parser.add_argument("--seconds", type=int, default=10, help="how long (default: 10)")
     parser.add_argument("--shape", choices=list(SHAPES), help="stages (default: all users at all times)")
     parser.add_argument("--address", metavar="URL", help="ask what answers there (default: start the server)")

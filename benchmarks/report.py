@@ -1,4 +1,4 @@
-"""Draw a result file: one self-contained page that answers what was asked, and
+"""Draw a result file: one self-contained page with answers, plots and tables, and
 the plots as PNG files.
 
     python report.py                        the newest result of this machine
@@ -6,7 +6,7 @@ the plots as PNG files.
     python report.py --pictures             the root README's pictures
 
 Writes <folder>/report.html and <folder>/*.png; the folder lies next to the file
-and has its name without .json. The page asks nothing of the network, holds
+and has its name without .json. The page needs no network, holds
 every plot as SVG, and follows the reader's light or dark setting.
 """
 

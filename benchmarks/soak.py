@@ -1,4 +1,4 @@
-"""Load one server for half an hour and say whether its memory grows, its
+"""Load one server for half an hour and report whether its memory grows, its
 latency drifts, or answers fail.
 
     python soak.py --endpoint onnx
@@ -102,7 +102,7 @@ def read_memory_bytes(server: ServerProcess) -> int:
 def soak(server: ServerProcess, rate: float | None, seconds: float, console: Console) -> tuple[float, list, list[dict]]:
     """Load a running server; return the rate offered, the windows, and per slice what goes into the file.
 
-    `rate` None is MODERATE times what the server does in a closed loop.
+    `rate` None is MODERATE times the server's rate in a closed loop.
     """
     rows, _ = load_test_rows()
     exchanges = make_exchanges(server.endpoint, VERSION, rows, load_expected(VERSION))
@@ -134,7 +134,7 @@ def soak(server: ServerProcess, rate: float | None, seconds: float, console: Con
 
 
 def format_line(at_s: float, memory_bytes: int, windows: list) -> str:
-    """One line of the table: the memory now, and what the windows since the last line saw."""
+    """One line of the table: the memory now, and the figures of the windows since the last line."""
     latencies_s = np.concatenate([window.latencies_s for window in windows])
     p50, p99 = (f"{value * 1000:.3f}" for value in np.percentile(latencies_s, (50, 99))) if len(latencies_s) else "––"
     failed, wrong = sum(window.errors.total() for window in windows), sum(window.wrong for window in windows)
@@ -144,7 +144,7 @@ def format_line(at_s: float, memory_bytes: int, windows: list) -> str:
 def describe_drift(windows: list) -> str:
     """One sentence on latency in the first and in the last third of the windows.
 
-    It has drifted where the windows' medians differ by more than chance (Mann and Whitney, "On a test of
+    It has drifted if the windows' medians differ by more than chance (Mann and Whitney, "On a test of
     whether one of two random variables is stochastically larger than the other", 1947) and p50 by LEAST_DRIFT.
     """
     from scipy import stats  # only here: it takes seconds to import

@@ -295,7 +295,7 @@ def test_without_cuda_it_says_in_one_line_what_it_needs(script, tmp_path):
     done = call_main(script, "--device", "cuda", "--output", path)
     assert done.returncode == 1
     assert done.stderr == (
-        "gpu_crossover: CUDA was demanded and is not here: it needs an NVIDIA GPU with its driver, CUDA and cuDNN\n"
+        "gpu_crossover: CUDA was requested and is not here: it needs an NVIDIA GPU with its driver, CUDA and cuDNN\n"
     )
     assert not path.exists()
     write_result(make_file(plant({"cpu-1": (8.5, 0.11)}), None), path)

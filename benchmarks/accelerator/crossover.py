@@ -38,7 +38,7 @@ class TimedCell:
 
 
 def read_crossover(path: Path = GPU_PATH) -> dict[str, Any]:
-    """Return the content of a crossover's file; ResultError where it is none."""
+    """Return the content of a crossover's file; ResultError if it is none."""
     result = read_result(path)
     if "cells" not in result:
         raise ResultError(f"{path}: not a file of gpu_crossover.py")
@@ -80,7 +80,7 @@ class Crossover:
 def find_crossover(cells: Sequence[TimedCell], model: str, whole: bool = False) -> Crossover | None:
     """Return from how many rows on the best GPU variant beats the best CPU variant beyond their intervals.
 
-    None where no number of rows was measured on both.
+    None if no number of rows was measured on both.
     """
     wins = {}
     for rows in sorted({cell.rows for cell in cells if cell.model == model}):

@@ -14,7 +14,7 @@ INPUT_SIZE = 10  # about how large the inputs are; the first weights are so much
 
 
 def load_network(name: str, model_path: Path) -> bytes:
-    """Return the network as an ONNX file's content; ValueError for an unknown name, OSError where ours is missing."""
+    """Return the network as an ONNX file's content; ValueError for an unknown name, OSError if ours is missing."""
     if name == OURS:
         return model_path.read_bytes()
     if name not in WIDE:

@@ -1,6 +1,6 @@
 """Ways to run a network: threads, processes, and on a GPU plain, bound, as a graph and without copies.
 
-`onnx_inference.py` of onnx/ opens the sessions, as the server does: float32, TF32 off, and CUDA that is demanded never
+`onnx_inference.py` of onnx/ opens the sessions, as the server does: float32, TF32 off, and CUDA that is requested never
 falls back. The bound ways work on the CPU as well, where the tests run them.
 """
 
@@ -39,7 +39,7 @@ class WrongAnswer(RuntimeError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a network. `open` returns the function that runs it on so many rows."""
+    """One way to run a network. `open` returns the function that runs it on that many rows."""
 
     name: str
     device: str
@@ -140,7 +140,7 @@ def _plain(device: str, threads: int, spinning: bool) -> Callable[[bytes, int], 
 
 
 def list_variants(cores: int, cuda: bool) -> list[Variant]:
-    """Return the ways to run on this machine: one to all cores in powers of two, processes, and CUDA where it is."""
+    """Return the ways to run on this machine: one to all cores in powers of two, processes, and CUDA if it is here."""
     counts = [count for count in (1, 2, 4, 8, 16, 32, 64) if count < cores] + [cores]
     found = []
     for count in dict.fromkeys(counts):
@@ -191,7 +191,7 @@ def time_round(run: Run, inputs: list[np.ndarray], seconds: float) -> tuple[int,
 
 
 def _work(pipe: Connection, model: bytes, rows: int) -> None:
-    """A process of the machine's throughput: opens the network, and times a round whenever it is told to."""
+    """A process of the machine's throughput: opens the network, and times a round on request."""
     run, inputs = open_plain(model, "cpu", 1, True), make_inputs(rows)
     run(inputs[0])
     with contextlib.suppress(EOFError, BrokenPipeError):  # who started this is gone
@@ -249,7 +249,7 @@ def _receive(pipe: Connection) -> Any:
 
 
 def describe_gpu() -> str | None:
-    """The name of the first GPU, if nvidia-smi tells it."""
+    """Return the name of the first GPU, if nvidia-smi reports it."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20

@@ -10,7 +10,7 @@ from endpoints.base import LOOPBACK, Endpoint, Request, ServerError
 
 
 def send(port: int, request: Request, timeout_s: float = 30.0, host: str = LOOPBACK) -> tuple[int, bytes]:
-    """Send one request on a connection of its own; return the status and the body. OSError where nobody answers."""
+    """Send one request on a new connection; return the status and the body. OSError if no server answers."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         headers = {"Content-Type": request.content_type, **request.headers}
@@ -24,7 +24,7 @@ def send(port: int, request: Request, timeout_s: float = 30.0, host: str = LOOPB
 def ask(endpoint: Endpoint, rows: list[Any], version: str) -> np.ndarray:
     """Return the probabilities (n, 2) that a running server gives.
 
-    Raises ServerError on any status but 200 and on a reply without probabilities, OSError where nobody answers.
+    Raises ServerError on any status but 200 and on a reply without probabilities, OSError if no server answers.
     """
     call = grpc_connection.send if endpoint.protocol == "gRPC" else send
     try:

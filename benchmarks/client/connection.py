@@ -35,7 +35,7 @@ class Connection:
     `clock` gives nanoseconds and `connect` begins to connect to a port: arguments, so that a test can own both.
     """
 
-    closing_reason = ""  # what is counted if not keep_alive; "" if that is no failure
+    closing_reason = ""  # the failure to count if not keep_alive; "" if there is none
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Connection:
         self.connect = connect
         self.socket: Any = None  # a socket.socket, or what `connect` gives in its place; None while it is closed
         self.descriptor = -1  # of the socket
-        self.number = 0  # of the exchange under way
+        self.number = 0  # of the current exchange
         self.sent_ns = 0
         self.complete = False  # the whole reply has come
         self.status = 0  # 200 for a success
@@ -75,20 +75,20 @@ class Connection:
         raise NotImplementedError
 
     def receive(self) -> str | None:
-        """Take in what has arrived; return what went wrong, or None."""
+        """Read the bytes that have arrived; return the failure, or None."""
         raise NotImplementedError
 
     def greet(self) -> None:
-        """Send what the protocol begins a new connection with."""
+        """Send the protocol's greeting on a new connection."""
 
     def begin_opening(self) -> None:
-        """Begin to connect again, without waiting; OSError if nobody listens. `end_opening` must follow."""
+        """Begin to connect again, without waiting; OSError if no server listens. `end_opening` must follow."""
         self.close()
         self.socket = self.connect(self.port)
         self.descriptor = self.socket.fileno()
 
     def end_opening(self) -> None:
-        """Take the connection, whose socket has become writable, into use; OSError where it was refused."""
+        """Take the connection, whose socket has become writable, into use; OSError if it was refused."""
         code = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
             self.close()
@@ -96,7 +96,7 @@ class Connection:
         self.greet()
 
     def open(self, poller: Callable[[], Any] = select.poll) -> None:
-        """Connect again and wait for it; OSError if nobody listens. `poller` is that of LoadGenerator."""
+        """Connect again and wait for it; OSError if no server listens. `poller` is that of LoadGenerator."""
         self.begin_opening()
         polling = poller()
         polling.register(self.socket, select.POLLOUT)
@@ -106,7 +106,7 @@ class Connection:
         self.end_opening()
 
     def write(self, data: bytes) -> None:
-        """Send all of `data`; leave it to `receive` to find a broken connection, or one that nobody reads."""
+        """Send all of `data`; `receive` finds a broken connection, or one that the server does not read."""
         try:
             sent = self.socket.send(data)
             if sent < len(data):

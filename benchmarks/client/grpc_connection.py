@@ -34,8 +34,8 @@ CANCEL = 8  # error code
 
 DEFAULT_WINDOW_BYTES = 65_535
 DEFAULT_FRAME_BYTES = 16_384
-STREAM_WINDOW_BYTES = 2**31 - 1  # what the server may send of one reply
-CONNECTION_WINDOW_BYTES = 2**30  # what it may send of all replies until we allow more
+STREAM_WINDOW_BYTES = 2**31 - 1  # bytes that the server may send of one reply
+CONNECTION_WINDOW_BYTES = 2**30  # bytes that it may send of all replies until we allow more
 LAST_STREAM = 2**31 - 1
 
 
@@ -57,7 +57,7 @@ class GrpcRequest:
 
 @dataclass(frozen=True)
 class ReplyHeaders:
-    """What matters in a block of headers or trailers; None where it is absent."""
+    """The relevant fields of a block of headers or trailers; None if absent."""
 
     http_status: bytes | None
     grpc_status: bytes | None
@@ -71,7 +71,7 @@ def encode_frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> by
 
 @functools.lru_cache(maxsize=1024)
 def decode_headers(block: bytes) -> ReplyHeaders:
-    """Return what a block of reply headers says; ProtocolError where it is none or needs remembered headers."""
+    """Decode a block of reply headers; ProtocolError if it is not HPACK or needs remembered headers."""
     decoder = hpack.Decoder()
     decoder.max_allowed_table_size = decoder.header_table_size = 0
     try:
@@ -86,7 +86,7 @@ class GrpcConnection(Connection):
     """A Connection over gRPC. A large message waits for the server's flow control."""
 
     failure = ""  # why the status is not 200: "grpc-status 3"
-    failure_message = b""  # what the server said about it
+    failure_message = b""  # the server's explanation
 
     @staticmethod
     def encode(port: int, request: Request, host: str = LOOPBACK) -> GrpcRequest:
@@ -143,7 +143,7 @@ class GrpcConnection(Connection):
         self.write(frames)
 
     def receive(self) -> str | None:
-        """Take in what has arrived; return what went wrong, or None."""
+        """Read the bytes that have arrived; return the failure, or None."""
         try:
             data = self.socket.recv(RECEIVE_BYTES)
         except OSError as error:
@@ -162,7 +162,7 @@ class GrpcConnection(Connection):
         return None
 
     def _take_data(self) -> list[bytes | memoryview]:
-        """Take from `_unsent` what the server's windows allow now, as the parts of DATA frames."""
+        """Take from `_unsent` the bytes that the server's windows allow now, as the parts of DATA frames."""
         parts: list[bytes | memoryview] = []
         while self._unsent:
             count = min(len(self._unsent), self._max_frame, self._stream_window, self._connection_window)
@@ -317,9 +317,9 @@ def _strip_padding(payload: bytes) -> bytes:
 
 
 def send(port: int, request: Request, timeout_s: float = 30.0, host: str = LOOPBACK) -> tuple[int | str, bytes]:
-    """Make one call on a connection of its own; return 200 and the reply, or why it failed and the server's message.
+    """Make one call on a new connection; return 200 and the reply, or why it failed and the server's message.
 
-    OSError where nobody answers or the connection breaks.
+    OSError if no server answers or the connection breaks.
     """
     address = socket.gethostbyname(host)
     connection = GrpcConnection(port, connect=functools.partial(begin_connecting, address=address))

@@ -7,7 +7,7 @@ In an open loop requests are due at times drawn beforehand, whether or not earli
 and latency counts from the time a request was due: "what would users see". This is what wrk2 and
 MLPerf LoadGen's server scenario do (Schroeder, Wierman, Harchol-Balter, "Open versus closed", NSDI 2006).
 
-A loop around `requests` costs eight times what a small server does, and would measure itself: here are plain sockets
+A loop around `requests` costs eight times as much as a small server, and would measure itself: here are plain sockets
 and `select.poll`. The clock and the poller are arguments, so that the tests can own the time.
 """
 
@@ -73,14 +73,14 @@ CONNECTION_CLASSES: dict[str, type[Connection]] = {
 
 
 class LoadGenerator:
-    """Asks `exchanges` in turn over `connections` keep-alive connections; OSError where nobody listens.
+    """Asks `exchanges` in turn over `connections` keep-alive connections; OSError if no server listens.
 
     Every reply is checked. Its bytes are compared with a reply to the same rows that was found right
     before; if they differ, it is parsed and its body compared; if that differs too, its numbers are
     compared with the expected ones after the clock has stopped. A
-    connection that fails is opened again; if nobody listens any more it is given up. All are opened
+    connection that fails is opened again; if no server listens any more it is given up. All are opened
     at once and none is waited for while others ask: a server whose listen backlog is too short for
-    them takes seconds, which `Window.connect_s` tells.
+    them takes seconds, which `Window.connect_s` records.
 
     `clock` gives nanoseconds, `poller` makes an object with the methods of `select.poll`, and `connect`
     begins to connect to a port (None: of the endpoint's host): a test that gives all three decides what time it is.
@@ -131,9 +131,9 @@ class LoadGenerator:
             connection.close()
 
     def _open_all(self) -> None:
-        """Open the connections that are closed, all at once; OSError where nobody listens or takes one in time."""
+        """Open the connections that are closed, all at once; OSError if no server listens or accepts one in time."""
         self._poller = self.make_poller()
-        self._waiting: dict[int, Connection] = {}  # by descriptor: those with a request under way
+        self._waiting: dict[int, Connection] = {}  # by descriptor: those with an unanswered request
         self._opening: dict[int, tuple[Connection, int]] = {}  # by descriptor: those that connect, and since when
         try:
             for connection in self.connections:
@@ -212,7 +212,7 @@ class LoadGenerator:
                         free = self._take_reply(asked, reason)
                     if free is not None and self._now_ns < stop_ns():
                         self._send(free)
-            if self._opening:  # the time in which nobody could ask counts, too
+            if self._opening:  # the time without a connection counts, too
                 self._last_ns = self._now_ns
         return window
 
@@ -220,8 +220,8 @@ class LoadGenerator:
         """Send a request at each of the times `due_s` (n,), seconds from the start, ascending.
 
         A request that is due while every connection is busy waits for one, and its latency counts that
-        wait. Waiting ends `reply_timeout_s` after the last was due; what is then unsent counts as failed.
-        The thread never sleeps between two sends: it would wake too late. Give it a core of its own. The turns in
+        wait. Waiting ends `reply_timeout_s` after the last was due; requests that are unsent by then count as failed.
+        The thread never sleeps between two sends: it would wake too late. Give it its own core. The turns in
         which it found nothing to do are its `client_idle_s`: without them the client, not the server, is the limit.
         """
         lateness_ns = array.array("q")
@@ -282,7 +282,7 @@ class LoadGenerator:
             window.connect_s = self._connect_ns / 1e9
             if gc_was_enabled:
                 gc.enable()
-            self._close_opening()  # nobody needs them any more, until the next run
+            self._close_opening()  # not needed until the next run
         if self._last_right is not None:
             window.reply_bytes = len(self._right_bodies[self._last_right])
         wrong_places = self._check(self._unchecked)
@@ -305,7 +305,7 @@ class LoadGenerator:
         return self._take_reply(connection, connection.receive())
 
     def _take_reply(self, connection: Connection, reason: str | None) -> Connection | None:
-        """Take in what a connection with a request under way has received, or `reason`, what went wrong."""
+        """Handle the bytes that a connection with an unanswered request received, or its failure, `reason`."""
         if reason is None and not connection.complete:
             return None
         self._last_ns = self._now_ns = self.clock()
@@ -336,7 +336,7 @@ class LoadGenerator:
         self._last_right = None
 
     def _take_unasked(self, descriptor: int) -> Connection | None:
-        """Take in what happens where nothing was asked: a connection opens, or the server ends an idle one."""
+        """Handle an event without a request: a connection opens, or the server closes an idle one."""
         if descriptor in self._opening:
             try:
                 connection = self._end_opening(descriptor)

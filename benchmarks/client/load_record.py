@@ -1,7 +1,7 @@
 """What a Locust run observed, to the microsecond: filled by load_test.py, merged from its workers, printed, saved.
 
 Locust's own statistics keep failed requests among the response times and print whole milliseconds.
-Imports nothing of the load generator's, which has no place in a process that gevent has patched.
+Imports nothing of the load generator, which must not run in a process that gevent has patched.
 """
 
 import csv
@@ -25,7 +25,7 @@ EXACT_BELOW_US = 10_000  # longer latencies are kept to one part in a thousand, 
 
 @dataclass
 class LoadRecord:
-    """Right answers by time of sending and by latency; what failed and what was wrong. Times are of the wall clock.
+    """Right answers by time of sending and by latency; failed requests and wrong answers. Times are of the wall clock.
 
     A record is bounded: when a run outgrows MOST_SLICES slices, they are joined two by two.
     """
@@ -84,7 +84,7 @@ class LoadRecord:
         self._join_slices(key)
 
     def merge(self, data: dict[str, Any]) -> None:
-        """Add what a worker sent: the `to_dict` of its record."""
+        """Add a worker's record, as its `to_dict` returned it."""
         other = LoadRecord.from_dict(data)
         while other.width_s < self.width_s:
             other._double_width()
@@ -120,7 +120,7 @@ class LoadRecord:
         })  # fmt: skip
 
     def list_rows(self) -> list[dict[str, Any]]:
-        """Return one row of figures a slice and one of the whole run: latencies in ms, None where too few answered."""
+        """Return a row of figures for each slice and one for the run: latencies in ms, None if too few answered."""
         rows = []
         for key, counts in sorted(self.slices.items()):
             begin_s = max(key * self.width_s, self.first_s)

@@ -41,7 +41,7 @@ def describe_candidate(measured: Measured, one: Candidate) -> str:
 
 
 def describe_recommendations(measured: Measured, choice: Choice) -> list[str]:
-    """A sentence for each kind of row that has a candidate; what the measurements do not tell apart is said."""
+    """A sentence for each kind of row that has a candidate; it names all that the measurements do not tell apart."""
     by_name = {one.plan.server: one for one in choice.candidates}
     sentences = []
     for kind, names in choice.recommended.items():

@@ -65,7 +65,7 @@ def _least(measured: Measured, names: list[str], column: int) -> tuple[str, floa
 
 
 def _list_unless(measured: Measured, kind: str, chosen: str) -> list[str]:
-    """What else could be wanted, and which server that speaks for; only where the data tell it from the chosen one."""
+    """Other needs, and the server that meets each; only if the data tell it from the chosen one."""
     found = []
     connections = measured.settings["connections"][0]
     ranking = measured.ranking(connections, kind)

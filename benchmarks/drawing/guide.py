@@ -1,4 +1,4 @@
-"""CHOOSING.md: seven questions, where the answer changes, what each server was shown to do, and eight scenarios."""
+"""CHOOSING.md: seven questions, the values at which the answers change, proven abilities, eight scenarios."""
 
 import tomllib
 from datetime import date
@@ -42,7 +42,7 @@ def _format_figures(needs: dict[str, Any]) -> dict[str, str]:
 
 
 def render_guide(measured: Measured, containers: dict[str, ContainerCost], today: date) -> str:
-    """Return the text of CHOOSING.md; `today` says which facts are stale."""
+    """Return the text of CHOOSING.md; `today` decides which facts are stale."""
     environment = Environment(
         loader=FileSystemLoader(FOLDER), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
@@ -98,7 +98,7 @@ def _start(measured: Measured, name: str) -> str:
 
 
 def _rows(flips: list[Flip], form: str) -> list[tuple[str, str]]:
-    """Return (from which value on, what is recommended) of each answer."""
+    """Return the lowest value and the recommendation of each answer."""
     rows: list[tuple[str, str]] = []
     for flip in flips:
         value = form.format(float(f"{flip.value:.2g}")) if flip.value >= 1000 else form.format(flip.value)

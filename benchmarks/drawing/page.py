@@ -90,7 +90,7 @@ def render_page(measured: Measured, drawings: list[tuple[Plot, str]], theme: str
 
 
 def _facts(measured: Measured) -> dict[str, Any]:
-    """Return what the method's sentences need."""
+    """Return the facts for the method's sentences."""
     differences = [
         difference
         for name in measured.names

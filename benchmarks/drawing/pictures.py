@@ -1,7 +1,7 @@
 """The pictures of the root README, made from a result file: requests per second, and the report's first screen.
 
 Each is there for a light and for a dark page. The chart is drawn by matplotlib and is the same to the byte whenever
-and wherever it is drawn. The screen is the report in Chromium; its file tells what it was made from.
+and wherever it is drawn. The screen is the report in Chromium; its file records its source.
 """
 
 import hashlib
@@ -93,7 +93,7 @@ def draw_requests(measured: Measured) -> Figure | None:
 
 
 def render_chart(measured: Measured, theme: str) -> str:
-    """Return the chart as an SVG file's text in the colours of a theme; ResultError where nothing was measured."""
+    """Return the chart as an SVG file's text in the colours of a theme; ResultError if nothing was measured."""
     settings: dict[RcKeyType, Any] = {**RC, "svg.fonttype": "path", "svg.hashsalt": "requests", "font.size": 10}
     with matplotlib.rc_context(settings):
         figure = draw_requests(measured)
@@ -108,12 +108,12 @@ def render_chart(measured: Measured, theme: str) -> str:
 
 
 def fingerprint(measured: Measured, theme: str) -> str:
-    """Return what the first screen is made from: a digest of the page without its plots, which lie further down."""
+    """Return the source of the first screen: a digest of the page without its plots, which lie further down."""
     return hashlib.sha256(render_page(measured, [], theme).encode()).hexdigest()
 
 
 def read_fingerprint(path: Path) -> str | None:
-    """Return what a picture of the first screen says that it was made from."""
+    """Return the source that is recorded in a picture of the first screen."""
     with Image.open(path) as image:
         made_from = image.info.get(MADE_FROM)
     return str(made_from) if made_from else None
@@ -124,7 +124,7 @@ def find_chromium() -> str | None:
 
 
 def take_screen(measured: Measured, theme: str, path: Path, chromium: str) -> None:
-    """Write the report's first screen as a PNG file of 256 colours; ResultError where the browser fails."""
+    """Write the report's first screen as a PNG file of 256 colours; ResultError if the browser fails."""
     with tempfile.TemporaryDirectory() as folder:
         page, shot = Path(folder) / "report.html", Path(folder) / "screen.png"
         page.write_text(render_page(measured, [], theme), encoding="utf-8")
@@ -145,7 +145,7 @@ def take_screen(measured: Measured, theme: str, path: Path, chromium: str) -> No
 
 
 def write_pictures(measured: Measured) -> list[str]:
-    """Write the pictures that are not fresh; return a sentence each for what was written, and what could not be."""
+    """Write the pictures that are not fresh; return a sentence for each file that was written or could not be."""
     PICTURES_DIR.mkdir(exist_ok=True)
     said = []
     for theme in THEMES:

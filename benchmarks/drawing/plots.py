@@ -44,7 +44,7 @@ class Style:
 def make_styles(measured: Measured) -> dict[str, Style]:
     """Return each server's style: a framework has one colour and marker, gRPC is dashed and hollow, floors are grey.
 
-    The Open Inference Protocol ("-infer") has long dashes, a default beside its tuned set-up is dotted.
+    The Open Inference Protocol ("-infer") has long dashes, a default with a tuned set-up is dotted.
     """
     families: dict[str, int] = {}
     styles = {}
@@ -384,7 +384,7 @@ def _estimates(intervals: list[Interval], factor: float = 1.0) -> list[float]:
 
 
 def bar_lengths(intervals: list[Interval], factor: float = 1.0) -> np.ndarray:
-    """Lengths of the error bars, (2, n); none where an interval is open, since it has no end to draw."""
+    """Lengths of the error bars, (2, n); none if an interval is open, since it has no end to draw."""
     lengths = [
         (i.estimate - i.low, i.high - i.estimate) if i.is_closed else (0.0, 0.0) for i in intervals
     ]  # fmt: skip

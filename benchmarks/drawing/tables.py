@@ -211,7 +211,7 @@ def format_markdown(measured: Measured) -> str:
 
 
 def format_peers(measured: Measured) -> str:
-    """Return the speed and the cost of a run with peers as Markdown, with its warnings and where it was made."""
+    """Return the speed and the cost of a run with peers as Markdown, with its warnings, machine and command."""
     lines = ["", *format_table(make_speed_table(measured)), *format_table(make_cost_table(measured))]
     lines += [f"- {text}" for text in (*describe_warnings(list_warnings(measured)), *list_remarks(measured)[:2])]
     return "\n".join([*lines, "", ""])
@@ -232,7 +232,7 @@ def _markdown_row(cells: list[str]) -> str:
 
 
 def print_result(measured: Measured, console: Console) -> None:
-    """Print the same to the terminal, no figure cut: a table that is too wide continues below; a log has no width."""
+    """Print the tables to the terminal, no figure cut: a table that is too wide continues below; a log has no width."""
     _print_text(console, NOT_RIVALS)
     for table in make_tables(measured):
         console.print()

@@ -1,4 +1,4 @@
-"""What the benchmark knows of a server: how to start it, how to ask it, how to read its answer.
+"""The benchmark's view of a server: how to start it, how to ask it, how to read its answer.
 
 Every server is one file `endpoint_<name>.py` in this folder with one subclass of `Endpoint`.
 `load_endpoints()` finds the files; adding a server is one new file and no edit elsewhere.
@@ -28,13 +28,13 @@ KINDS = {
     "docker": "the server in its image: the framework's own, or the one of the framework's folder",
     "local": "this repository's own server: the framework has none, or it cannot be installed",
     "cluster": "whatever answers at an address: one server or many, their machines and the network between",
-    "floor": "no model: the cost of the harness and of HTTP alone",
+    "floor": "no model: only the cost of the harness and of HTTP",
     "peer": "a server of others with the ONNX model of onnx/, for comparison only; make peers installs it",
 }
 
 
 class ServerError(RuntimeError):
-    """A server could not be started, or answered wrongly; the message is one line that says what to do."""
+    """A server could not be started, or answered wrongly; the message is one line that states the remedy."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Request:
     body: bytes  # for gRPC the serialized message
     method: str = "POST"
     content_type: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)  # what else it needs, such as a token; for gRPC metadata
+    headers: dict[str, str] = field(default_factory=dict)  # others that it needs, such as a token; for gRPC metadata
 
 
 class Endpoint:
@@ -58,21 +58,21 @@ class Endpoint:
     name: str  # the row's name in every table and the word for --endpoints
     kind: str  # one of KINDS
     folder: Path  # where `command` runs: the framework's folder
-    variant: str = ""  # "default" or "tuned", where a server is measured with both of its configuration files
-    protocol: str = "REST"  # or "gRPC": what the timed requests speak; a server with both is two endpoints
+    variant: str = ""  # "default" or "tuned", if a server is measured with both of its configuration files
+    protocol: str = "REST"  # or "gRPC": the protocol of the timed requests; a server with both is two endpoints
     default_ports: dict[str, int]  # by role; "rest" or "grpc", after the protocol, is the one that is timed
     versions: dict[str, str] = {"1": "1", "2": "2"}
     rows_key: str  # the key of the rows in the JSON body
     metrics_port: str = "rest"  # the role of the port where Prometheus asks
     metrics_path: str = "/metrics"
-    settings: dict[str, str] = {}  # threads, workers, batching: printed beside the row
+    settings: dict[str, str] = {}  # threads, workers, batching: printed with the row
     image_settings: dict[str, str] | None = None  # as settings, of the folder's image; None: it starts another set-up
-    packages: tuple[str, ...] = ()  # whose versions the result file tells
+    packages: tuple[str, ...] = ()  # whose versions the result file records
     start_timeout_s: float = 90.0
     has_model: bool = True  # False: answers a constant; no parity to verify
     how_to_install: str = "make setup"
     host: str = LOOPBACK  # that is asked
-    prefix: str = ""  # of its paths, where a gateway in front tells servers apart by it: "/onnx"
+    prefix: str = ""  # of its paths, if a gateway in front tells servers apart by it: "/onnx"
 
     def __init__(self, ports: dict[str, int] | None = None, only_version: str | None = None):
         """`ports` overrides `default_ports` by role; `only_version` starts a server that has no other version."""
@@ -85,12 +85,12 @@ class Endpoint:
 
     @classmethod
     def on_free_ports(cls, **options: Any) -> Self:
-        """Make one whose ports nobody uses, with the options of the constructor."""
+        """Make one on free ports, with the options of the constructor."""
         return cls(find_free_ports(list(cls.default_ports)), **options)
 
     @classmethod
     def at(cls, address: str) -> Self:
-        """Make one that is asked at `address`, http://host[:port][/prefix]; ServerError where it is not written so."""
+        """Make one that is asked at `address`, http://host[:port][/prefix]; ServerError if it is not written so."""
         found = ADDRESS.fullmatch(address)
         if not found or not 1 <= int(found["port"] or 80) <= 65535:
             raise ServerError(
@@ -104,7 +104,7 @@ class Endpoint:
         return endpoint
 
     def find_address(self) -> str:
-        """The host's IPv4 address; ServerError where it has none."""
+        """The host's IPv4 address; ServerError if it has none."""
         try:
             return socket.gethostbyname(self.host)
         except OSError as error:
@@ -126,7 +126,7 @@ class Endpoint:
         return self.ports[self.timed_port]
 
     def command(self) -> list[str]:
-        """The command of the folder's README; port options are added only where they differ from the default."""
+        """The command of the folder's README; port options are added only if they differ from the default."""
         raise NotImplementedError
 
     def full_command(self) -> list[str]:
@@ -134,7 +134,7 @@ class Endpoint:
         return [*self.command(), *self.extra_options]
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that the command needs beside the caller's."""
+        """Environment variables that the command needs besides the caller's."""
         return {}
 
     def environment_in(self, folder: Path) -> dict[str, str]:
@@ -154,7 +154,7 @@ class Endpoint:
         return json.dumps({self.rows_key: rows}).encode()
 
     def request(self, rows: list[Any], version: str | None) -> Request:
-        """The request that predicts `rows` with `version`, or names no version where that is None."""
+        """The request that predicts `rows` with `version`, or names no version if that is None."""
         return Request(self.path(version), self.body(rows, version))
 
     def full_request(self, rows: list[Any], version: str | None) -> Request:
@@ -163,14 +163,14 @@ class Endpoint:
         return replace(request, path=self.prefix + request.path)
 
     def decode(self, reply: bytes) -> np.ndarray:
-        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError where there are none.
+        """The probabilities (n, 2), [P(malignant), P(benign)], in a reply's body; ValueError if there are none.
 
         For gRPC the body is the serialized message.
         """
         raise NotImplementedError
 
     def kind_from_log(self, log: str) -> str:
-        """The row's kind, for a server whose launcher says in its log which server it chose."""
+        """The row's kind, for a server whose launcher logs which server it chose."""
         return self.kind
 
 

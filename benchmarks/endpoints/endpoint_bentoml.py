@@ -38,7 +38,7 @@ class BentomlEndpoint(Endpoint):
         }
 
     def environment_in(self, folder: Path) -> dict[str, str]:
-        """A store of its own with the same models: BentoML counts in files below BENTOML_HOME, which every start
+        """A separate store with the same models: BentoML counts in files below BENTOML_HOME, which every start
         removes, so that servers that share it lose and mix their counts.
         """
         home = folder / "store"

@@ -11,7 +11,7 @@ from endpoints.predict_messages import METHOD, decode_predict_response, encode_p
 
 class TensorFlowServingEndpoint(Endpoint):
     name = "tfserving"
-    kind = "local"  # until the launcher has said what it chose
+    kind = "local"  # until the launcher has logged its choice
     folder = REPOSITORY_DIR / "tfserving"
     default_ports = {"rest": 8501, "grpc": 8500}
     rows_key = "instances"
@@ -47,7 +47,7 @@ class TensorFlowServingEndpoint(Endpoint):
 
 
 class TensorFlowServingGrpcEndpoint(TensorFlowServingEndpoint):
-    """The same server asked over gRPC: a process of its own, so that both rows have their own cost."""
+    """The same server asked over gRPC, in a separate process, so that each row has its own cost."""
 
     name = "tfserving-grpc"
     protocol = "gRPC"

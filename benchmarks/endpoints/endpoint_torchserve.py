@@ -50,7 +50,7 @@ class TorchServeEndpoint(Endpoint):
         return Request(self.path(version), self.body(rows, version), headers=self.token("inference"))
 
     def token(self, kind: str) -> dict[str, str]:
-        """The header that a server with tokens wants, `kind` inference or management; none where there are no keys."""
+        """The header that a server with tokens needs, `kind` inference or management; none if there are no keys."""
         try:
             keys = json.loads((self.folder / "keys" / f"{self.ports['rest']}.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):  # a server without tokens, or not up yet
@@ -68,7 +68,7 @@ class TorchServeEndpoint(Endpoint):
 
 
 class TorchServeGrpcEndpoint(TorchServeEndpoint):
-    """The same server asked over gRPC: a process of its own, so that both rows have their own cost."""
+    """The same server asked over gRPC, in a separate process, so that each row has its own cost."""
 
     name = "torchserve-grpc"
     protocol = "gRPC"
@@ -135,7 +135,7 @@ class TunedTorchServeGrpcEndpoint(TorchServeGrpcEndpoint):
 def _messages() -> dict[str, Any]:
     """Return the messages of the Predictions call by name. The numbers are those of TorchServe's inference.proto.
 
-    In a pool of their own, so that they meet no other definition in this process. A map is on the wire
+    In a separate pool, so that they meet no other definition in this process. A map is on the wire
     what a repeated message of key and value is.
     """
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory

@@ -53,7 +53,7 @@ async def serve(port: int) -> None:
 
 
 def stop(*_: object) -> None:
-    """End with exit code 0: being asked to stop is no failure."""
+    """End with exit code 0: a requested stop is no failure."""
     os._exit(0)
 
 

@@ -3,7 +3,7 @@ figures.
 
     python -m endpoints.null_server [--port 8010]
 
-Run it in benchmarks/. It does the least that an HTTP server in Python has to:
+Run it in benchmarks/. It does the least that an HTTP server in Python must do:
 uvloop moves the bytes, and the parser of llhttp (httptools) finds where a
 request ends. There is no framework and no model. The body of a request is read
 to its end and not kept; the reply is as long as a real answer to one row. A
@@ -45,7 +45,7 @@ class NullProtocol(asyncio.Protocol):
         except httptools.HttpParserUpgrade:  # it has its reply, and another protocol is not spoken here
             self.transport.close()
         except httptools.HttpParserError:
-            if not self.transport.is_closing():  # else it is what a client sent after its last request
+            if not self.transport.is_closing():  # else a client sent it after its last request
                 self.transport.write(BAD_REQUEST)
                 self.transport.close()
 
@@ -77,9 +77,9 @@ async def serve(listener: socket.socket) -> None:
 
 
 def stop(*_: object) -> None:
-    """End with exit code 0: being asked to stop is no failure.
+    """End with exit code 0: a requested stop is no failure.
 
-    Raising SystemExit instead would be lost now and then: Python ignores what is raised inside a destructor.
+    SystemExit would be lost now and then: Python ignores what is raised inside a destructor.
     """
     os._exit(0)
 

@@ -25,7 +25,7 @@ def encode_request(rows: list[list[float]]) -> bytes:
 
 
 def decode_reply(reply: bytes) -> np.ndarray:
-    """Return the probabilities, (n, 2), in the one output of a reply; ValueError where there are none."""
+    """Return the probabilities, (n, 2), in the one output of a reply; ValueError if there are none."""
     try:
         outputs: list[dict[str, Any]] = json.loads(reply)["outputs"]
         (output,) = outputs
@@ -38,7 +38,7 @@ def decode_reply(reply: bytes) -> np.ndarray:
 
 
 def encode_binary_request(rows: list[list[float]]) -> tuple[bytes, int]:
-    """Return the same request with the tensor behind the JSON, float32, and how long the JSON is; so asks the reply."""
+    """Return the request with a float32 tensor behind the JSON, which asks for such a reply, and the JSON's length."""
     tensor = np.asarray(rows, "<f4")
     described: dict[str, Any] = {"name": INPUT, "shape": tensor.shape, "datatype": "FP32"}
     described["parameters"] = {"binary_data_size": tensor.nbytes}
@@ -48,7 +48,7 @@ def encode_binary_request(rows: list[list[float]]) -> tuple[bytes, int]:
 
 
 def decode_binary_reply(reply: bytes) -> np.ndarray:
-    """Return the probabilities, (n, 2), behind the JSON of a reply; ValueError where there are none."""
+    """Return the probabilities, (n, 2), behind the JSON of a reply; ValueError if there are none."""
     try:
         described, end = json.JSONDecoder().raw_decode(reply.decode("latin-1"))
         (output,) = described["outputs"]

@@ -1,6 +1,6 @@
-"""What the peers share: servers that others wrote, with the ONNX model of onnx/.
+"""The base of the peers: servers that others wrote, with the ONNX model of onnx/.
 
-`make peers` installs each into an environment of its own, .venv-peers/<name>, for their requirements conflict.
+`make peers` installs each into a separate environment, .venv-peers/<name>, because their requirements conflict.
 """
 
 import os

@@ -49,7 +49,7 @@ def import_messages() -> types.ModuleType:
 def encode_predict_request(rows: list[Any], model: str, version: int | None) -> bytes:
     """Return the PredictRequest for `rows` (n, 5), sent as float32, the type of the model's signature.
 
-    Where `version` is None it names none.
+    If `version` is None it names none.
     """
     array = np.asarray(rows, dtype="<f4")
     request = import_messages().PredictRequest()
@@ -66,7 +66,7 @@ def encode_predict_request(rows: list[Any], model: str, version: int | None) -> 
 
 
 def decode_predict_response(reply: bytes) -> np.ndarray:
-    """Return the probabilities (n, 2) of a PredictResponse; ValueError where there are none."""
+    """Return the probabilities (n, 2) of a PredictResponse; ValueError if there are none."""
     from google.protobuf.message import DecodeError
 
     try:

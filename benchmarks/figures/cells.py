@@ -13,7 +13,7 @@ from figures.intervals import Interval, median_interval, percentile_interval
 from figures.result_file import decode_times
 
 SAMPLES_BEYOND_PERCENTILE = 10  # a percentile is withheld if fewer observations lie beyond it
-BUSY_CLIENT_SHARE = 0.9  # of its core, or of what the server works; above it the client may be what is measured
+BUSY_CLIENT_SHARE = 0.9  # of its core, or of the server's CPU time; above it the client may be measured instead
 KEEPS_UP_SHARE = 0.95  # an offered rate is kept up with if at least this share of it is answered in time
 
 

@@ -55,7 +55,7 @@ def median_interval(values: Sequence[float]) -> Interval:
     1 - 2 P(B < k), B binomial (n, 1/2) (David and Nagaraja, "Order Statistics", 3rd ed., section 7.1). Each
     end lies between the last k that gives 95 % and the next, interpolated after Hettmansperger and Sheather
     ("Confidence intervals based on interpolated order statistics", Statistics & Probability Letters 4, 1986),
-    for steps of k alone would give up to 98 %. With fewer than LEAST_ROUNDS values the range is (0, inf).
+    because whole steps of k would give up to 98 %. With fewer than LEAST_ROUNDS values the range is (0, inf).
     """
     ordered = np.sort(np.asarray(values, dtype=float))
     middle = float(np.median(ordered))

@@ -157,7 +157,7 @@ class Measured:
 def list_wide_rows(measured: Measured, precision: float) -> set[tuple[str, int]]:
     """Return the (server, connections) whose rate is not yet known well enough, and the floors they are compared with.
 
-    Known well enough: the interval of the ratio to its floor, or of its own rate if there is none, is within
+    Known well enough: the interval of the ratio to its floor, or of its rate if there is none, is within
     `precision` of the estimate on both sides.
     """
     wide = set()

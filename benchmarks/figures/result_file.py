@@ -20,7 +20,7 @@ SCHEMA_VERSION = 2
 
 
 class ResultError(RuntimeError):
-    """A result file is missing or is not one; the message says what to do."""
+    """A result file is missing or is not one; the message states the remedy."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Return a result file's content; ResultError where there is none or of another form."""
+    """Return a result file's content; ResultError if it is missing or has another form."""
     try:
         result = json.loads(path.read_text())
     except FileNotFoundError:
@@ -117,7 +117,7 @@ def read_result(path: Path) -> dict[str, Any]:
 def find_newest_result(machine: dict[str, Any]) -> Path:
     """Return the benchmark result in results/ that was written last on this machine; ResultError if there is none.
 
-    `machine` are the facts of the environment that tell one machine from another. The results that
+    `machine` are the facts of the environment that distinguish machines. The results that
     come with the repository are left out.
     """
     paths = [path for path in RESULTS_DIR.glob("*.json") if path not in (SAMPLE_PATH, PEERS_PATH)]

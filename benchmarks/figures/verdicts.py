@@ -1,4 +1,4 @@
-"""What a result allows one to say: which of two servers is faster, and which rows are less certain than they look."""
+"""Draw conclusions from a result: which of two servers is faster, which rows are less certain than they look."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

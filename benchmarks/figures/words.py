@@ -162,7 +162,7 @@ def _describe_place(warning: RowWarning) -> str:
 
 
 def list_remarks(measured: Measured) -> list[str]:
-    """What a reader must know beside the tables, a sentence each."""
+    """Return the facts that the tables do not show, a sentence each."""
     settings, environment = measured.settings, measured.environment
     pinning = (
         f"servers on core {_join(settings['server_cpus'])}, client on core {_join(settings['client_cpus'])}"

@@ -33,7 +33,7 @@ def describe_environment(packages: Iterable[str]) -> dict[str, Any]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the facts that tell one machine from another: CPU model, usable cores, memory."""
+    """Return the facts that distinguish machines: CPU model, usable cores, memory."""
     return {
         "cpu": _cpu_model(),
         "cores": len(usable_cpus()),
@@ -42,14 +42,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 def usable_cpus() -> list[int]:
-    """The numbers of the processors this process may run on; where the system cannot say, of all."""
+    """The numbers of the processors this process may run on; of all if the system does not report it."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def split_cpus() -> tuple[set[int] | None, set[int] | None]:
-    """Return (the servers' core, the client's core), or (None, None) where there are not two.
+    """Return (the servers' core, the client's core), or (None, None) if there are not two.
 
     Two hardware threads of one physical core slow each other, so the client's is of another core.
     """

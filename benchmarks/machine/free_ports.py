@@ -1,4 +1,4 @@
-"""Ports of this machine that nobody uses, for servers that are about to start."""
+"""Find free ports of this machine, for servers that are about to start."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def find_free_ports(roles: list[str]) -> dict[str, int]:
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
         candidates = list(read_free_ports())
-        random.SystemRandom().shuffle(candidates)  # other programs that do the same choose others
+        random.SystemRandom().shuffle(candidates)  # another program that does the same chooses others
         for port in candidates:
             if len(ports) == len(roles):
                 break

@@ -30,7 +30,7 @@ def process_cpu_s(pid: int) -> float:
 
 
 class MachineLoad:
-    """Watches the machine inside a `with` block; afterwards three shares tell how far others disturbed it.
+    """Watches the machine inside a `with` block; afterwards three shares show how far others disturbed it.
 
     `foreign_share` is the share of the CPU time of `cpus` that neither this process nor the server used:
     all processes' user, nice and system time plus what the hypervisor gave to other machines (steal), as
@@ -45,7 +45,7 @@ class MachineLoad:
     all others of its machine has to wait for that.
 
     `waiting_share` is the share of the time in which this thread was ready to run and had to wait for its
-    core, to the nanosecond; 0 if the system does not tell.
+    core, to the nanosecond; 0 if the system does not report it.
     """
 
     def __init__(self, server_cpu_s: Callable[[], float], cpus: set[int] | None = None):

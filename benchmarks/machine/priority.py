@@ -1,4 +1,4 @@
-"""Put what is measured before other programs, if the system allows it: then they disturb it less."""
+"""Give the measured programs priority over others, if the system allows it, so that these disturb them less."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ HIGHEST = -20  # a nice value; it weighs 87 times as much as 0 (sched_prio_to_we
 
 @contextlib.contextmanager
 def lifted_priority() -> Iterator[bool]:
-    """Give this process the highest priority inside the block, and what it starts there; yield whether that went."""
+    """Give this process and its children the highest priority inside the block; yield whether that succeeded."""
     usual, usual_of_session = os.getpriority(os.PRIO_PROCESS, 0), read_session_priority()
     is_lifted = lift_priority()
     try:
@@ -22,10 +22,10 @@ def lifted_priority() -> Iterator[bool]:
 
 
 def lift_priority(pid: int = 0) -> bool:
-    """Give a process, 0 for this one, and what it starts from now on the highest priority; return whether that went.
+    """Give a process, 0 for this one, and its later children the highest priority; return whether that succeeded.
 
     It needs root or CAP_SYS_NICE. Linux shares the cores between sessions first (autogroups, sched(7)), so the
-    session's priority is lifted as well; a child that begins a session of its own needs its own call.
+    session's priority is lifted as well; a child that begins a new session needs its own call.
     """
     return _set_priority(pid, HIGHEST, HIGHEST)
 

@@ -4,7 +4,7 @@
 
 Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers],
 ...]} -> {"predictions": [[2 numbers], ...]}: LitServe knows no versions, so
-each is an API of its own with a worker process. Ctrl-C stops it.
+each is a separate API with a worker process. Ctrl-C stops it.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Run it in benchmarks/peers/. POST /predict/<version> {"data": [[5 numbers],
 ...]} -> {"predictions": [[2 numbers], ...]}. Starts a Ray cluster of one node,
 without dashboard, in a folder of /tmp that it removes. Ctrl-C stops it.
 
-It is set up as Ray's guide to high throughput says: HAProxy takes the requests,
+It is set up according to Ray's guide to high throughput: HAProxy takes the requests,
 where by default a proxy in Python does, and Serve's switches for small requests
 are on. HAProxy's metrics and statistics listen on every interface, for which it
 has no option.
@@ -53,7 +53,7 @@ class Predictor:
 
 
 def place_haproxy(arguments: argparse.Namespace, folder: Path) -> None:
-    """Tell Ray, by environment variables, the ports and files of HAProxy; by default all clusters have the same."""
+    """Give Ray the ports and files of HAProxy in environment variables; by default all clusters have the same."""
     os.environ.update(
         RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT=str(arguments.replica_port),
         RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT=str(arguments.replica_port + 8),  # one whose start fails keeps its port

@@ -35,7 +35,7 @@ class Behavior:
 
 @dataclass
 class Autoscaler:
-    """The controller of one Deployment: tells every SYNC_S how many replicas there should be."""
+    """The controller of one Deployment: sets the number of replicas every SYNC_S."""
 
     target: float  # usage of the request, a share
     min_replicas: int
@@ -97,14 +97,14 @@ class Server:
     request_cores: int
     start_s: float  # from the order to the first right answer
     objective_s: float
-    queue_s: float = 2.0  # longer than this the gateway lets nobody wait (gateway/containers.cfg: timeout queue)
+    queue_s: float = 2.0  # the longest that the gateway lets a request wait (gateway/containers.cfg: timeout queue)
 
     def usage(self, rate: float) -> float:
         return float(np.interp(rate, self.usage_rates, self.usages))
 
 
 def make_server(measured: Measured, plan: Plan, start_s: float) -> Server:
-    """Return the fluid's view of a planned server; CapacityError where its CPU was not seen."""
+    """Return the fluid's view of a planned server; CapacityError if its CPU was not measured."""
     if plan.hpa_target_percent is None:
         raise CapacityError("the CPU of a container's processes was not seen: the autoscaler has nothing to go by")
     cells = measured.open(plan.server)

@@ -1,7 +1,7 @@
 """How many replicas a rate takes and what each must be given: arithmetic on measured figures.
 
 Measured is one replica on the cores of the result file's `server_cpus`, asked in an open loop. N replicas are
-taken for N times that: each has cores of its own, and the gateway spreads the requests. `simulation.py` checks it.
+taken for N times that: each has its own cores, and the gateway spreads the requests. `simulation.py` checks it.
 """
 
 import json
@@ -24,15 +24,15 @@ LEAST_REPLICAS = 2  # fewer, and one that stops takes all with it
 QUIET_SHARE = 0.25  # of the rate, at the quietest hour of a day
 GROWTH = 2  # how far the autoscaler may go beyond the plan
 HPA_TOLERANCE = 0.1  # Kubernetes changes nothing while usage is within a tenth of the target
-COLD_STARTS = 3  # the startup probe waits so many times the longest cold start seen
+COLD_STARTS = 3  # the startup probe waits that many times the longest cold start seen
 PRE_STOP_S = 10  # a replica that stops goes on answering until every gateway has left it
 STOPS, STOP_MARGIN_S = 2, 5
-MEMORY_MARGIN = 1.5  # a limit kills; what was seen is not the most that can be
+MEMORY_MARGIN = 1.5  # exceeding the limit kills a server, and the most seen may be exceeded
 MEMORY_STEP_BYTES = 64 << 20
 
 
 class CapacityError(ResultError):
-    """What was measured does not say how much a server holds; the message says what is missing."""
+    """The measurements do not show how much a server holds; the message names the missing part."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Plan:
 
 
 def read_containers(path: Path = CONTAINERS_PATH) -> dict[str, ContainerCost]:
-    """Return the costs of each container by its folder's name; ResultError where there is no such file."""
+    """Return the costs of each container by its folder's name; ResultError if there is no such file."""
     try:
         containers = json.loads(path.read_text())["containers"]
         return {
@@ -107,8 +107,8 @@ def held_rates(measured: Measured, name: str, objective_s: float) -> tuple[float
     """Return the last offered rate that a server held with p99 within `objective_s`, and the next, which it did not.
 
     The second is None if it held all, or if the client was the limit. A rate with too few requests for a p99 is judged
-    without it, as the report does, unless the objective is tighter than the run's own. CapacityError says why no rate
-    was held.
+    without it, as the report does, unless the objective is tighter than the run's own. CapacityError if
+    no rate was held.
     """
     cells = measured.open(name)
     if not cells:

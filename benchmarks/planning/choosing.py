@@ -118,7 +118,7 @@ def peak_memory_mb(measured: Measured, name: str) -> float:
 def rows_factor(measured: Measured, name: str, rows: int) -> float:
     """Return how many times longer a request of `rows` rows takes than one of one row, at one connection.
 
-    Between the measured sizes on a straight line, beyond them on the last one's. CapacityError where only one size
+    Between the measured sizes on a straight line, beyond them on the last one's. CapacityError if only one size
     was measured.
     """
     if rows == 1:
@@ -137,7 +137,7 @@ def rows_factor(measured: Measured, name: str, rows: int) -> float:
 def make_candidate(measured: Measured, containers: dict[str, ContainerCost], name: str, needs: Needs) -> Candidate:
     """Return a server's plan and figures for the needs; CapacityError if none holds them.
 
-    A request of several rows is taken for so many of one row as it takes times longer (`rows_factor`).
+    A request of several rows counts as `rows_factor` requests of one row.
     """
     objective_s = needs.p99_ms / 1e3 if needs.p99_ms else measured.settings["objective_p99_s"]
     plan = make_plan(measured, name, needs.rate * rows_factor(measured, name, needs.rows), objective_s, containers)

@@ -1,4 +1,4 @@
-"""What a service of a given size takes, and which limit it meets first: a plan, held against limits of facts.toml."""
+"""Plan a service of a given size, and find the limit that it meets first: a plan compared with limits of facts.toml."""
 
 import math
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit that a growing service has passed: what gives way, from which rate on, and what is done then."""
+    """A limit that a growing service has passed: its part, the rate from which it is passed, and the remedy."""
 
     name: str
     met_at_rate: float  # requests/s

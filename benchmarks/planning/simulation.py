@@ -4,7 +4,7 @@ A replica is a server that works in turns: it takes all requests that wait, up t
 and answers them one after the other. How long a turn of k requests takes on average is measured: in a closed loop with
 k connections it is k ÷ rate (the flow-equivalent server of Chandy, Herzog and Woo, "Parametric analysis of queuing
 networks", IBM J. Res. Dev. 19, 1975). The part of it in which neither server nor client worked at one connection (a
-timer that waits for a batch, a hand-over between processes) delays a reply and holds up nobody else. How much a turn
+timer that waits for a batch, a hand-over between processes) delays a reply and holds up no other. How much a turn
 varies is drawn from the latencies at one connection: a turn as long as five such requests is five draws, so that
 whatever interrupts a server meets it as often a second as when measured.
 
@@ -23,9 +23,9 @@ from figures.cells import Cell
 from figures.measured import Measured
 from planning.capacity import CapacityError
 
-MOST_IDLE = 0.9  # of a turn: some of it is work, whatever the clocks say
+MOST_IDLE = 0.9  # of a turn: some of it is work, whatever the clocks show
 POOL = 1 << 16  # draws made at a time
-STEADY = 1.5  # a measurement is steady if no round's p99 is more than so many times another's
+STEADY = 1.5  # a measurement is steady if no round's p99 is more than that many times another's
 AGREES = 0.25  # a simulated p99 agrees within this share of the measured one
 REPEATS = 8  # of a simulated measurement
 
@@ -36,7 +36,7 @@ class ServiceTimes:
 
     turn_s: np.ndarray  # (most + 1,) mean seconds of a turn by the number of its requests; turn_s[0] is 0
     draws_s: np.ndarray  # (n,) seconds of turns of one request, whose mean is turn_s[1]
-    delay_s: float = 0.0  # of every reply, beside its turn
+    delay_s: float = 0.0  # of every reply, besides its turn
 
     @property
     def most(self) -> int:
@@ -182,7 +182,7 @@ class Agreement:
 
     @property
     def is_close(self) -> bool:
-        """Within a quarter of the measured p99, whatever its rounds say."""
+        """Whether it is within a quarter of the measured p99, whatever the span of its rounds."""
         return abs(self.simulated_s / self.measured_s - 1) <= AGREES
 
     @property

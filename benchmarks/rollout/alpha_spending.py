@@ -19,7 +19,7 @@ from scipy import optimize, special
 Density = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(160)  # of the integral over one look's values
-NEGLIGIBLE = 1e-12  # alpha below this is given to its look alone, without integrating: a bound on the safe side
+NEGLIGIBLE = 1e-12  # alpha below this is spent at its look without integrating: a bound on the safe side
 
 
 def spend_late(fraction: float, alpha: float) -> float:
@@ -34,7 +34,7 @@ def spend_late(fraction: float, alpha: float) -> float:
 def spend_evenly(fraction: float, alpha: float) -> float:
     """Return the alpha of one side that may be spent at information `fraction`; Pocock's kind.
 
-    Nearly the same boundary at every look: finds harm early, and needs more data at the end. Lan and DeMets
+    Nearly the same boundary at every look: finds harm early and needs more data at the end. Lan and DeMets
     1983, alpha*_2.
     """
     return float(alpha * math.log(1 + (math.e - 1) * fraction))

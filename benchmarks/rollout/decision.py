@@ -17,9 +17,9 @@ from rollout.alpha_spending import find_boundaries, find_drift, find_power
 PROMOTE, ROLL_BACK, UNDECIDED = "promote", "roll back", "not enough evidence"
 METRICS = ("accuracy", "brier", "latency")
 DECIDING = 4  # accuracy, Brier score, latency and failures share alpha evenly (Bonferroni)
-MISMATCH_ALPHA = 0.01  # chance to find a sample-ratio mismatch where there is none, over all looks
+MISMATCH_ALPHA = 0.01  # chance to find a sample-ratio mismatch if there is none, over all looks
 PRIOR_USERS = 30
-LEAST_STRAYS, STRAY_SHARE = 3, 0.01  # from here on users of no single version spoil the comparison
+LEAST_STRAYS, STRAY_SHARE = 3, 0.01  # from here on users without a single version invalidate the comparison
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,13 @@ class Plan:
     baseline_accuracy: float  # version 1's, known from the test rows
     margin: float  # the accuracy difference to find, and the loss that a promotion must exclude
     latency_margin: float  # how much slower, as a share, a promoted version may be
-    alpha: float  # chance of `promote` or `roll back` where the versions are equal, at most
-    power: float  # chance to find a difference of `margin`, and to exclude a loss of it where there is none
+    alpha: float  # chance of `promote` or `roll back` if the versions are equal, at most
+    power: float  # chance to find a difference of `margin`, and to exclude a loss of it if there is none
     rows_per_user: int
     shares: tuple[float, ...]  # version 2's share of the users, by step; an A/B test has one step
     users_per_step: int
     looks_per_step: int
-    needs_gain: bool  # promote only what is better (A/B test), or also what is as good (canary)
+    needs_gain: bool  # promote only a better version (A/B test), or also an equal one (canary)
     users: np.ndarray = field(repr=False)  # (looks,) that have come by each look
     quality_z: np.ndarray = field(repr=False)  # (looks,) boundaries of accuracy and Brier score
     guard_z: np.ndarray = field(repr=False)  # (looks,) boundaries of latency and failures
@@ -165,7 +165,7 @@ def find_difference(
     n1 n2 / (n1 + n2), so that a change over time, which meets the versions in unequal shares, does not
     pass for a difference (Simpson's paradox). A small arm's own variance is too small more often than not: it
     is mixed with the pooled one as if PRIOR_USERS more had shown that, and is `least_variance` at least. The
-    error is infinite where an arm is empty.
+    error is infinite if an arm is empty.
     """
     counts, sums, squares = tally.measured, tally.sums[metric], tally.squares[metric]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -187,7 +187,7 @@ def find_difference(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one look says; arrays (...), which are scalars for one experiment."""
+    """The result of one look; arrays (...), which are scalars for one experiment."""
 
     verdict: np.ndarray  # PROMOTE, ROLL_BACK or UNDECIDED
     reason: np.ndarray  # a few words
@@ -204,7 +204,7 @@ def judge(plan: Plan, tally: Tally, look: int) -> Judgement:
 
     The intervals are repeated confidence intervals (Jennison and Turnbull, "Group Sequential Methods", 2000,
     chapter 9): estimate -/+ the look's boundary times the standard error, the boundary taken from Student's t
-    at the same level where an arm is small. Failures are compared by Fisher's exact test at the look's level.
+    at the same level if an arm is small. Failures are compared by Fisher's exact test at the look's level.
     Harm in any of the four rolls back; a promotion needs a loss of the margin excluded and, in an A/B test, a
     gain in accuracy or Brier score.
     """

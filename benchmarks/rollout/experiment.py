@@ -86,13 +86,13 @@ def describe_look(plan: Plan, judgement: Judgement, users: list[User], look: int
 
 
 def middle_latency_ms(users: Iterable[User]) -> float:
-    """The geometric mean of version 1's users' latencies; nan where there is none."""
+    """The geometric mean of version 1's users' latencies; nan if there is none."""
     logs = [np.mean(np.log(user.latencies_s)) for user in users if user.version == "1" and user.rows]
     return float(np.exp(np.mean(logs))) * 1e3 if logs else float("nan")
 
 
 def describe_rows(users: Iterable[User]) -> str:
-    """What the rows, taken as a sample of patients, say of the next patient: paired, each row under both versions."""
+    """The interval for the next patient, the rows being a sample of patients: paired, each row under both versions."""
     labels = load_test_rows()[1]
     benign: dict[str, dict[int, float]] = {"1": {}, "2": {}}
     for user in users:
@@ -164,7 +164,7 @@ def gather_crowd(arguments: argparse.Namespace, endpoint: Endpoint) -> Iterator[
 
 
 def add_user_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say who asks what and where."""
+    """Add the options for the users, their rows and the gateway."""
     choices = [name for name, one in load_endpoints().items() if one.has_model and name == one.folder.name]
     parser.add_argument("--endpoint", choices=choices, default="onnx", help="which server (default: onnx)")
     parser.add_argument("--url", default=gateway_url(), help=f"the split's address (default: {gateway_url()})")
@@ -173,5 +173,5 @@ def add_user_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alpha", type=float, default=0.05, help="chance of a false verdict (default: 0.05)")
     parser.add_argument("--rows-per-user", type=int, default=3, help="test rows that each user sends (default: 3)")
     parser.add_argument("--connections", type=int, default=4, help="users at a time (default: 4)")
-    parser.add_argument("--seed", type=int, default=1, help="who the users are and what they send (default: 1)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the users and their rows (default: 1)")
     parser.add_argument("--timeout", type=float, default=2.0, help="seconds until a reply has failed (default: 2)")

@@ -23,20 +23,20 @@ class GatewayError(RuntimeError):
 
 
 def gateway_url() -> str:
-    """The gateway's address, where GATEWAY_BIND does not say another one."""
+    """The gateway's address: GATEWAY_BIND, or the usual one."""
     return f"https://{os.environ.get('GATEWAY_BIND') or '127.0.0.1:8443'}"
 
 
 def find_certificate() -> Path | None:
-    """The certificate that the gateway made for itself; None where there is none."""
+    """The certificate that the gateway made for itself; None if there is none."""
     path = Path(os.environ.get("GATEWAY_STATE") or GATEWAY_DIR / "state") / "tls.pem"
     return path if path.exists() else None
 
 
 def call_gateway(*arguments: str) -> str:
-    """Run one gateway command and return what it printed; GatewayError where it fails.
+    """Run one gateway command and return what it printed; GatewayError if it fails.
 
-    Ctrl-C waits for its end: a command that were left to run alone could change the split after a rollback.
+    Ctrl-C waits for its end: an abandoned command could change the split after a rollback.
     """
     command = [sys.executable, str(GATEWAY_DIR / "gateway.py"), *arguments]
     try:
@@ -51,7 +51,7 @@ def call_gateway(*arguments: str) -> str:
 
 
 def read_versions(server: str) -> dict[str, dict[str, Any]]:
-    """Return what the gateway's status says of each version of `server`; GatewayError where it does not serve it."""
+    """Return the gateway's status of each version of `server`; GatewayError if it does not serve it."""
     status = json.loads(call_gateway("status", "--json"))
     if not status["running"]:
         raise GatewayError("the gateway does not run: make gateway, in another terminal")
@@ -76,11 +76,11 @@ def count_replicas(server: str) -> int:
 
 @contextlib.contextmanager
 def lent_key() -> Iterator[str]:
-    """An API key that the gateway knows inside the block alone."""
+    """An API key that the gateway knows only inside the block."""
     owner = f"benchmark-{os.getpid()}"
     try:
         yield call_gateway("keys", "add", owner, "--rate", str(KEY_RATE)).strip()
     finally:
         with deferred_interrupts():
-            if f"{owner}:" in call_gateway("keys", "list").split():  # not where adding it failed
+            if f"{owner}:" in call_gateway("keys", "list").split():  # not if adding it failed
                 call_gateway("keys", "revoke", owner)

@@ -1,4 +1,4 @@
-"""Draw the looks of an A/B test: how each difference and its interval went, and what they were held against."""
+"""Draw the looks of an A/B test: each difference with its interval, and the limits they are compared with."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -22,7 +22,7 @@ THROTTLE_WAIT_S = 0.2
 
 
 class SplitError(RuntimeError):
-    """The split cannot be asked, or does not say which version answered; the message is one line."""
+    """The split cannot be asked, or does not name the version that answered; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Split:
     certificate: Path | None = None  # that vouches for an https address; None: the system's
 
     def connect(self, timeout_s: float) -> http.client.HTTPConnection:
-        """Return an open connection; SplitError where nobody answers."""
+        """Return an open connection; SplitError if no server answers."""
         parts = urlsplit(self.url)
         if parts.scheme == "https":
             context = ssl.create_default_context(cafile=self.certificate)
@@ -55,8 +55,8 @@ class Split:
 class Crowd:
     """Users by number, the same ones with the same rows for the same `seed`.
 
-    A user's id and rows follow from seed and number alone. The rows are drawn with replacement, so the users
-    stand for the test rows and for nobody beyond them.
+    A user's id and rows follow only from seed and number. The rows are drawn with replacement, so the users
+    stand for the test rows and for no other patients.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Crowd:
         return [user for user in users if user is not None]
 
     def _ask_all(self, user: User, deadline_s: float) -> User | None:
-        """Send one user's rows; None where there was no time left."""
+        """Send one user's rows; None if there was no time left."""
         if self._stopped.is_set() or time.monotonic() > deadline_s:
             return None
         drawn = np.random.default_rng([self.seed, user.number]).integers(len(self._requests), size=self.rows_per_user)
@@ -168,7 +168,7 @@ class Crowd:
     def _ask_version(self, path: str, headers: dict[str, str]) -> str | None:
         """Return the version that a user has whose request got no reply, by the gateway's own word; None without one.
 
-        Else a version 2 that answers nobody would look like a split that loses users.
+        Otherwise a version 2 that never answers would look like a split that loses users.
         """
         try:
             connection = self._connection()
@@ -188,7 +188,7 @@ class Crowd:
         return connection
 
     def _read_benign(self, body: bytes) -> float | None:
-        """Return P(benign), or None where the reply is not one pair of probabilities."""
+        """Return P(benign), or None if the reply is not one pair of probabilities."""
         try:
             answer = np.asarray(self.endpoint.decode(body), dtype=float)
         except (ValueError, KeyError, TypeError, IndexError):
