@@ -745,8 +745,8 @@ def test_the_scripts_need_no_other_folder_but_data(tmp_path):
     assert "with" in run_python("-c", program, cwd=tmp_path / "onnx", check=True).stdout
 
 
-def test_the_readme_says_how_long_the_server_is():
-    said = re.search(r"([\d,]+) lines in (\d+) files, none above (\d+)", (ONNX_DIR / "README.md").read_text())
+def test_the_reference_says_how_long_the_server_is():
+    said = re.search(r"([\d,]+) lines in (\d+) files, none above (\d+)", (ONNX_DIR / "REFERENCE.md").read_text())
     lines, files, longest = (int(number.replace(",", "")) for number in said.groups())
     copied = re.findall(r"\w+\.py", re.search(r"^COPY .*?\./$", (ONNX_DIR / "Dockerfile").read_text(), re.M | re.S)[0])
     counted = [len((ONNX_DIR / name).read_text().splitlines()) for name in copied]

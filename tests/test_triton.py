@@ -1,6 +1,6 @@
 """The ONNX server's replies beside those of the real NVIDIA Triton, which serves the same model, field by field.
 
-Whatever differs is named here, and in onnx/README.md: all else is the same, to the byte where it is an answer.
+Whatever differs is named here, and in onnx/REFERENCE.md: all else is the same, to the byte where it is an answer.
 """
 
 import http.client

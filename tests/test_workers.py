@@ -111,7 +111,7 @@ def asked_without_pause(endpoint: OnnxEndpoint) -> Iterator[list[tuple[int, byte
 @pytest.mark.slow
 @pytest.mark.timing
 def test_a_small_model_keeps_its_p99_beside_a_large_one_in_a_process_of_its_own(tmp_path, capsys):
-    """Each has a core, the large one's also carries the client: as onnx/README.md arranges it, `--only-model`."""
+    """Each has a core, the large one's also carries the client: as onnx/REFERENCE.md arranges it, `--only-model`."""
     folder, options = tmp_path / "models", ["--config", "tuned.toml"]
     shutil.copytree(OnnxEndpoint.folder / "models" / "my_model", folder / "my_model")
     (folder / "large" / "1").mkdir(parents=True)
