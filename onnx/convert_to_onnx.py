@@ -3,8 +3,8 @@
     python convert_to_onnx.py
 
 Each model is trained in both versions of ../data/recipe.json, converted, and
-compared with the model it was made from and with ../data/expected.csv; nothing
-is written unless all of them agree. Writes
+compared with its source model and with ../data/expected.csv; nothing is written
+unless all of them agree. Writes
 
     models/my_model/<version>/model.onnx          from PyTorch
     models/my_model_sklearn/<version>/model.onnx  from scikit-learn
@@ -23,7 +23,7 @@ from pathlib import Path
 import progress
 
 if __name__ == "__main__":  # here, because the imports take seconds
-    progress.read_output_dir(__doc__)  # --help and a wrong flag need none of them
+    progress.read_output_dir(__doc__)  # --help and a wrong flag do not need them
     progress.end_on_interrupt("convert_to_onnx")
     progress.show("loading PyTorch, scikit-learn and ONNX Runtime")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
@@ -42,7 +42,7 @@ from sklearn.preprocessing import StandardScaler
 
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
-OPSET = 20  # torch 2.13 exports 20 by default; skl2onnx 1.20 knows up to 22, and writes the lowest that will do
+OPSET = 20  # the default of torch 2.13; skl2onnx 1.20 supports up to 22 and writes the lowest that suffices
 SOURCE_TOLERANCE = 1e-6  # |p - p of the source model|: the source computes in float64, ONNX in float32
 EXPECTED_TOLERANCE = 1e-5  # |p - p of ../data/expected.csv|
 
@@ -67,7 +67,7 @@ class Classifier(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         logit = self.logit(rows)
-        # sigmoid(-z) and not 1 - sigmoid(z): the difference loses the small probabilities in float32.
+        # sigmoid(-z), not 1 - sigmoid(z): the subtraction loses the small probabilities in float32.
         return torch.cat([torch.sigmoid(-logit), torch.sigmoid(logit)], dim=1)  # (n, 2) malignant, benign
 
 
@@ -99,7 +99,7 @@ def train_pytorch(rows: np.ndarray, labels: np.ndarray, initial_layers: list[dic
 def train_sklearn(
     rows: np.ndarray, labels: np.ndarray, initial_layers: list[dict], recipe: dict, epochs: int
 ) -> Pipeline:
-    """Return the same training as a scikit-learn Pipeline: StandardScaler, then MLPClassifier."""
+    """Return a scikit-learn Pipeline (StandardScaler, MLPClassifier) with the training of `train_pytorch`."""
     network = MLPClassifier(
         recipe["hidden_units"],
         solver="sgd",
@@ -116,12 +116,12 @@ def train_sklearn(
     )
     pipeline = make_pipeline(StandardScaler(), network)
     inputs = pipeline[0].fit_transform(rows)
-    # scikit-learn has no argument for initial weights: create them with a throw-away step, replace them, fit on.
+    # scikit-learn has no argument for initial weights: create them with a throw-away step, replace them, then fit.
     network.partial_fit(inputs, labels, classes=[0, 1])
     network.coefs_ = [np.array(initial["weights"]) for initial in initial_layers]
     network.intercepts_ = [np.array(initial["bias"]) for initial in initial_layers]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe says when to stop
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe fixes the number of epochs
         network.fit(inputs, labels)
     return pipeline
 
@@ -129,7 +129,7 @@ def train_sklearn(
 def convert_pytorch_to_onnx(model: torch.nn.Module) -> onnx.ModelProto:
     """Return `model` as an ONNX graph with input `input` (batch, 5) and output `output` (batch, 2), float32."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its own code
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about its own code
         program = torch.onnx.export(
             model.float(),
             (torch.zeros(2, 5),),
@@ -144,24 +144,24 @@ def convert_pytorch_to_onnx(model: torch.nn.Module) -> onnx.ModelProto:
 
 
 def convert_sklearn_to_onnx(pipeline: Pipeline) -> onnx.ModelProto:
-    """Return `pipeline` as an ONNX graph with the same input and output as the one from PyTorch."""
+    """Return `pipeline` as an ONNX graph with the input and output of the model from PyTorch."""
     converted = convert_sklearn(
         pipeline,
-        name="my_model",  # else a random one, and no two conversions are alike
+        name="my_model",  # otherwise a random one, and no two conversions are equal
         initial_types=[("input", FloatTensorType([None, 5]))],
         final_types=[("label", Int64TensorType([None])), ("output", FloatTensorType([None, 2]))],
         options={id(pipeline): {"zipmap": False}},  # probabilities as one array, not a list of dictionaries
         target_opset=OPSET,
     )
-    # A classifier's first output is the label; keep only what leads to the probabilities.
+    # A classifier's first output is the label; keep only the nodes that lead to the probabilities.
     return onnx.utils.Extractor(converted).extract_model(["input"], ["output"])
 
 
 def describe(model: onnx.ModelProto, recipe: dict, version: str, source: str) -> None:
-    """Replace what the exporters noted for themselves by what a user of the file wants to know.
+    """Replace the exporters' metadata with metadata for the users of the file.
 
-    torch notes a stack trace with this machine's paths at every node, and the shapes of all intermediate results,
-    on which quantize_dynamic later fails (ShapeInferenceError: inferred shape and existing shape differ).
+    torch stores a stack trace with this machine's paths at every node, and the shapes of all intermediate results,
+    which make quantize_dynamic fail later (ShapeInferenceError: inferred shape and existing shape differ).
     """
     graph = model.graph
     for annotated in [graph, *graph.node, *graph.input, *graph.output, *graph.initializer]:
@@ -184,7 +184,7 @@ def run_onnx(model: onnx.ModelProto, rows: np.ndarray) -> np.ndarray:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write the whole file or none of it: a server that loads meanwhile never sees half a model."""
+    """Write the whole file or nothing: a server that loads it at this moment never sees half a model."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".writing-", suffix=".onnx", delete=False) as file:
         temporary = Path(file.name)
@@ -240,7 +240,7 @@ def main() -> int:
             )
             if not (from_source <= SOURCE_TOLERANCE and from_expected <= EXPECTED_TOLERANCE):
                 print(
-                    f"convert_to_onnx: {source} version {version}: the ONNX model answers differently (allowed are "
+                    f"convert_to_onnx: {source} version {version}: the ONNX model answers differently (allowed: "
                     f"{SOURCE_TOLERANCE:.0e} from its source, {EXPECTED_TOLERANCE:.0e} from expected.csv); "
                     "nothing was written",
                     file=sys.stderr,

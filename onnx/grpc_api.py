@@ -1,7 +1,7 @@
-"""The Open Inference Protocol over gRPC: inference.GRPCInferenceService, with the answers and refusals of REST.
+"""The Open Inference Protocol over gRPC: inference.GRPCInferenceService, with the same answers and refusals as REST.
 
-Of NVIDIA Triton's extensions repository index, statistics and the stream of requests are answered, the others refused
-by name.
+Of NVIDIA Triton's extensions, repository index, statistics and the stream of requests are supported; the others are
+refused by name.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from open_inference import MANY_ROWS, check_names, check_output, make_job, refus
 from settings import Settings
 from tensors import to_string
 
-MANY_KNOWN, MAX_KNOWN_BYTES = 256, 2048  # of messages that are read without parsing them
-MAX_DETAILS = 500  # characters of a status: gRPC's clients refuse headers of more than 8 KB, %-encoded
+MANY_KNOWN, MAX_KNOWN_BYTES = 256, 2048  # messages that are read without parsing
+MAX_DETAILS = 500  # characters of a status: gRPC clients refuse headers above 8 KB, %-encoded
 RAW_TAG = 7 << 3 | 2  # of raw_input_contents on the wire
 CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -33,8 +33,8 @@ CODES = {
 }
 UNSUPPORTED = {  # methods of Triton's extensions
     "ModelConfig": "model configurations are not supported: ask for the metadata",
-    "RepositoryModelLoad": "loading is not supported: what lies in the model repository is served",
-    "RepositoryModelUnload": "unloading is not supported: what lies in the model repository is served",
+    "RepositoryModelLoad": "loading is not supported: every model in the repository is served",
+    "RepositoryModelUnload": "unloading is not supported: every model in the repository is served",
     "SystemSharedMemoryStatus": "shared memory is not supported",
     "SystemSharedMemoryRegister": "shared memory is not supported",
     "SystemSharedMemoryUnregister": "shared memory is not supported",
@@ -52,10 +52,10 @@ class InferCodec:
     def __init__(self, model: Model):
         self.model = model
         self.all_names = list(model.outputs)
-        self.starts: dict[tuple[int, int], bytes] = {}  # what stands before the values in a reply of rows, by shape
+        self.starts: dict[tuple[int, int], bytes] = {}  # a reply up to its values, by shape
 
     def read(self, request: Any) -> Job:
-        """Return what a ModelInferRequest wants computed; Refusal where it is not one for this model."""
+        """Return the job of a ModelInferRequest; Refusal if it does not fit this model."""
         if self.model.is_rows and self.is_usual(request):
             return self.read_rows(request.raw_input_contents[0], request.id)
         wanted: list[str] = []
@@ -79,13 +79,13 @@ class InferCodec:
             if not raw:
                 feeds[tensor.name] = self.read_contents(tensor, declared, shape, count, place)
             elif tensor.HasField("contents"):
-                raise Refusal(400, f"{place}: contents beside raw_input_contents; give one of them")
+                raise Refusal(400, f"{place}: both contents and raw_input_contents; give one of them")
             else:
                 feeds[tensor.name] = declared.from_bytes(raw[number], shape, count, place)
         return make_job(feeds, self.model, (request.id, wanted or self.all_names))
 
     def is_usual(self, request: Any) -> bool:
-        """Whether a request to a model of rows holds a few of them in bytes, and nothing else."""
+        """Return whether a request to a model of rows holds a few rows in bytes, and nothing else."""
         inputs, raw, width = request.inputs, request.raw_input_contents, self.model.features
         if len(inputs) != 1 or len(raw) != 1 or request.outputs:
             return False
@@ -98,7 +98,7 @@ class InferCodec:
         return len(raw[0]) == 4 * shape[0] * width
 
     def read_rows(self, values: bytes, request_id: str) -> Job:
-        """Return what the bytes of a usual request want computed."""
+        """Return the job of a usual request, from its bytes."""
         flat, width = memoryview(values).cast("f").tolist(), self.model.features
         rows = [flat] if len(flat) == width else [flat[at : at + width] for at in range(0, len(flat), width)]
         return Job(rows, len(rows), len(flat), True, (request_id, self.all_names))
@@ -128,7 +128,7 @@ class InferCodec:
                 described.raw_output_contents.append(bytes(4 * len(flat)))
                 self.starts[shape] = described.SerializeToString()[: -4 * len(flat)]
             reply = self.starts[shape] + struct.pack(f"<{len(flat)}f", *flat)
-            # Protobuf takes messages that follow each other for one.
+            # Protobuf reads concatenated messages as one.
             return reply + messages.ModelInferResponse(id=request_id).SerializeToString() if request_id else reply
         reply = messages.ModelInferResponse(model_name=model.name, model_version=model.version, id=request_id)
         by_name = dict(zip(self.all_names, answer, strict=True))
@@ -140,16 +140,16 @@ class InferCodec:
 
 
 class Servicer:
-    """The methods of the service; `serving` knows the models and answers for REST, too.
+    """The methods of the service; `serving` holds the models, as for REST.
 
-    A method whose name begins with a capital is one of the protocol; it returns the fields of its reply.
+    A method whose name begins with a capital belongs to the protocol; it returns the fields of its reply.
     """
 
     def __init__(self, serving: Any):
         self.serving = serving
-        self.served = serving.messages  # when what is known was learnt
-        self.known: dict[bytes, tuple[Model, InferCodec, int]] = {}  # by all of a message but the values at its end
-        self.sizes: dict[int, int] = {}  # bytes of those values, by the message's length
+        self.served = serving.messages  # the models for which `known` is valid
+        self.known: dict[bytes, tuple[Model, InferCodec, int]] = {}  # by a message without the values at its end
+        self.sizes: dict[int, int] = {}  # size of those values, by the message's length
 
     async def ServerLive(self, _request: Any) -> dict:
         return {"live": True}
@@ -177,7 +177,7 @@ class Servicer:
         return {"models": self.serving.index(request.ready)}
 
     async def stream(self, requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext) -> AsyncIterator:
-        """ModelStreamInfer: the same for one request after the other; an error is an answer, and not the end."""
+        """ModelStreamInfer: `infer` for one request after another; an error is a reply and does not end the stream."""
         async for data in requests:
             try:
                 reply = await self.infer(data)
@@ -190,7 +190,7 @@ class Servicer:
                 yield messages.ModelStreamInferResponse(infer_response=reply)
 
     async def infer(self, data: bytes, _context: grpc.aio.ServicerContext | None = None) -> Any:
-        """ModelInfer: return the reply to a request, both in bytes; Refusal where there is none."""
+        """ModelInfer: return the reply to a request, both in bytes; Refusal if there is none."""
         started_s, status = time.perf_counter(), 500
         known = self.find_known(data)
         if known is None:
@@ -218,8 +218,8 @@ class Servicer:
         return reply
 
     def find_known(self, data: bytes) -> tuple[Model, InferCodec, int] | None:
-        """Return model and codec of a request that differs from an earlier one in its values only, and their bytes."""
-        if self.served is not self.serving.messages:  # other models are served since
+        """Return model, codec and size of the values if only its values differ from an earlier request's."""
+        if self.served is not self.serving.messages:  # the served models have changed
             self.known.clear()
             self.served = self.serving.messages
         size = self.sizes.get(len(data), 1)
@@ -227,17 +227,17 @@ class Servicer:
         return known if known is not None and known[2] == size else None
 
     def remember(self, data: bytes, request: Any, model: Model, codec: InferCodec) -> None:
-        """Have the next request that differs in its values only not parsed: clients repeat all else byte for byte."""
+        """Let the next request that differs only in its values skip parsing: clients repeat the rest byte for byte."""
         if not model.is_rows or request.id or len(data) > MAX_KNOWN_BYTES or not codec.is_usual(request):
             return
         if self.serving.messages.get((request.model_name, request.model_version)) != (model, codec):
-            return  # another one is served since
+            return  # another model is served by now
         size = len(request.raw_input_contents[0])
         usual = messages.ModelInferRequest(
             model_name=request.model_name, model_version=request.model_version, inputs=request.inputs
         )
         if size > 127 or data[:-size] != usual.SerializeToString() + bytes([RAW_TAG, size]):
-            return  # the values are many, or stand elsewhere
+            return  # many values, or values elsewhere
         if len(self.known) >= MANY_KNOWN:
             self.known.clear()
             self.sizes.clear()
@@ -246,8 +246,8 @@ class Servicer:
 
 
 async def compute(job: Job, model: Model) -> Any:
-    """Return the answer to a job; raise what went wrong."""
-    given: list = []  # the answer; before that, where it does not come at once, the future that waits for it
+    """Return the answer to a job; raise its error."""
+    given: list = []  # the answer; until it arrives, a future if it is not immediate
     job.asker, job.done = given, _settle
     model.batcher.add(job)
     if not given:
@@ -271,7 +271,7 @@ def _settle(job: Job, answer: Any) -> None:
 
 
 def parse(data: bytes) -> Any:
-    """Return the ModelInferRequest in `data`; Refusal where it is none."""
+    """Return the ModelInferRequest in `data`; Refusal if it is not one."""
     try:
         return messages.ModelInferRequest.FromString(data)
     except DecodeError:
@@ -279,7 +279,7 @@ def parse(data: bytes) -> Any:
 
 
 def read_id(data: bytes) -> str:
-    """Return the id of a request, as far as it is one."""
+    """Return the id of a request, "" if it cannot be read."""
     try:
         return str(parse(data).id)
     except Refusal:
@@ -287,7 +287,7 @@ def read_id(data: bytes) -> str:
 
 
 def make_handler(method: Callable) -> Callable:
-    """Return the method as gRPC calls it: a Refusal becomes a status."""
+    """Return the method in the form that gRPC calls: a Refusal becomes a status."""
 
     async def call(request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
@@ -299,7 +299,7 @@ def make_handler(method: Callable) -> Callable:
 
 
 def refuse(reason: str) -> Callable:
-    """Return what gRPC calls for a method that is not supported."""
+    """Return a handler that refuses a method that is not supported."""
 
     async def call(_request: bytes, context: grpc.aio.ServicerContext) -> None:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, reason)
@@ -312,7 +312,7 @@ def serialize(reply: Any) -> bytes:
 
 
 def make_handlers(serving: Any) -> grpc.GenericRpcHandler:
-    """Return what answers each method of the service."""
+    """Return the handler of each method of the service."""
     servicer = Servicer(serving)
     handlers = {name: grpc.unary_unary_rpc_method_handler(refuse(reason)) for name, reason in UNSUPPORTED.items()}
     for name in dir(servicer):
@@ -329,7 +329,7 @@ def make_handlers(serving: Any) -> grpc.GenericRpcHandler:
 async def start(
     serving: Any, host: str, port: int, shares_port: bool, settings: Settings
 ) -> tuple[grpc.aio.Server, int]:
-    """Return a server that answers at the address, 0 for any port, and its port; OSError where it cannot."""
+    """Return a server that listens at the address (port 0: any) and its port; OSError if it cannot."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:  # gRPC's own error is a page long
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if shares_port:

@@ -1,4 +1,4 @@
-"""Requests, their heads and refusals, and what an application of http_server.py is: something that answers them."""
+"""Requests, their heads and refusals, and the interface of an application of http_server.py, which answers them."""
 
 import http
 import re
@@ -16,7 +16,7 @@ HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 
 
 class Refusal(Exception):
-    """A request that gets `status` and {"error": message} instead of an answer; `closes`: and then no other."""
+    """An error reply with `status` and {"error": message}; `closes`: the connection ends after it."""
 
     def __init__(self, status: int, message: str, headers: str = "", closes: bool = False):
         super().__init__(message)
@@ -25,8 +25,8 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    max_connections: int = 1000  # beyond them 503
-    max_body_bytes: int = 1_000_000  # beyond it 413
+    max_connections: int = 1000  # above it 503
+    max_body_bytes: int = 1_000_000  # above it 413
     head_timeout_s: float = 10.0  # from a request's first byte, or from the connection's start, to the head's end
     body_timeout_s: float = 10.0  # from the head's end to the body's
     idle_timeout_s: float = 75.0  # between two requests: longer than most proxies, so that they close first
@@ -34,7 +34,7 @@ class Limits:
 
 
 class Head:
-    """What the head of a request says."""
+    """The head of a request."""
 
     __slots__ = (
         "expects", "headers", "is_plain", "keeps_alive", "keeps_line", "length", "method", "route", "routes", "target",
@@ -43,18 +43,18 @@ class Head:
     def __init__(self) -> None:
         self.method = b""
         self.target = ""  # as it was sent
-        self.headers: dict[bytes, bytes] = {}  # KEPT_HEADERS alone, by their names in lower case
-        self.length = 0  # of the body, where it is announced
-        self.keeps_alive, self.keeps_line = True, b""  # the line tells an HTTP/1.0 client that it is granted
-        self.expects = False  # its client waits for 100 Continue before it sends the body
+        self.headers: dict[bytes, bytes] = {}  # only KEPT_HEADERS, by their names in lower case
+        self.length = 0  # of the body, if announced
+        self.keeps_alive, self.keeps_line = True, b""  # the line grants it to an HTTP/1.0 client
+        self.expects = False  # the client waits for 100 Continue before it sends the body
         self.is_plain = False  # the next head of the same bytes need not be parsed
-        self.route: Route | None = None  # what answers it, as long as the application's `routes` are these
+        self.route: Route | None = None  # its route, valid for the application's present `routes`
         self.routes: object = None
 
     def check(self, parser: Any) -> None:
-        """Take over what httptools' `parser` found; refuse what cannot be understood (RFC 9112, 3.2 and 6.1).
+        """Take the results of httptools' `parser`; refuse a head that cannot be understood (RFC 9112, 3.2 and 6.1).
 
-        And what else than 100-continue is expected (RFC 9110, 10.1.1).
+        Also refuse any expectation but 100-continue (RFC 9110, 10.1.1).
         """
         headers, version = self.headers, parser.get_http_version()
         self.method = parser.get_method()
@@ -64,12 +64,12 @@ class Head:
         expects = headers.get(b"expect", b"").lower()
         encoding = headers.get(b"transfer-encoding", b"chunked").strip().lower()
         for is_wrong, status, message in (
-            (version not in ("1.0", "1.1"), 505, f"HTTP/{version} is not spoken here, HTTP/1.1 is"),
+            (version not in ("1.0", "1.1"), 505, f"HTTP/{version} is not supported, use HTTP/1.1"),
             (version == "1.1" and not HOST.fullmatch(headers.get(b"host", b" ")), 400, "expected one header Host"),
             (version == "1.0" and b"transfer-encoding" in headers, 400, "HTTP/1.0 has no Transfer-Encoding"),
-            (encoding != b"chunked", 501, "the only Transfer-Encoding here is chunked"),
-            (self.method == b"CONNECT", 501, "this server is no proxy"),
-            (expects not in (b"", b"100-continue"), 417, "the only expectation here is 100-continue"),
+            (encoding != b"chunked", 501, "the only supported Transfer-Encoding is chunked"),
+            (self.method == b"CONNECT", 501, "this server is not a proxy"),
+            (expects not in (b"", b"100-continue"), 417, "the only supported expectation is 100-continue"),
         ):
             if is_wrong:
                 raise Refusal(status, message, closes=True)
@@ -81,7 +81,7 @@ class Head:
 
 
 class Request:
-    """One request, of which a Route gets `head` and `body`; it is answered, refused or failed, once."""
+    """One request with `head` and `body`, given to a Route; it is answered, refused or failed, once."""
 
     __slots__ = ("body", "connection", "head", "keeps_alive", "parts", "reply", "route", "size", "started_s")
 
@@ -92,7 +92,7 @@ class Request:
         self.route: Route | None = None
 
     def answer(self, body: bytes, content_type: bytes = JSON, lines: bytes = b"", status: int = 200) -> None:
-        """Send the reply, once those to earlier requests are sent; `lines` are further ones of its head."""
+        """Send the reply after those to earlier requests; `lines` are further lines of its head."""
         connection, head = self.connection, self.head
         server = connection.server
         if status == 200 and self.keeps_alive and head.is_plain:  # almost always
@@ -116,10 +116,10 @@ class Request:
         self.answer(body, lines=refusal.headers.encode("latin-1"), status=refusal.status)
 
     def fail(self, error: Exception) -> None:
-        """Refuse, or answer with an error of the server's own, whose cause the log gets and the client does not."""
+        """Refuse, or answer with an internal error, whose cause is logged but not sent to the client."""
         if not isinstance(error, Refusal):
             traceback.print_exception(error, file=sys.stderr)
-            error = Refusal(500, "the server has an error of its own; its log says which")
+            error = Refusal(500, "internal server error; the server's log has the cause")
         self.refuse(error)
 
     def later(self, method: Callable, *arguments: object) -> None:
@@ -129,14 +129,14 @@ class Request:
 
 class Route(Protocol):
     def handle(self, request: Request) -> None:
-        """Answer `request`, whose body is there, now or later, or raise Refusal."""
+        """Answer `request`, whose body has arrived, now or later, or raise Refusal."""
 
 
 class Application(Protocol):
-    routes: object  # another one whenever `find` may find something else
+    routes: object  # replaced whenever `find` may return something else
 
     def find(self, head: Head) -> Route:
-        """Return what answers a request with this head; Refusal where nothing does."""
+        """Return the route of a request with this head; Refusal if there is none."""
 
     def observe(self, route: Route, status: int, seconds: float) -> None:
-        """Be told of an answered request, and how long after its head."""
+        """Note an answered request, and the time since its head."""

@@ -1,4 +1,4 @@
-"""Prometheus metrics of server.py, and the protocol's statistics: the same counters, asked in two ways."""
+"""Prometheus metrics of server.py, and the protocol's statistics, from the same counters."""
 
 import asyncio
 import collections
@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
-# A row is answered in some 20 µs here: the library's own buckets begin at 5 ms and would show one bar.
+# A row takes some 20 µs; the library's default buckets begin at 5 ms and would show one bar.
 LATENCY_BUCKETS_S = (
     20e-6, 50e-6, 100e-6, 200e-6, 350e-6, 500e-6, 750e-6, 1e-3, 2e-3, 3.5e-3, 5e-3, 7.5e-3, 10e-3, 25e-3, 50e-3, 0.1,
     0.25, 1.0, 2.5, 10.0,
@@ -21,10 +21,10 @@ LABELS = ["model", "version"]
 
 
 class BulkHistogram(Histogram):
-    """A Histogram that takes many values at once."""
+    """A Histogram that accepts many values at once."""
 
     def observe_all(self, values: list[float]) -> None:
-        """The same as `observe` for each of `values`, 256 of them in a twentieth of the time."""
+        """Observe each of `values`; 256 of them take a twentieth of the time of 256 calls of `observe`."""
         self._raise_if_not_observable()
         places = np.searchsorted(self._upper_bounds, values)
         for bucket, count in zip(self._buckets, np.bincount(places, minlength=len(self._buckets)), strict=True):
@@ -34,10 +34,10 @@ class BulkHistogram(Histogram):
 
 
 class Metrics:
-    """The metrics of this process; with several workers (PROMETHEUS_MULTIPROC_DIR is set) of all of them.
+    """The metrics of this process, or of all workers if there are several (PROMETHEUS_MULTIPROC_DIR is set).
 
-    Lives on the event loop. What is observed is counted together with what comes after it, a quarter of a second later
-    at most: counting each request by itself takes 1.5 µs, a tenth of all that it costs.
+    Lives on the event loop. Requests are counted in groups, at most a quarter of a second late: counting each one
+    separately takes 1.5 µs, a tenth of its total cost.
     """
 
     def __init__(self):
@@ -51,7 +51,7 @@ class Metrics:
             buckets=LATENCY_BUCKETS_S,
             **of,
         )
-        self.inferences = Counter("onnx_server_inferences", "Rows predicted, or runs of what has no rows", LABELS, **of)
+        self.inferences = Counter("onnx_server_inferences", "Rows predicted, or runs without rows", LABELS, **of)
         self.executions = Counter("onnx_server_executions", "Runs of the model; requests share them", LABELS, **of)
         self.run_s = Counter("onnx_server_run_seconds", "Time inside the model", LABELS, **of)
         self.failed_s = Counter("onnx_server_failed_seconds", "From head to reply, failed requests", LABELS, **of)
@@ -75,7 +75,7 @@ class Metrics:
             self.count()
 
     def count(self) -> None:
-        """Count what was observed."""
+        """Count the noted requests."""
         observed = dict(self.observed)
         self.observed.clear()
         for ((model, version), status), times_s in observed.items():
@@ -94,7 +94,7 @@ class Metrics:
                     self.run_s.labels(name, version).inc(done.run_s)
 
     def set_loaded(self, models: dict[str, dict]) -> None:
-        """Tell which versions of which models are served."""
+        """Set which versions of which models are served."""
         self.count()
         self.models = models
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
@@ -113,13 +113,13 @@ class Metrics:
         return registry
 
     def render(self) -> bytes:
-        """Return the text that Prometheus reads."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self.collect())
 
     def statistics(self, wanted: list[tuple[str, str]]) -> list[dict]:
-        """Return the protocol's statistics of these models and versions, times in ns; of a failure there is its time.
+        """Return the protocol's statistics of these models and versions, times in ns; a failure has only its time.
 
-        The parts that are not measured apart (queue, input, output) are left out.
+        The parts that are not measured separately (queue, input, output) are left out.
         """
         values: collections.defaultdict[tuple, float] = collections.defaultdict(float)
         for metric in self.collect().collect():

@@ -1,4 +1,4 @@
-"""One version of one model: what it takes and gives, how it is run, and what a trial has shown about it."""
+"""One version of one model: its inputs and outputs, its runs, and the results of its trial."""
 
 import itertools
 import json
@@ -16,19 +16,19 @@ from onnx_inference import LOAD_ERRORS, ModelError, open_session, shorten
 from settings import Settings
 from tensors import Tensor, UnsupportedError
 
-# A row takes some 10 µs and is best computed on the spot. A megabyte takes some 20 ms to read, in which the event loop
-# would answer nobody else: all that belongs to a larger request is done in a thread (ONNX Runtime frees Python's lock).
+# A row takes some 10 µs and is best computed at once. A megabyte takes some 20 ms to read, during which the event loop
+# would answer no other request: a larger request is handled in a thread (ONNX Runtime releases Python's lock).
 INLINE_BYTES = 32_000
-TRIAL_ROWS = (1, 2, 3, 32, 256)  # a row has to be answered alone as it is among so many
-TRIAL_LONG_S = 0.1  # a run that takes longer is not repeated, nor tried with many rows
-TRIAL_LIMIT_S = 60.0  # then the trial is ended: a loop in the model may never end by itself
-TRIAL_TOLERANCE = 1e-5  # relative to the larger of 1 and the answer; one row's sums are added in another order
-BOUND_ROWS = 64  # up to so many rows are computed in memory that is kept
-WORDS = ("a", "some words", "", "13.5", "Zürich")  # what text models are tried with
+TRIAL_ROWS = (1, 2, 3, 32, 256)  # a row must get the same answer by itself and among this many
+TRIAL_LONG_S = 0.1  # a longer run is neither repeated nor tried with many rows
+TRIAL_LIMIT_S = 60.0  # then the trial is aborted: a loop in the model may never end
+TRIAL_TOLERANCE = 1e-5  # relative to the larger of 1 and the answer; sums are added in another order
+BOUND_ROWS = 64  # up to this many rows are computed in memory that is kept
+WORDS = ("a", "some words", "", "13.5", "Zürich")  # inputs for the trial of text models
 
 
 def find_missing(error: Exception) -> str:
-    """Return what to say where ONNX Runtime did not get a file of weights; its own words are of the server's folder."""
+    """Return a message about a missing file of weights; ONNX Runtime's own names the server's folder."""
     if not re.search("External data path|model_path must not be empty", str(error)):
         return ""
     name = re.search(r'path does not exist: "(?:[^"]*/)?([^"/]+)"', str(error))
@@ -36,33 +36,33 @@ def find_missing(error: Exception) -> str:
 
 
 class Codec(Protocol):
-    """One form of request to one model: how it is read into a job, and the answer written for it."""
+    """One form of request to one model: reads it into a job, and writes the answer."""
 
     def read(self, request: Any) -> Job:
-        """Return what `request` wants computed; Refusal where it is not one for this model."""
+        """Return the job of `request`; Refusal if it does not fit this model."""
 
     def write(self, wanted: Any, answer: list) -> Any:
-        """Return the reply: `answer` holds lists of rows or every output, as the job's feeds were; Refusal of none."""
+        """Return the reply: `answer` holds lists of rows or every output, like the job's feeds; or raise Refusal."""
 
 
 class BoundRows:
-    """A model of rows bound to memory that stays, for one number of rows; one run at a time.
+    """A model of rows bound to memory that is kept, for one number of rows; one run at a time.
 
-    What `session.run` makes anew for each run (options, tensors, arrays) costs as much as a small model does: so a run
-    takes some 24 µs where it took 45.
+    `session.run` makes options, tensors and arrays for each run, which costs as much as a small model itself: a run
+    takes some 24 µs with this, 45 without.
     """
 
     def __init__(self, model: "Model", rows: int):
         (tensor,) = model.outputs.values()
         values, self.answers = (np.zeros((rows, width), np.float32) for width in (model.features, tensor.shape[1]))
         self.session, self.binding, self.options = model.session, model.session.io_binding(), ort.RunOptions()
-        self.options.add_run_config_entry("gpu_graph_id", "-1")  # 1.31 asks each time; no answer is an exception, 50 µs
+        self.options.add_run_config_entry("gpu_graph_id", "-1")  # 1.31 reads it each time; if missing, an exception, 50 µs
         self.binding.bind_ortvalue_input(model.input_name, ort.OrtValue.ortvalue_from_numpy(values))
         self.binding.bind_ortvalue_output(tensor.name, ort.OrtValue.ortvalue_from_numpy(self.answers))
         self.layout, self.memory = struct.Struct(f"<{values.size}f"), memoryview(values).cast("B")
 
     def run(self, rows: list[list[float]]) -> list[list[float]]:
-        """Return the answers; what ONNX Runtime raises where the model gives not one for each row."""
+        """Return the answers; raise ONNX Runtime's error if the model does not give one for each row."""
         self.layout.pack_into(self.memory, 0, *(rows[0] if len(rows) == 1 else itertools.chain.from_iterable(rows)))
         self.session.run_with_iobinding(self.binding, self.options)
         return self.answers.tolist()
@@ -71,15 +71,15 @@ class BoundRows:
 class Model:
     """One version of one model, loaded and tried.
 
-    `is_rows`: one FP32 tensor (n, k) to one (n, m). Such a model has /predict, and its requests are kept as lists of
+    `is_rows`: one FP32 tensor (n, k) to one (n, m). Such a model has /predict, and its requests stay lists of
     rows from decoder to encoder: arrays for each request would cost 2 µs of 10.
     """
 
     def __init__(self, name: str, version: str, files: dict[str, bytes], settings: Settings):
-        """Load `files`, by their paths in the version's folder; ModelError says in one line what is wrong."""
+        """Load `files`, by their paths in the version's folder; raise ModelError with a message of one line."""
         self.name = name
         self.version = version
-        # A model names its weights' files in UTF-8: a file whose name is not holds none.
+        # A model names its files of weights in UTF-8: a file with another name holds none.
         external = {path: files[path] for path in files if path != "model.onnx" and path.isprintable()}
         try:
             self.session = open_session(
@@ -109,14 +109,14 @@ class Model:
         quick_size, rows_are_independent = self.try_out(options)
         limit.cancel()
         self.is_rows = self.is_rows and rows_are_independent is not None
-        self.bound: dict[int, BoundRows] = {}  # by the number of rows, as they are asked for
+        self.bound: dict[int, BoundRows] = {}  # by the number of rows, made on first use
         self.may_bind = self.is_rows and bool(rows_are_independent) and self.providers[0] == "CPUExecutionProvider"
         self.binding_lock = threading.Lock()
         max_rows = settings.batch_rows if rows_are_independent else 0
         self.batcher = Batcher(self.run, max_rows, quick_size)
 
     def read_feature_names(self) -> list[str]:
-        """Return the names in the model's property `features`, where it is a JSON list of one for each column."""
+        """Return the names in the model's property `features`, if it is a JSON list with one for each column."""
         try:
             names = json.loads(self.session.get_modelmeta().custom_metadata_map.get("features", ""))
         except ValueError:
@@ -136,7 +136,7 @@ class Model:
         }
 
     def name_place(self, message: str) -> str:
-        """Return the decoder's `message` with the row and the feature that its place in the JSON means."""
+        """Return the decoder's `message` with row and feature in place of the position in the JSON."""
         if place := re.search(r"\[(\d+)\]\[(\d+)\]`$", message):
             if int(place[2]) < len(self.feature_names):
                 message += f" (row {place[1]}, {self.feature_names[int(place[2])]})"
@@ -147,7 +147,7 @@ class Model:
     # Running
 
     def answer_apart(self, codec: Codec, request: Any) -> Any:
-        """Read, run and write in this thread; return the reply, or raise Refusal or what else went wrong."""
+        """Read, run and write in this thread; return the reply, or raise Refusal or any other error."""
         job = codec.read(request)
         (answer,) = self.batcher.answer([job])
         if isinstance(answer, Exception):
@@ -155,14 +155,14 @@ class Model:
         return codec.write(job.wanted, answer)
 
     def run_arrays(self, feeds: dict[str, np.ndarray], options: ort.RunOptions | None = None) -> list[np.ndarray]:
-        """Return every output for these inputs; Refusal 400 with ONNX Runtime's reason where the model takes them not.
+        """Return every output for these inputs; Refusal 400 with ONNX Runtime's reason if the model rejects them.
 
-        A model that was tried and fails now fails for what it was given: its shape or its values.
+        A model that passed its trial and fails now fails because of its inputs: their shape or values.
         """
         try:
             values = self.session.run(self.output_names, feeds, options)
         except LOAD_ERRORS as error:
-            raise Refusal(400, f"the model does not take this: {shorten(error)}") from None
+            raise Refusal(400, f"the model does not accept this: {shorten(error)}") from None
         for place, tensor in enumerate(self.outputs.values()):
             if tensor.is_zip_map:
                 scores = [[row[label] for label in sorted(row)] for row in values[place]]
@@ -179,13 +179,13 @@ class Model:
         outputs = self.run_arrays(feeds)
         ends = list(itertools.accumulate(job.rows for job in jobs))
         if any(output.shape[:1] != (ends[-1],) for output in outputs):
-            self.batcher.max_rows = 0  # the trial did not show it
+            self.batcher.max_rows = 0  # the trial did not detect it
             raise ValueError("the rows of this model are not independent")
         parts = [np.split(output, ends[:-1]) for output in outputs]
         return [list(answer) for answer in zip(*parts, strict=True)]
 
     def run_rows(self, jobs: list[Job]) -> list[list]:
-        """The same for jobs whose feeds are lists of rows."""
+        """Return the answers to jobs whose feeds are lists of rows, from one run."""
         rows = jobs[0].feeds if len(jobs) == 1 else [row for job in jobs for row in job.feeds]
         answers = self.run_bound(rows) or self.run_unbound(rows)
         if len(jobs) == 1:
@@ -197,7 +197,7 @@ class Model:
         return parts
 
     def run_bound(self, rows: list[list[float]]) -> list[list[float]]:
-        """Return the answers to a few rows; none where they are many, another thread is here, or the run fails."""
+        """Return the answers to a few rows; [] if they are many, the memory is in use, or the run fails."""
         if not self.may_bind or len(rows) > BOUND_ROWS or not self.binding_lock.acquire(blocking=False):
             return []
         try:
@@ -205,7 +205,7 @@ class Model:
             if bound is None:
                 bound = self.bound[len(rows)] = BoundRows(self, len(rows))
             return bound.run(rows)
-        except Exception:  # noqa: BLE001 - of many kinds, where the model does not answer each row; the other way says
+        except Exception:  # noqa: BLE001 - of many kinds, if the model does not answer each row; the caller reports it
             self.may_bind = False
             return []
         finally:
@@ -218,7 +218,7 @@ class Model:
         (output,) = self.run_arrays(feeds)
         if output.shape[0] != len(rows):
             self.batcher.max_rows = 0
-            raise Refusal(400, f"the model answers {len(rows)} rows with {output.shape[0]}: ask for one row at a time")
+            raise Refusal(400, f"the model answers {len(rows)} rows with {output.shape[0]}: send one row at a time")
         return output.tolist()
 
     # The trial
@@ -226,9 +226,9 @@ class Model:
     def try_out(self, options: ort.RunOptions) -> tuple[int, bool | None]:
         """Run made-up inputs; return how many elements take less than SLOW_S, and whether rows are independent.
 
-        Independent, so that requests may share a run, are rows that are answered alone as they are among others; None
-        where a model that could be one of rows does not even answer each. A trial that fails is no reason to refuse
-        the model: made-up inputs need not be ones that it takes.
+        Rows are independent, so that requests may share a run, if each gets the same answer by itself and among
+        others; None if a model that could be one of rows does not answer each row. A failed trial is no reason to
+        refuse the model: it need not accept made-up inputs.
         """
         free = all(tensor.shape[:1] == (-1,) for tensor in [*self.inputs.values(), *self.outputs.values()])
         quick_size, independent = 0, bool(free and self.inputs)
@@ -256,7 +256,7 @@ class Model:
                 return quick_size, None
             if independent and not self.answers_alike(outputs, alone):
                 independent = False
-            if count > 2 and min(times_s) > TRIAL_LONG_S:  # fewer rows show nothing about their independence
+            if count > 2 and min(times_s) > TRIAL_LONG_S:  # fewer rows cannot show independence
                 break
         return quick_size, independent
 
@@ -264,7 +264,7 @@ class Model:
         return {name: self.make_up(tensor, rows) for name, tensor in self.inputs.items()}
 
     def answers_alike(self, outputs: list[np.ndarray], alone: list[list[np.ndarray]]) -> bool:
-        """Whether the first rows of `outputs` are the answers that they got alone."""
+        """Return whether the first rows of `outputs` equal the answers to each row by itself."""
         for together, *apart in zip(outputs, *alone, strict=True):
             for row, single in enumerate(apart[: len(together)]):
                 ours, theirs = np.asarray(together[row]), np.asarray(single[0])

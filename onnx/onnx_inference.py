@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
 
-# TF32, the provider's default on newer GPUs, keeps 10 bits of a number: too few for answers equal to 1e-5.
+# TF32, the provider's default on newer GPUs, keeps 10 bits of a number: too few for answers within 1e-5.
 CUDA = ("CUDAExecutionProvider", {"use_tf32": "0"})
 PROVIDERS = {  # in order of preference
     "cpu": ["CPUExecutionProvider"],
@@ -43,7 +43,7 @@ LOAD_ERRORS = (
     ort_state.NotImplemented,
     ort_state.RuntimeException,
 )
-LOG_FATAL = 4  # where CUDA is missing ONNX Runtime prints pages about it; get_providers() tells as much
+LOG_FATAL = 4  # without CUDA, ONNX Runtime prints pages about it; get_providers() is enough
 CUDA_NEEDS = 'it needs an NVIDIA driver, and CUDA and cuDNN (pip install "onnxruntime-gpu[cuda,cudnn]")'
 
 
@@ -52,16 +52,16 @@ class ModelError(RuntimeError):
 
 
 class DeviceError(ModelError):
-    """The demanded device cannot be used, whatever the model."""
+    """The requested device cannot be used, whatever the model."""
 
 
 def open_session(
     model: Path | bytes, device: str, intra_op_threads: int, allow_spinning: bool, external: Mapping[str, bytes] = {}
 ) -> ort.InferenceSession:
-    """Return a session with the best of the device's providers that loads `model`, a file or what is in one.
+    """Return a session with the best of the device's providers that loads `model`, a file or its content.
 
-    `external` holds the files that it keeps weights in, by the names that it knows them by. Raises one of LOAD_ERRORS
-    for a bad file, and DeviceError where CUDA is demanded and does not load.
+    `external` holds the model's files of weights, by the names that the model uses. Raises one of LOAD_ERRORS for a
+    bad file, and DeviceError if CUDA is requested and does not load.
     """
     options = ort.SessionOptions()
     if external:
@@ -75,15 +75,15 @@ def open_session(
     ort.set_default_logger_severity(LOG_FATAL)
     session = None
     if device != "cpu" and "CUDAExecutionProvider" in ort.get_available_providers():
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints each library that it does not find
-            ort.preload_dlls()  # CUDA and cuDNN that came as Python packages are not on the loader's path
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints each missing library
+            ort.preload_dlls()  # CUDA and cuDNN from Python packages are not on the loader's path
         with contextlib.suppress(*LOAD_ERRORS):  # no driver, no GPU; a bad file fails again below
             session = ort.InferenceSession(model, options, PROVIDERS[device], enable_fallback=0)
     if session is None:
         session = ort.InferenceSession(model, options, PROVIDERS["cpu"], enable_fallback=0)
     # Without this check a missing CUDA library means a silent answer from the CPU.
     if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
-        raise DeviceError(f"CUDA was demanded and cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
+        raise DeviceError(f"CUDA was requested but cannot be loaded; {CUDA_NEEDS}, or use --device cpu")
     return session
 
 
@@ -97,10 +97,10 @@ def shorten(error: Exception) -> str:
 class ONNXPredictor:
     """One loaded model: raw features (n, 5) in, [P(malignant), P(benign)] (n, 2) out.
 
-    `device` is "auto" (CUDA where it loads, else the CPU), "cpu", or "cuda" (ModelError where it does not load).
+    `device` is "auto" (CUDA if it loads, else the CPU), "cpu", or "cuda" (ModelError if it does not load).
     `intra_op_threads` is the number of threads inside one operator; 0 lets ONNX Runtime take one per core. For a
     model this small more than one only adds waiting. `allow_spinning` lets them wait for work in a loop, which takes
-    their cores. Afterwards `providers` holds what is really in use.
+    their cores. Afterwards `providers` holds the providers in use.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class ONNXPredictor:
                 if tensor.type != "tensor(float)" or len(tensor.shape) != 2 or not isinstance(tensor.shape[1], int):
                     wrong = f"is {tensor.type} {tensor.shape}, expected tensor(float) of (batch, columns)"
                     raise ModelError(f"{self.path}: {tensor.name!r} {wrong}; run python convert_to_onnx.py")
-            self.run(np.ones((1, self.input.shape[1]), np.float32))  # allocates, and shows that it not only loads
+            self.run(np.ones((1, self.input.shape[1]), np.float32))  # allocates, and shows that it also runs
         except LOAD_ERRORS as error:
             reason = f"{self.path} cannot be loaded ({shorten(error)})"
             raise ModelError(f"{reason}; run python convert_to_onnx.py") from None
@@ -131,18 +131,18 @@ class ONNXPredictor:
         return self.run(self.check(rows))
 
     def check(self, rows) -> np.ndarray:
-        """Return `rows` as float32 (n, 5); ValueError where NumPy sees no such numbers in them."""
+        """Return `rows` as float32 (n, 5); ValueError if NumPy cannot make that of them."""
         try:
             array = np.asarray(rows)
         except ValueError:
             raise ValueError(f"rows differ in length; each has {self.features} features") from None
         if array.dtype.kind not in "iuf":
-            raise ValueError(f"rows hold something that is not a number (NumPy reads them as {array.dtype})")
+            raise ValueError(f"rows hold a value that is not a number (NumPy reads them as {array.dtype})")
         if array.shape[:1] == (0,):
             raise ValueError("rows are empty: send at least one")
         if array.ndim != 2 or array.shape[1] != self.features:
             raise ValueError(f"rows have shape {array.shape}, expected (n, {self.features})")
-        with np.errstate(over="ignore"):  # told below, with its place
+        with np.errstate(over="ignore"):  # reported below, with its place
             array = array.astype(np.float32)
         if not np.isfinite(array).all():
             row, feature = np.argwhere(~np.isfinite(array))[0]

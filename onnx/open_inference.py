@@ -1,8 +1,8 @@
 """POST .../infer of the Open Inference Protocol: JSON with binary tensors to arrays, and arrays to JSON with tensors.
 
 github.com/kserve/open-inference-protocol (inference_rest.md), and its binary tensor extension as NVIDIA Triton
-documents it. A request is read twice at most: once by a decoder made for models of rows, which takes what almost every
-request is, and where that finds anything unusual, by the general one, which serves it or says what is wrong.
+documents it. A request is decoded twice at most: first by a decoder for models of rows, which accepts almost every
+request, and if that finds anything unusual, by the general decoder, which serves it or reports the error.
 """
 
 import itertools
@@ -21,14 +21,14 @@ OCTETS = b"application/octet-stream"
 LENGTH = b"inference-header-content-length"
 MANY_KNOWN, MAX_KNOWN_BYTES = 256, 2048
 MANY_ROWS = 64  # with more than these, arrays are cheaper than lists of rows
-REFUSED = {  # parameters that ask for what this server cannot do: ignored, they would be answered wrongly
+REFUSED = {  # parameters for features that this server lacks: ignoring them would give a wrong answer
     "shared_memory_region": "shared memory is not supported: send the tensor's data",
     "classification": "the classification extension is not supported: ask for the output itself",
 }
 
 
 class Parameters(msgspec.Struct):
-    """Those that mean something here; others are ignored, as the protocol allows."""
+    """The parameters that this server uses; others are ignored, as the protocol allows."""
 
     binary_data_size: int | None = None  # of an input: its bytes behind the JSON
     binary_data: bool | None = None  # of an output: send it behind the JSON
@@ -64,7 +64,7 @@ decode_request = msgspec.json.Decoder(InferRequest).decode
 
 
 class Wanted:
-    """What a request wants back: outputs, in order, each as JSON or bytes."""
+    """The outputs that a request wants, in order, each as JSON or bytes."""
 
     __slots__ = ("binary", "names", "request_id", "starts")
 
@@ -72,7 +72,7 @@ class Wanted:
         self.names = names
         self.binary = binary
         self.request_id = request_id
-        self.starts: dict[int, tuple[bytes, bytes]] = {}  # JSON before the bytes of so many rows, and its line
+        self.starts: dict[int, tuple[bytes, bytes]] = {}  # JSON before the bytes of this many rows, and its line
 
 
 class InferCodec:
@@ -85,7 +85,7 @@ class InferCodec:
         self.all_names = list(model.outputs)
         self.as_json = Wanted(self.all_names, [False] * len(self.all_names), None)
         self.as_bytes = Wanted(self.all_names, [True] * len(self.all_names), None)
-        # Clients repeat the JSON before their bytes, as their heads: by it the number of rows, and what is wanted.
+        # Clients repeat the JSON before their bytes, like their heads: maps it to the number of rows and the outputs.
         self.known: dict[bytes, tuple[int, Wanted]] = {}
         if model.is_rows:
             self.row_bytes = 4 * model.features
@@ -106,7 +106,7 @@ class InferCodec:
     # Reading
 
     def read(self, request: Request) -> Job:
-        """Return what is to be computed; Refusal where the request is not one for this model."""
+        """Return the job of a request; Refusal if it does not fit this model."""
         body, tail = request.body, b""
         length = request.head.headers.get(LENGTH)
         if length is not None:
@@ -118,12 +118,12 @@ class InferCodec:
             try:
                 asked = self.decode_rows(body)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                pass  # the general decoder says what is wrong
+                pass  # the general decoder reports the error
             else:
                 rows = self.find_rows(asked, tail)
                 if rows is not None:
                     wanted = self.find_wanted(asked)
-                    if tail and not asked.id and len(body) <= MAX_KNOWN_BYTES:  # an id is another each time
+                    if tail and not asked.id and len(body) <= MAX_KNOWN_BYTES:  # an id differs each time
                         if len(self.known) >= MANY_KNOWN:
                             self.known.clear()
                         self.known[body] = len(rows), wanted
@@ -138,7 +138,7 @@ class InferCodec:
         return [flat] if count == 1 else [flat[start : start + width] for start in range(0, len(flat), width)]
 
     def find_rows(self, asked: Any, tail: bytes | memoryview) -> list | None:
-        """Return the rows of a usual request, None where anything is unusual about it."""
+        """Return the rows of a usual request, None if anything about it is unusual."""
         if len(asked.inputs) != 1:
             return None
         tensor, features = asked.inputs[0], self.model.features
@@ -176,7 +176,7 @@ class InferCodec:
             size = None if tensor.parameters is None else tensor.parameters.binary_data_size
             if size is not None:
                 if bytes(tensor.data):
-                    raise Refusal(400, f"{place}: both data and the parameter binary_data_size are there")
+                    raise Refusal(400, f"{place}: both data and the parameter binary_data_size are given")
                 if not 0 <= size <= len(tail) - position:
                     left = len(tail) - position
                     raise Refusal(400, f"{place}: binary_data_size is {size}, but {left} bytes are left for it")
@@ -184,7 +184,7 @@ class InferCodec:
                 feeds[tensor.name] = declared.from_bytes(part, tensor.shape, count, place)
                 position += size
             elif not bytes(tensor.data):
-                raise Refusal(400, f"{place}: neither data nor the parameter binary_data_size is there")
+                raise Refusal(400, f"{place}: neither data nor the parameter binary_data_size is given")
             else:
                 try:
                     feeds[tensor.name] = declared.from_json(tensor.data, tensor.shape, count, place)
@@ -195,7 +195,7 @@ class InferCodec:
         return make_job(feeds, self.model, self.find_wanted(asked))
 
     def find_wanted(self, asked: Any) -> Wanted:
-        """Return what is to be sent; Refusal where that is not an output of this model."""
+        """Return the outputs to send; Refusal if one is not an output of this model."""
         parameters = asked.parameters
         usual = False if parameters is None else parameters.binary_data_output
         if not asked.outputs:
@@ -235,7 +235,7 @@ class InferCodec:
         return body + struct.pack(f"<{len(flat)}f", *flat), OCTETS, line
 
     def write_arrays(self, wanted: Wanted, answer: list[np.ndarray]) -> tuple[bytes, bytes]:
-        """Return the JSON of the outputs that are wanted, and the bytes of those that are not in there."""
+        """Return the JSON of the wanted outputs, and the bytes of those that are not in the JSON."""
         by_name = dict(zip(self.all_names, answer, strict=True))
         described, tail = [], b""
         for name, as_bytes in zip(wanted.names, wanted.binary, strict=True):
@@ -255,18 +255,18 @@ def _json(text: str) -> str:
 
 
 def name_length(json: bytes) -> bytes:
-    """Return the line of a reply's head that says where its JSON ends and its bytes begin."""
+    """Return the line of a reply's head with the length of its JSON, after which its bytes begin."""
     return b"%b: %d\r\n" % (LENGTH, len(json))
 
 
 def not_finite(rows: list[list[float]]) -> str:
-    """Return what is said where JSON cannot carry the answer to one of `rows`."""
+    """Return the error message for an answer to one of `rows` that JSON cannot carry."""
     row = next(number for number, values in enumerate(rows) if not np.isfinite(values).all())
     return f"row {row}: the model has no finite answer to these features: they are too large; {NO_JSON_NUMBER}"
 
 
 def split_body(body: bytes, length: bytes) -> tuple[bytes, memoryview]:
-    """Return JSON and tensors of a body; Refusal where the header Inference-Header-Content-Length is not right."""
+    """Return JSON and tensors of a body; Refusal if the header Inference-Header-Content-Length is wrong."""
     if not length.isdigit() or len(length) > 12:
         raise Refusal(400, f"Inference-Header-Content-Length is {length.decode('latin-1')!r}, expected a number")
     end = int(length)
@@ -298,7 +298,7 @@ def refuse_parameters(place: str, parameters: Container[str] | None) -> None:
 
 
 def make_job(feeds: dict[str, np.ndarray], model: Model, wanted: Any) -> Job:
-    """Return the job of any model's inputs; it may share a run with those whose arrays differ in rows only."""
+    """Return the job of any model's inputs; it may share a run with jobs whose arrays differ only in rows."""
     size = sum(array.size for array in feeds.values())
     rows = {array.shape[:1] for array in feeds.values()}
     if not model.batcher.max_rows or len(rows) != 1 or rows <= {(0,), ()}:

@@ -24,7 +24,7 @@ def describe(
         "properties": {"error": {"type": "string", "description": "what is wrong, where, and what to do"}},
     }
     refusals = {
-        "400": "the body is not what this path takes",
+        "400": "the body does not fit this path",
         "408": "the body did not arrive in time",
         "413": f"the body is larger than {max_body_bytes} bytes",
         "415": "the content type is not application/json",
@@ -50,7 +50,7 @@ def describe(
         "/v2/health/ready": {"get": operation("Whether it has a model to serve", None, anything, ("503",))},
         "/v2/repository/index": {
             "post": operation(
-                "Every version that is there, and why one is not served",
+                "Every version in the repository, and why one is not served",
                 {
                     "schema": {"type": "object", "properties": {"ready": {"type": "boolean"}}},
                     "example": {"ready": True},
@@ -82,7 +82,7 @@ def describe(
             "post": operation(f"The prediction of each row, by version {version}", request, reply, posts)
         }
         if version == defaults[model_name]:
-            summary = f"The same by the default version, {version} now"
+            summary = f"The prediction of each row, by the default version, now {version}"
             paths["/predict"] = {"post": operation(summary, request, reply, posts)}
     for name, versions in models.items():
         for version, model in versions.items():
@@ -132,7 +132,7 @@ def _name_tensors(model) -> str:
 
 
 def _example_inputs(model) -> list[dict]:
-    """Return inputs that can be sent as they are."""
+    """Return example inputs, ready to send."""
     if model.features == len(ROW):
         return [{"name": model.input_name, "shape": [1, len(ROW)], "datatype": "FP32", "data": ROW}]
     made_up = {tensor: model.make_up(tensor, 1) for tensor in model.inputs.values()}

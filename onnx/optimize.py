@@ -2,16 +2,16 @@
 
     python optimize.py
 
-Writes beside this script, from model.onnx (run convert_to_onnx.py first):
+Reads model.onnx (run convert_to_onnx.py first) and writes next to it:
 
     model_basic.onnx, model_extended.onnx, model_all.onnx
         the graph as ONNX Runtime rewrites it, per level
     model_quantized.onnx
-        int8 weights, activations quantized as they come
+        int8 weights, activations quantized in each run
     model_quantized_static.onnx
         int8 weights and activations, calibrated on train.csv
 
-and prints one table. Its last rows are a network of random weights, large
+and prints one table. Its last two rows are a network of random weights, large
 enough for int8 to pay.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import progress
 
 if __name__ == "__main__":  # here, because the imports take seconds
-    progress.read_output_dir(__doc__)  # --help and a wrong flag need none of them
+    progress.read_output_dir(__doc__)  # --help and a wrong flag do not need them
     progress.end_on_interrupt("optimize")
     progress.show("loading ONNX Runtime")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else ONNX Runtime writes to ~/.cache and reports to Microsoft
@@ -40,8 +40,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
 
-QUANTIZED_TOLERANCE = 0.1  # |p - p of the float model| that a quantized model may differ by on test.csv
-QUANTIZED_ACCURACY_LOSS = 0.02  # and how much less accurate it may be
+QUANTIZED_TOLERANCE = 0.1  # largest |p - p of the float model| allowed for a quantized model on test.csv
+QUANTIZED_ACCURACY_LOSS = 0.02  # and the largest loss of accuracy
 LEVELS = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
@@ -56,18 +56,18 @@ TIMING_S = 0.05  # length of one timing
 class Result:
     """One row of the table."""
 
-    name: str  # file name, or what the network is
+    name: str  # file name, or a description of the network
     size_bytes: int
     latency_1_s: float  # median, one row
     latency_1024_s: float  # median, 1,024 rows
-    accuracy: float | None  # on test.csv; None where the network was not trained
+    accuracy: float | None  # on test.csv; None if the network was not trained
     difference: float  # max |Δp| from the float model of its kind, over test.csv
 
 
 class TrainingRows(CalibrationDataReader):
-    """Hands quantize_static the rows of train.csv, from which it takes the range of every tensor.
+    """Gives quantize_static the rows of train.csv, from which it takes the range of every tensor.
 
-    Never the test rows: they would tune the model to what it is judged by.
+    Never the test rows: they would tune the model to the data that judge it.
     """
 
     def __init__(self, rows: np.ndarray):
@@ -85,16 +85,16 @@ def read_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def optimize_graph(source: Path, target: Path, level: ort.GraphOptimizationLevel) -> None:
-    """Write `source` as ONNX Runtime rewrites it at `level`, so that loading need not do it again."""
+    """Write `source` as optimised by ONNX Runtime at `level`, so that loading need not optimise it again."""
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.optimized_model_filepath = str(target)
-    options.log_severity_level = 3  # it warns that level "all" suits this kind of machine only; the README says so
+    options.log_severity_level = 3  # it warns that level "all" suits only this kind of machine; the README has it
     ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def make_wide_network(path: Path) -> None:
-    """Write an untrained network of 5, 2048, 2048 and 1 units, 17 MB: where matrix products cost more than the rest."""
+    """Write an untrained network of 5, 2048, 2048 and 1 units, 17 MB: large enough for matrix products to dominate."""
     generator = np.random.default_rng(0)
     sizes = [5, WIDE_UNITS, WIDE_UNITS, 1]
     nodes, initializers, name = [], [], "input"
@@ -122,7 +122,7 @@ def make_wide_network(path: Path) -> None:
 def median_latencies_s(predictors: dict[str, ONNXPredictor], array: np.ndarray) -> dict[str, float]:
     """Return the median time of one run of `array` (n, 5) for every predictor, of REPEATS timings of TIMING_S each.
 
-    The predictors take turns, so that a busy moment of the machine hits all of them alike.
+    The predictors take turns, so that a busy moment of the machine affects all of them equally.
     """
     calls = {}
     for name, predictor in predictors.items():
@@ -219,7 +219,7 @@ def main() -> int:
             lost = results[0].accuracy - result.accuracy
             if result.difference > QUANTIZED_TOLERANCE or lost > QUANTIZED_ACCURACY_LOSS:
                 print(
-                    f"optimize: {result.name} is too far from {source.name}: allowed are {QUANTIZED_TOLERANCE} in a "
+                    f"optimize: {result.name} differs too much from {source.name}: allowed: {QUANTIZED_TOLERANCE} in a "
                     f"probability and {QUANTIZED_ACCURACY_LOSS} in accuracy; nothing was written",
                     file=sys.stderr,
                 )

@@ -1,4 +1,4 @@
-"""POST /predict: rows in, one prediction for each out. The short way to a model of rows, beside the protocol."""
+"""POST /predict: rows in, one prediction for each out; a shorter form than the Open Inference Protocol."""
 
 import msgspec
 from batching import Job
@@ -13,36 +13,36 @@ class PredictCodec:
 
     def __init__(self, model: Model):
         self.model = model
-        # Typed decoding refuses what NumPy would quietly accept (true, "1.5"), and says where it stood.
+        # Typed decoding refuses values that NumPy would silently accept (true, "1.5"), and reports their place.
         row = tuple[(Float32,) * model.features]
         body = msgspec.defstruct("PredictRequest", [("data", list[row])], forbid_unknown_fields=True)
         self.decode = msgspec.json.Decoder(body).decode
 
     def read(self, request: Request) -> Job:
-        """Return the rows to be computed; Refusal where the body is not rows of this model."""
+        """Return the job of the rows; Refusal if the body does not hold rows of this model."""
         try:
             rows = self.decode(request.body).data
         except msgspec.ValidationError:
             self.explain(request.body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            decode_json(self.decode, request.body)  # says why not
+            decode_json(self.decode, request.body)  # raises the reason
         if not rows:
             raise Refusal(400, "rows are empty: send at least one")
         return Job(rows, len(rows), len(rows) * self.model.features, True)
 
     def explain(self, body: bytes) -> None:
-        """Raise the Refusal of JSON that is not rows, with the name of the feature that is wrong."""
+        """Raise Refusal for JSON that is not rows, with the name of the wrong feature."""
         try:
             decode_json(self.decode, body)
         except Refusal as refusal:
             message = self.model.name_place(str(refusal))
-            if message == str(refusal):  # no row is wrong, all of it is
+            if message == str(refusal):  # the fault is outside the rows
                 message += f'; send {{"data": [[{self.model.features} numbers], ...]}}'
             raise Refusal(400, message) from None
 
     def write(self, _: None, answer: list[list[float]]) -> tuple[bytes, bytes, bytes]:
         """Return body, content type and further lines of the reply's head."""
         body = encode({"predictions": answer})
-        if b"null" in body:  # so msgspec writes what JSON cannot say
+        if b"null" in body:  # msgspec writes NaN and infinity as null
             raise Refusal(400, not_finite(answer).partition(";")[0])
         return body, JSON, b""

@@ -1,4 +1,4 @@
-"""What a long script is told, what it is doing (a spinner on a terminal, a line elsewhere), and its end on Ctrl-C."""
+"""Command line, progress (a spinner on a terminal, a line elsewhere) and clean end on Ctrl-C of a long script."""
 
 import argparse
 import atexit
@@ -21,7 +21,7 @@ unfinished: list[Path] = []  # folders that they remove
 
 
 def read_output_dir(description: str) -> Path:
-    """Return the one thing that these scripts can be told: where to write."""
+    """Return the folder to write to, the only option of these scripts."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     folder = Path(__file__).resolve().parent
     parser.add_argument("--output-dir", type=Path, default=folder, help="where to write (default: this folder)")
@@ -29,7 +29,7 @@ def read_output_dir(description: str) -> Path:
 
 
 def show(text: str) -> None:
-    """Show what happens next."""
+    """Show the next step."""
     if console.is_terminal and not console.is_dumb_terminal:
         spinner.update(text)
         spinner.start()
@@ -38,9 +38,9 @@ def show(text: str) -> None:
 
 
 def end_on_interrupt(script: str) -> None:
-    """From now on let a stop signal end this process with one line and exit code 1, and remove what is unfinished.
+    """Make a stop signal end this process with one line and exit code 1, and remove unfinished folders.
 
-    No exception is raised: scikit-learn's `fit` takes a KeyboardInterrupt for the end of the training, and returns a
+    No exception is raised: scikit-learn's `fit` treats a KeyboardInterrupt as the end of the training, and returns a
     half-trained model.
     """
     atexit.register(spinner.stop)
@@ -58,6 +58,6 @@ def end_on_interrupt(script: str) -> None:
 
 
 def finish_uninterrupted() -> None:
-    """Ignore stop signals from now on: the rest takes milliseconds, and a half of it is of no use."""
+    """Ignore stop signals from now on: the rest takes milliseconds, and half of it would be useless."""
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The folder <name>/<version>/model.onnx, followed while the server runs."""
+"""The model repository, <name>/<version>/model.onnx, watched while the server runs."""
 
 import asyncio
 import os
@@ -12,15 +12,15 @@ from onnx_inference import DeviceError, ModelError, shorten
 from settings import Settings
 
 Key = tuple[str, str]  # name and version
-Files = dict[str, tuple]  # by their path in the version's folder: what changes when the file does
+Files = dict[str, tuple]  # by path in the version's folder: a stamp that changes with the file
 
 
 class Repository:
-    """What is in the folder is served, also what changes while the server runs.
+    """The served models: the content of a folder, including changes while the server runs.
 
-    A version is its model.onnx and every other file beside it, such as external weights. It is read whole, so that
-    what is served does not depend on the files any more. A file that changes is read again once it has kept still
-    from one look to the next.
+    A version is its model.onnx and every other file next to it, such as external weights. It is read completely, so
+    that the served model no longer depends on the files. A file that changes is read again once it is unchanged from
+    one scan to the next.
     """
 
     def __init__(
@@ -31,20 +31,20 @@ class Repository:
         self.only_version = only_version  # of every model; None: all of them
         self.only_model = only_model  # None: all of them
         self.models: dict[str, dict[str, Model]] = {}  # by name and version, the newest version last
-        self.defaults: dict[str, str] = {}  # by name, the version that answers where a request names none
-        self.bad_defaults: dict[str, tuple[str, str]] = {}  # what was told of: the version named, the one kept
-        self.failures: dict[Key, str] = {}  # what is there and cannot be served: why
+        self.defaults: dict[str, str] = {}  # by name, the version that answers requests without one
+        self.bad_defaults: dict[str, tuple[str, str]] = {}  # reported: the version named, the one kept
+        self.failures: dict[Key, str] = {}  # why a version in the folder is not served
         self.tried: dict[Key, Files] = {}  # the files that were loaded, or could not be
-        self.seen: dict[Key, Files] | None = None  # the files at the last look
+        self.seen: dict[Key, Files] | None = None  # the files at the last scan
         self.told: set[str] = set()
 
     def scan(self) -> bool:
-        """Load what is new or changed, drop what is gone, choose the defaults; return whether anything has changed.
+        """Load new and changed versions, drop removed ones, choose the defaults; return whether anything has changed.
 
-        What cannot be loaded is told in one line and changes nothing: a version that was served before it goes on as
-        it was. Each look makes new dictionaries: what another thread has taken of the old ones stays whole.
-        Raises DeviceError where the demanded device cannot be used at all, and OSError where the folder cannot be
-        read: then, too, nothing changes.
+        A version that cannot be loaded is reported in one line and changes nothing: if it was served before, the old
+        model stays. Each scan makes new dictionaries, so that other threads can go on reading the old ones.
+        Raises DeviceError if the requested device cannot be used at all, and OSError if the folder cannot be
+        read; in both cases nothing changes.
         """
         found = self.list_versions()
         versions = {
@@ -85,30 +85,30 @@ class Repository:
         return changed
 
     def load(self, key: Key, files: Files) -> Model:
-        """Return the model in these files; ModelError in one line, whatever is wrong with them."""
+        """Return the model in these files; ModelError with one line, whatever their fault."""
         name, version = key
         folder = self.folder / name / version
         try:
             contents = {path: (folder / path).read_bytes() for path in files}
             if list_files(folder) != files:
-                raise ModelError("its files change while they are read; they are read again")
+                raise ModelError("its files change while they are read; they will be read again")
             return Model(name, version, contents, self.settings)
         except ModelError:
             raise
         except OSError as error:
             raise ModelError(f"{Path(error.filename or 'a file').name}: {error.strerror}") from None
-        except Exception as error:  # noqa: BLE001 - the one place where files come in that anybody may have written
+        except Exception as error:  # noqa: BLE001 - these files may come from anyone
             raise ModelError(f"it cannot be used ({type(error).__name__}: {shorten(error)})") from None
 
     def list_versions(self) -> dict[Key, Files]:
-        """Return the files of every version, sorted; OSError where the repository cannot be listed.
+        """Return the files of every version, sorted; OSError if the repository cannot be listed.
 
-        A model or version whose folder cannot be read for now is as it was at the last look.
+        A model or version whose folder cannot be read now keeps its files of the last scan.
         """
         found: dict[Key, Files] = {}
         for model in os.scandir(self.folder):
             if not model.name.startswith(".") and self.only_model in (None, model.name) and is_folder(model):
-                if not model.name.isprintable():  # nor can JSON and gRPC say what is not UTF-8
+                if not model.name.isprintable():  # nor can JSON and gRPC carry names that are not UTF-8
                     self.tell_once(f"{model.name!r} is not served: its name has characters that cannot be printed")
                     continue
                 try:
@@ -118,7 +118,7 @@ class Repository:
         return dict(sorted(found.items()))
 
     def list_model(self, name: str) -> dict[Key, Files]:
-        """Return the files of every version of one model; OSError where its folder cannot be listed."""
+        """Return the files of every version of one model; OSError if its folder cannot be listed."""
         found: dict[Key, Files] = {}
         strange = []
         for entry in os.scandir(self.folder / name):
@@ -143,9 +143,9 @@ class Repository:
         return found
 
     def choose_default(self, name: str, versions: list[str]) -> str:
-        """Return the version that the file <name>/default names, or the newest where there is no such file.
+        """Return the version that the file <name>/default names, or the newest if there is no such file.
 
-        What cannot be followed is told once, and the default stays, or is the newest where that one is gone.
+        A name that cannot be followed is reported once; the default stays, or becomes the newest if it is gone.
         """
         path = self.folder / name / "default"
         try:
@@ -164,7 +164,7 @@ class Repository:
         return kept
 
     def describe(self) -> str:
-        """Return what is served in a line, and the defaults that are not the newest."""
+        """Return one line with the served models, and the defaults that are not the newest."""
         words = []
         for name, versions in self.models.items():
             default = self.defaults[name]
@@ -173,14 +173,14 @@ class Repository:
         return "; ".join(words) or "none"
 
     async def watch(self, on_change: Callable[[], None]) -> None:
-        """Scan every `poll_s` seconds, in a thread, for ever; call `on_change` when what is there has changed."""
+        """Scan every `poll_s` seconds, in a thread, forever; call `on_change` after each change."""
         problem = ""
         while self.settings.poll_s:
             await asyncio.sleep(self.settings.poll_s)
             served = self.models
             try:
                 changed = await asyncio.to_thread(self.scan)
-            except Exception as error:  # noqa: BLE001 - whatever lies there, the next look follows
+            except Exception as error:  # noqa: BLE001 - whatever is there, the next scan follows
                 if problem != (problem := f"the model repository cannot be read, all stays as it is: {error}"):
                     self.tell(problem)
             else:
@@ -200,19 +200,19 @@ class Repository:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Whether it is one, or a link that leads nowhere for now."""
+    """Return whether it is a folder, or a link that leads nowhere for now."""
     return entry.is_dir() or (entry.is_symlink() and not Path(entry.path).exists())
 
 
 def list_files(folder: Path) -> Files:
-    """Return every file below `folder` with what changes when it does; OSError where one cannot be seen."""
+    """Return every file below `folder` with its stamp; OSError if one cannot be read."""
     files: Files = {}
     for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             path = Path(parent, name)
             try:
                 status = path.stat()
-            except FileNotFoundError:  # a link that leads nowhere for now: reading it says so
+            except FileNotFoundError:  # a link that leads nowhere for now: reading it reports that
                 files[path.relative_to(folder).as_posix()] = ()
                 continue
             if stat.S_ISREG(status.st_mode):

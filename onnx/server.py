@@ -1,4 +1,4 @@
-"""Serve a repository of ONNX models over HTTP and gRPC; ONNX Runtime brings no
+"""Serve a repository of ONNX models over HTTP and gRPC; ONNX Runtime has no
 server.
 
     python server.py
@@ -7,14 +7,14 @@ server.
 POST /predict            {"data": [[5 numbers], ...]}
                          -> {"predictions": [[P(malignant), P(benign)], ...]}
 POST /predict/<version>  the same with that version; without one the default
-                         answers, mostly the newest
+                         answers, usually the newest
 GET  /v2...              the Open Inference Protocol: health, metadata,
                          statistics and POST .../infer for every model
 GET  /metrics, /docs     Prometheus metrics; the OpenAPI page
 
-The same protocol over gRPC is at the next port (--grpc-port). Serves
-models/<name>/<version>/model.onnx, whatever its tensors are, and follows
-changes there. Writes nothing. Ctrl-C stops it.
+The protocol over gRPC is on the next port (--grpc-port). Serves any model in
+models/<name>/<version>/model.onnx and follows changes there. Writes nothing.
+Ctrl-C stops it.
 """
 
 import argparse
@@ -47,16 +47,16 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def stop(*_) -> NoReturn:
-    """End with exit code 0: being asked to stop is no failure. At once: threads that run a model are not waited for.
+    """End with exit code 0, because a requested stop is no failure, and without waiting for threads that run a model.
 
-    Raising SystemExit instead would be lost now and then: Python ignores what is raised inside a destructor.
+    SystemExit would be lost now and then: Python ignores exceptions raised inside a destructor.
     """
     tell_stopped()
     os._exit(0)
 
 
 def stop_worker(*_) -> NoReturn:
-    """The same without the line: the supervisor prints it once."""
+    """End a worker in the same way, without the last line: the supervisor prints it once."""
     os._exit(0)
 
 
@@ -74,18 +74,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model-repository", type=Path, default=FOLDER / "models", help="folder of the models (default: models)"
     )
-    parser.add_argument("--model", default="my_model", help="the model behind /predict (default: my_model)")
-    parser.add_argument("--only-model", metavar="NAME", help="serve this model and no other (default: all)")
+    parser.add_argument("--model", default="my_model", help="the model that /predict uses (default: my_model)")
+    parser.add_argument("--only-model", metavar="NAME", help="serve only this model (default: all)")
     parser.add_argument(
-        "--only-version", metavar="N", help="serve this version and no other, as behind a gateway (default: all)"
+        "--only-version", metavar="N", help="serve only this version, as behind a gateway (default: all)"
     )
     parser.add_argument(
         "--config", type=Path, default=FOLDER / "default.toml", help="settings (default: default.toml; see tuned.toml)"
     )
-    parser.add_argument("--device", choices=list(PROVIDERS), help="where to compute (default: the settings')")
-    parser.add_argument("--intra-op-threads", type=int, help="threads in one operator (default: the settings')")
-    parser.add_argument("--batch-rows", type=int, help="rows of requests that share a run (default: the settings')")
-    parser.add_argument("--workers", type=int, help="processes that serve (default: the settings')")
+    parser.add_argument("--device", choices=list(PROVIDERS), help="where to compute (default: from the settings)")
+    parser.add_argument("--intra-op-threads", type=int, help="threads in one operator (default: from the settings)")
+    parser.add_argument("--batch-rows", type=int, help="most rows in a shared run (default: from the settings)")
+    parser.add_argument("--workers", type=int, help="processes that serve (default: from the settings)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # started by the supervisor
     return parser
 
@@ -133,8 +133,8 @@ def main() -> int:
         return 1
     serving = Serving(repository, arguments.model, settings)
     gc.collect()
-    gc.freeze()  # what is loaded stays: the collector need not look through it again and again
-    gc.set_threshold(50_000)  # a request makes some 50 objects and no cycles: 700, the default, is every 14 requests
+    gc.freeze()  # loaded objects stay: the collector need not search them each time
+    gc.set_threshold(50_000)  # a request makes some 50 objects and no cycles: the default, 700, is every 14 requests
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(arguments, settings, listener, repository, serving))
 
@@ -153,7 +153,7 @@ def listen(host: str, port: int, shares_port: bool) -> socket.socket:
 async def serve(
     arguments: argparse.Namespace, settings: Settings, listener: socket.socket, repository: Repository, serving: Serving
 ) -> int:
-    """Answer, and follow the repository, until a signal ends both; return the exit code."""
+    """Answer requests and follow the repository until a signal; return the exit code."""
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -173,7 +173,7 @@ async def serve(
     providers = next(iter(next(iter(repository.models.values())).values())).providers
     served = f"models and versions: {repository.describe()} ({providers[0]})"
     address = f"http://{host}:{listener.getsockname()[1]}, gRPC on {host}:{grpc_port}"
-    # In one write: of a worker that is ended meanwhile no half line may stand before the next one's.
+    # In one write, so that a worker that ends at this moment leaves no half line before the next one's.
     print(f"{served}\nserving on {address}, Ctrl-C to stop\n", end="", flush=True)
     watcher = asyncio.create_task(repository.watch(serving.update))
     await Server(serving, limits).serve(listener, ended)
@@ -183,14 +183,14 @@ async def serve(
 
 
 def start_workers(arguments: argparse.Namespace, workers: int) -> int:
-    """Hold the ports, run the workers on them until they are told to end; return the exit code."""
+    """Hold the ports and run the workers on them until a signal; return the exit code."""
     family = socket.AF_INET6 if ":" in arguments.host else socket.AF_INET
     with contextlib.ExitStack() as held:
         ports = []
         for flag, port in (("--port", arguments.port), ("--grpc-port", arguments.grpc_port)):
             try:
                 with socket.create_server((arguments.host, port), family=family) as probe:
-                    ports.append(probe.getsockname()[1])  # refused where others listen already
+                    ports.append(probe.getsockname()[1])  # refused if other programs listen already
                 # It never listens: it keeps the port ours between two workers.
                 held.enter_context(open_shared(family, arguments.host, ports[-1]))
             except OSError as error:

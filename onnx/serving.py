@@ -1,4 +1,4 @@
-"""What answers: every path and method of REST, and what gRPC asks of the models."""
+"""The routes: every path and method of REST, and the models for gRPC."""
 
 import re
 import urllib.parse
@@ -21,23 +21,23 @@ from settings import Settings
 from tensors import encode
 
 ENCODINGS = {"gzip": "gzip", "x-gzip": "gzip", "deflate": "deflate", "identity": "", "": ""}
-NAMES_TOLD = 10  # of models, where one is asked for that is not there
-EXTENSIONS = ["binary_tensor_data", "statistics"]  # not model_repository: its index is answered, loading is not
+NAMES_TOLD = 10  # of models, in the reply to a request for a missing one
+EXTENSIONS = ["binary_tensor_data", "statistics"]  # not model_repository: the index is supported, loading is not
 
 
 class IndexRequest(msgspec.Struct):
     """The body of POST /v2/repository/index."""
 
-    ready: bool = False  # only what is ready
+    ready: bool = False  # only versions that are ready
 
 
 decode_index_request = msgspec.json.Decoder(IndexRequest).decode
 
 
 class Route:
-    """What answers one path and method."""
+    """The route of one path and method."""
 
-    labels: tuple[str, str] | None = None  # model and version, where one is asked: such requests are counted
+    labels: tuple[str, str] | None = None  # model and version of a prediction: these requests are counted
 
     def __init__(self, reply: bytes | Callable[[Request], bytes], content_type: bytes = JSON):
         self.reply = reply
@@ -49,7 +49,7 @@ class Route:
 
 
 class ModelRoute(Route):
-    """What answers requests to one version of one model: read, run, write."""
+    """The route to one version of one model: read, run, write."""
 
     def __init__(self, model: Model, codec: Codec, largest: int):
         self.model = model
@@ -66,31 +66,31 @@ class ModelRoute(Route):
         self.model.batcher.add(job)
 
     def finish(self, job: Job, answer: Any) -> None:
-        """Send the answer, or what went wrong."""
+        """Send the answer or the error."""
         if isinstance(answer, Exception):
             job.asker.fail(answer)
             return
         try:
             reply = self.codec.write(job.wanted, answer)
-        except Exception as error:  # noqa: BLE001 - others whose answers came from the same run are still to be told
+        except Exception as error:  # noqa: BLE001 - others wait for answers from the same run
             job.asker.fail(error)
         else:
             job.asker.answer(*reply)
 
     def handle_apart(self, request: Request) -> None:
-        """All of it, in a thread."""
+        """Read, run and write in a thread."""
         try:
             if encoding := request.head.headers.get(b"content-encoding"):
                 request.body = decompress(request.body, encoding, self.largest)
             reply = self.model.answer_apart(self.codec, request)
-        except Exception as error:  # noqa: BLE001 - the thread has nobody else to tell
+        except Exception as error:  # noqa: BLE001 - only the request can report it
             request.later(request.fail, error)
         else:
             request.later(request.answer, *reply)
 
 
 class Serving:
-    """The application of http_server.py: finds the route of a request, and refuses what has none."""
+    """The application of http_server.py: finds the route of a request, and refuses one without a route."""
 
     def __init__(self, repository: Repository, model_name: str, settings: Settings):
         self.repository = repository
@@ -100,9 +100,9 @@ class Serving:
         self.update()
 
     def update(self) -> None:
-        """Serve what the repository holds now; requests under way keep the model that they have.
+        """Serve the present models of the repository; requests under way keep their model.
 
-        The repository is read again in a thread: what it finds counts here once all of it is taken over.
+        The repository is scanned in a thread; its result is taken over here all at once.
         """
         found = self.repository
         self.models, self.defaults, self.failures = found.models, found.defaults, found.failures
@@ -127,7 +127,7 @@ class Serving:
     # REST
 
     def make_routes(self) -> dict[str, dict[bytes, Route]]:
-        """Return every path that is served, and what answers it by method."""
+        """Return every served path, and its routes by method."""
 
         def get(reply: bytes | Callable[[Request], bytes], content_type: bytes = JSON) -> dict[bytes, Route]:
             route = Route(reply, content_type)
@@ -169,7 +169,7 @@ class Serving:
         return routes
 
     def find(self, head: Head) -> Route:
-        """Return the route; Refusal 404, 405 or 415 where there is none."""
+        """Return the route; Refusal 404, 405 or 415 if there is none."""
         methods = self.routes.get(head.target)
         if methods is None:
             path = read_path(head.target)
@@ -197,7 +197,7 @@ class Serving:
         except Refusal as refusal:
             return str(refusal)
         if path.startswith("/predict"):
-            return f"{name} is no model of rows, one FP32 tensor to one: ask /v2/models/{name}/infer"
+            return f"{name} is not a model of rows (one FP32 tensor in, one out): use /v2/models/{name}/infer"
         return f"no such path: {path!r}; there are /v2/models/{name} and, behind it, /ready, /infer and /stats"
 
     def answer_ready(self, _request: Request) -> bytes:
@@ -212,10 +212,10 @@ class Serving:
             raise Refusal(400, str(error)) from None
         return encode(self.index(only_ready))
 
-    # What REST and gRPC share
+    # Shared by REST and gRPC
 
     def is_ready(self) -> bool:
-        """Whether the model behind /predict is served, or any where that one never was."""
+        """Return whether the model of /predict is served, or any model if that one never was."""
         is_expected = (self.repository.folder / self.model_name).is_dir()
         return self.model_name in self.models or (bool(self.models) and not is_expected)
 
@@ -225,11 +225,11 @@ class Serving:
         return {"name": "onnxruntime", "version": ort.__version__, "extensions": extensions}
 
     def describe_model(self, name: str, version: str) -> dict:
-        """Return the metadata of a model, whose version may be ""; Refusal 404 where it is not served."""
+        """Return the metadata of a model, whose version may be ""; Refusal 404 if it is not served."""
         return self.find_model(name, version).describe(list(self.models[name]))
 
     def index(self, only_ready: bool) -> list[dict]:
-        """Return every version that is there, as the repository index of the Open Inference Protocol has it."""
+        """Return every version, in the form of the Open Inference Protocol's repository index."""
         served = [
             {"name": name, "version": version, "state": "READY"}
             for name, versions in self.models.items()
@@ -243,9 +243,9 @@ class Serving:
         return served + ([] if only_ready else failed)
 
     def statistics(self, name: str = "", version: str = "") -> dict:
-        """Return the protocol's statistics of a version, of all of a model, or of all; Refusal 404 of none."""
+        """Return the protocol's statistics of a version, a model or all models; Refusal 404 if there is none."""
         if self.metrics is None:
-            raise Refusal(404, "metrics are off (see the settings), and so are statistics")
+            raise Refusal(404, "metrics are off in the settings, and so are statistics")
         if name:
             self.find_model(name, version)
         wanted = [
@@ -257,11 +257,11 @@ class Serving:
         return {"model_stats": self.metrics.statistics(wanted)}
 
     def find_model(self, name: str, version: str) -> Model:
-        """Return a model, its default version for ""; Refusal 404 that says why it is not served."""
+        """Return a model, its default version for ""; Refusal 404 with the reason if it is not served."""
         return self.find_messages(name, version)[0]
 
     def find_messages(self, name: str, version: str) -> tuple[Model, "grpc_api.InferCodec"]:
-        """The same with what reads and writes its messages."""
+        """Return a model like `find_model`, and the codec of its gRPC messages."""
         found = self.messages.get((name, version))
         if found is not None:
             return found
@@ -280,7 +280,7 @@ class Serving:
 
 
 def list_some(names: list[str]) -> str:
-    """Return the first names, and how many there are beside them."""
+    """Return the first names, and the number of the others."""
     more = f" and {len(names) - NAMES_TOLD} more" if len(names) > NAMES_TOLD else ""
     return (", ".join(names[:NAMES_TOLD]) or "none") + more
 
@@ -293,7 +293,7 @@ def read_path(target: str) -> str:
 
 
 def check_content(headers: dict[bytes, bytes]) -> None:
-    """Refuse what is not JSON, or JSON with tensors behind it, as its headers say, or is encoded in an unknown way."""
+    """Refuse a body that, by its headers, is neither JSON nor JSON with tensors, or has an unknown encoding."""
     content_type = headers.get(b"content-type", JSON)
     if content_type != JSON:
         word = content_type.partition(b";")[0].strip().lower()
@@ -307,7 +307,7 @@ def check_content(headers: dict[bytes, bytes]) -> None:
 
 
 def decompress(body: bytes, word: bytes, largest: int) -> bytes:
-    """Return a body as it was before its Content-Encoding; Refusal where it is none, or becomes too large."""
+    """Return a body without its Content-Encoding; Refusal if it is malformed or becomes too large."""
     encoding = ENCODINGS[word.strip().lower().decode("latin-1")]
     if not encoding:
         return body
@@ -319,7 +319,7 @@ def decompress(body: bytes, word: bytes, largest: int) -> bytes:
         try:
             plain += decoder.decompress(rest, largest + 1 - len(plain))
         except zlib.error:
-            raise Refusal(400, f"the body is not {encoding}, as its Content-Encoding says") from None
+            raise Refusal(400, f"the body is not {encoding}, although its Content-Encoding is") from None
         if len(plain) > largest:
             raise Refusal(413, f"the body is larger than {largest} bytes after its Content-Encoding is undone")
         rest, members = decoder.unused_data, members + 1

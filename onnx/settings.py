@@ -1,4 +1,4 @@
-"""What server.py can be told: default.toml and tuned.toml hold one value for each field here."""
+"""The settings of server.py: default.toml and tuned.toml hold one value for each field here."""
 
 import dataclasses
 import tomllib
@@ -21,7 +21,7 @@ class Settings:
     max_connections: int
     max_body_bytes: int
     body_timeout_s: float
-    poll_s: float  # 0: the repository is read once
+    poll_s: float  # 0: the repository is read only once
     metrics: bool
 
 
@@ -34,8 +34,8 @@ LEAST = {
 def read_settings(path: Path, **overrides) -> Settings:
     """Return the settings in the TOML file `path`; an override that is not None replaces its value.
 
-    Raises SettingsError where the file is missing or malformed, where a key is unknown or missing, and where a
-    value is of the wrong type or out of range.
+    Raises SettingsError if the file is missing or malformed, if a key is unknown or missing, or if a value has
+    the wrong type or is out of range.
     """
     try:
         values = tomllib.loads(path.read_text())

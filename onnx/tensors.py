@@ -1,4 +1,4 @@
-"""What a model takes and gives: its tensors as ONNX declares them, and their values in JSON, bytes and protobuf."""
+"""A model's inputs and outputs: tensors as ONNX declares them, and their values in JSON, bytes and protobuf."""
 
 import math
 import re
@@ -13,15 +13,15 @@ from http_messages import Refusal
 
 encode = msgspec.json.Encoder().encode
 
-# Half a step beyond the largest: from there on a number is rounded to infinity. Programs print the largest itself,
-# shortened, as 3.4028235e38, which is a little more than it.
+# Half a step beyond the largest: from there on a number is rounded to infinity. Programs print the largest number as
+# 3.4028235e38, which is a little more.
 FLOAT32_END = 2.0**128 - 2.0**103
 FLOAT16_END = 65520.0
-Float32 = Annotated[float, msgspec.Meta(gt=-FLOAT32_END, lt=FLOAT32_END)]  # checked while it is decoded, for nothing
+Float32 = Annotated[float, msgspec.Meta(gt=-FLOAT32_END, lt=FLOAT32_END)]  # checked during decoding, at no cost
 Float16 = Annotated[float, msgspec.Meta(gt=-FLOAT16_END, lt=FLOAT16_END)]
 MOST_DIMENSIONS = 64  # NumPy's limit
 LARGEST_SIZE = 2**63 - 1  # of one dimension, in NumPy, ONNX and gRPC
-LARGEST_EMPTY = 2**24  # elements that an empty tensor would have without its zeros: some models make so many of it
+LARGEST_EMPTY = 2**24  # elements of an empty tensor without its zeros: some models create that many from it
 NO_JSON_NUMBER = "JSON has no NaN and no Infinity: ask for binary_data"
 
 
@@ -30,14 +30,14 @@ class Datatype(NamedTuple):
 
     name: str  # in the protocol
     numpy: np.dtype  # little endian, as binary tensors are
-    element: Any  # what msgspec takes for one value in JSON
+    element: Any  # msgspec's type of one value in JSON
     contents: str  # the field of InferTensorContents that holds it in gRPC; "" where only bytes can
 
 
 def _integer(bits: int, signed: bool) -> Any:
     least = -(2 ** (bits - 1)) if signed else 0
     most = 2 ** (bits - 1) - 1 if signed or bits == 64 else 2**bits - 1
-    bounds = {"ge": least} | ({} if bits == 64 else {"le": most})  # NumPy finds what 64 bits do not hold
+    bounds = {"ge": least} | ({} if bits == 64 else {"le": most})  # NumPy detects values that do not fit 64 bits
     return Annotated[int, msgspec.Meta(**bounds)]
 
 
@@ -60,13 +60,13 @@ ZIP_MAP = re.compile(r"seq\(map\((?:int64|string),tensor\(float\)\)\)")
 
 
 class UnsupportedError(ValueError):
-    """A tensor that the protocol has no word for."""
+    """A tensor that the protocol cannot express."""
 
 
 def decode_json(decoder, body: bytes | msgspec.Raw, root: str = "$"):
-    """Return what `decoder`, a msgspec decoder's method, makes of JSON; Refusal that says where it is wrong.
+    """Return the result of `decoder`, a msgspec decoder's method, for JSON; Refusal with the place of the fault.
 
-    `root` is where `body` stands in the whole.
+    `root` is the place of `body` in the whole document.
     """
     try:
         return decoder(body)
@@ -94,13 +94,13 @@ class Tensor:
 
     name: str
     datatype: Datatype
-    shape: tuple[int, ...]  # -1 where it may differ; () for a scalar, and where the model names no rank
+    shape: tuple[int, ...]  # -1: may vary; () for a scalar, and if the model names no rank
     is_zip_map: bool = False  # a classifier's list of {label: score}: served as a matrix, labels in sorted order
     has_rank: bool = field(default=True, compare=False)
 
     @classmethod
     def declared(cls, node) -> "Tensor":
-        """Return ONNX Runtime's NodeArg `node`; UnsupportedError where the protocol cannot say it."""
+        """Return the tensor of ONNX Runtime's NodeArg `node`; UnsupportedError if the protocol cannot express it."""
         if ZIP_MAP.fullmatch(node.type):
             return cls(node.name, DATATYPES["tensor(float)"], (-1, -1), is_zip_map=True)
         if node.type not in DATATYPES:
@@ -109,11 +109,11 @@ class Tensor:
         return cls(node.name, DATATYPES[node.type], shape, has_rank=bool(shape))
 
     def describe(self) -> dict:
-        """Return the metadata of the protocol."""
+        """Return the tensor's metadata in the protocol's form."""
         return {"name": self.name, "datatype": self.datatype.name, "shape": list(self.shape)}
 
     def check(self, place: str, datatype: str, shape: list[int]) -> int:
-        """Return how many elements `shape` holds; Refusal where the model takes another type or shape."""
+        """Return the number of elements in `shape`; Refusal if the model takes another type or shape."""
         if datatype != self.datatype.name:
             raise Refusal(400, f"{place}.datatype: expected {self.datatype.name!r}, got {datatype!r}")
         fits = len(shape) == len(self.shape) and all(
@@ -136,11 +136,11 @@ class Tensor:
 
     @cached_property
     def decode_nested(self) -> dict:
-        """Decoders by rank, made when they are asked for."""
+        """Decoders by rank, made on first use."""
         return {}
 
     def nested_decoder(self, shape: list[int]):
-        """Return what decodes nested arrays of this rank; a fixed last size is checked with its place."""
+        """Return the decoder of nested arrays of this rank; it checks a fixed last size and reports the place."""
         if len(shape) not in self.decode_nested:
             last = self.shape[-1] if self.shape else -1
             kind = tuple[(self.datatype.element,) * last] if 0 < last <= 64 else list[self.datatype.element]
@@ -150,27 +150,27 @@ class Tensor:
         return self.decode_nested[len(shape)]
 
     def from_json(self, data: msgspec.Raw, shape: list[int], count: int, place: str) -> np.ndarray:
-        """Return the array in `data`, JSON, flat or nested; Refusal where it does not fill `shape`."""
+        """Return the array in `data`, JSON, flat or nested; Refusal if it does not fill `shape`."""
         nested = len(shape) > 1 and re.match(rb"\s*\[\s*\[", bytes(data)) is not None
         values = decode_json(self.nested_decoder(shape) if nested else self.decode_flat, data, f"$.{place}.data")
         return self.from_values(values, shape, count, f"{place}.data")
 
     def from_values(self, values: Any, shape: list[int], count: int, place: str) -> np.ndarray:
-        """Return the array of values, flat or nested; Refusal where they do not fill `shape`."""
+        """Return the array of values, flat or nested; Refusal if they do not fill `shape`."""
         try:
             array = np.array(values, self.datatype.numpy)
         except OverflowError:
             raise Refusal(400, f"{place}: a number does not fit {self.datatype.name}") from None
         except ValueError:
             raise Refusal(400, f"{place}: arrays of one level differ in length") from None
-        if array.dtype == object and array.size and type(array.flat[0]) is list:  # NumPy keeps what is ragged as lists
+        if array.dtype == object and array.size and type(array.flat[0]) is list:  # NumPy keeps ragged arrays as lists
             raise Refusal(400, f"{place}: arrays of one level differ in length")
         if array.size != count or (array.ndim > 1 and array.shape != tuple(shape)[: array.ndim]):
             raise Refusal(400, f"{place}: {array.size} values do not fill the shape {list(shape)}")
         return array.reshape(shape)
 
     def from_bytes(self, data: bytes | memoryview, shape: list[int], count: int, place: str) -> np.ndarray:
-        """Return the array in `data`, as the binary tensor extension lays it out; Refusal where it is not `shape`."""
+        """Return the array in `data`, in the binary tensor extension's layout; Refusal if it does not fit `shape`."""
         if self.datatype.name == "BYTES":
             return self.from_values(split_bytes(data, place), shape, count, place)
         expected = count * self.datatype.numpy.itemsize
@@ -182,7 +182,7 @@ class Tensor:
         return array.reshape(shape)
 
     def to_json(self, array: np.ndarray) -> bytes:
-        """Return the values flat, as JSON; Refusal where JSON cannot say one."""
+        """Return the values flat, as JSON; Refusal if JSON cannot express one."""
         if self.datatype.name == "BYTES":
             return encode(to_text(array))
         data = encode(array.ravel().tolist())
@@ -191,7 +191,7 @@ class Tensor:
         return data
 
     def to_bytes(self, array: np.ndarray) -> bytes:
-        """Return the values as the binary tensor extension lays them out."""
+        """Return the values in the layout of the binary tensor extension."""
         if self.datatype.name != "BYTES":
             return np.ascontiguousarray(array, self.datatype.numpy).tobytes()
         words = [word.encode() for word in to_text(array)]
@@ -204,7 +204,7 @@ def to_text(array: np.ndarray) -> list[str]:
 
 
 def split_bytes(data: bytes | memoryview, place: str) -> list[str]:
-    """Return the strings in a BYTES tensor: each behind its length, 4 bytes, little endian."""
+    """Return the strings in a BYTES tensor: each follows its length (4 bytes, little endian)."""
     words, position = [], 0
     while position < len(data):
         end = position + 4
@@ -218,7 +218,7 @@ def split_bytes(data: bytes | memoryview, place: str) -> list[str]:
 
 
 def to_string(word: bytes, place: str) -> str:
-    """Return a BYTES element as ONNX Runtime takes strings: UTF-8."""
+    """Return a BYTES element as the UTF-8 string that ONNX Runtime takes."""
     try:
         return word.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Several processes that serve one port: start them, start anew one that dies, end them all."""
+"""Several processes that serve one port: start them, restart one that dies, end them all."""
 
 import contextlib
 import ctypes
@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 STOP_TIMEOUT_S = 5.0
-SHORT_LIFE_S = 5.0  # a worker that ends sooner is not started again at once: what ended it would end it again
+SHORT_LIFE_S = 5.0  # a worker that ends sooner is not restarted: the cause would end it again
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def open_shared(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
-    """Return a socket bound to the address that other processes of this user may listen on too; OSError if taken.
+    """Return a socket bound to an address that other processes of this user may share; OSError if it is taken.
 
-    The kernel spreads new connections over all who listen (SO_REUSEPORT), so that no worker sits idle.
+    The kernel spreads new connections over all listeners (SO_REUSEPORT), so that no worker is idle.
     """
     shared = socket.socket(family)
     shared.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -40,13 +40,13 @@ def supervise(command: list[str], workers: int) -> int:
 
     def end_with_supervisor() -> None:
         if libc is not None:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be lost with its program
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != supervisor:  # it ended before that
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def start() -> tuple[subprocess.Popen, float]:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the workers in order.
+        # A separate session: Ctrl-C reaches only this process, which then ends the workers one by one.
         worker = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_supervisor)
         return worker, time.monotonic()
 
@@ -54,7 +54,7 @@ def supervise(command: list[str], workers: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: stopping.append(number))
     with tempfile.TemporaryDirectory(prefix="onnx-server-") as folder:
-        # Where the workers' metrics meet: prometheus_client keeps a file for each process there.
+        # Shared by the workers' metrics: prometheus_client keeps a file for each process there.
         environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": folder}
         running = [start() for _ in range(workers)]
         code = 0

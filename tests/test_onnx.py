@@ -611,8 +611,8 @@ def test_demanding_cuda_never_falls_back_in_silence(inference):
         assert "with CUDAExecutionProvider" in result.stdout
     else:
         assert (result.stdout, result.stderr.count("\n")) == ("", 1)
-        assert "CUDA was demanded" in result.stderr
-        with pytest.raises(inference.DeviceError, match="CUDA was demanded"):
+        assert "CUDA was requested" in result.stderr
+        with pytest.raises(inference.DeviceError, match="CUDA was requested"):
             inference.ONNXPredictor(ONNX_DIR / "model.onnx", "cuda")
 
 

@@ -809,7 +809,7 @@ def test_a_model_that_does_not_answer_row_by_row_has_no_predict(toys, asker):
         status, _, reply = asker.send(path, b'{"data": [[1, 2, 3, 4, 5]]}')
         if path == "/predict/9":
             assert status == 404
-            assert "is no model of rows" in json.loads(reply)["error"]
+            assert "is not a model of rows" in json.loads(reply)["error"]
 
     def ask(number: int) -> str:
         rows = np.full((1 + number % 3, 5), number, np.float32)

@@ -628,7 +628,7 @@ def test_cuda_gives_the_reference_answers_or_is_refused():
                     assert np.abs(np.array(given) - load_expected(version)).max() <= TOLERANCE
     except ServerError as error:
         assert shutil.which("nvidia-smi") is None, error
-        assert "CUDA was demanded" in str(error)
+        assert "CUDA was requested" in str(error)
 
 
 def test_workers_end_when_their_supervisor_is_killed():
