@@ -1,14 +1,14 @@
-"""Keep HAProxy's log: gateway.py starts this, and HAProxy sends to it.
+"""Keep HAProxy's log; gateway.py starts this, and HAProxy sends to it.
 
     haproxy … | python access_log.py SOCKET FILE BYTES
 
-Appends each datagram that is a request, that is JSON, to FILE as a line, or
-prints it where FILE is -. SOCKET is the number of an open UDP socket. A FILE
-that would become larger than BYTES first becomes FILE.1, in the place of the
-FILE.1 before it. Ends when HAProxy, which holds the pipe, has ended.
+Appends each datagram that is a request (JSON) to FILE as a line, or prints it
+if FILE is -. SOCKET is the number of an open UDP socket. A FILE that would
+become larger than BYTES first replaces FILE.1. Ends when HAProxy, which holds
+the pipe, has ended.
 
-Why not the pipe: of two threads of HAProxy that write to one at a time, one
-gives up, and its line is lost (fd_write_frag_line in HAProxy's fd.c).
+Why not through the pipe: when two of HAProxy's threads write to it at the same
+time, one gives up, and its line is lost (fd_write_frag_line in fd.c).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ DATAGRAM_BYTES = 65536
 
 
 def receive(log: socket.socket, pipe: int) -> Iterator[bytes]:
-    """Yield the datagrams of `log` as lines, until the other side of `pipe` is closed and none is left."""
+    """Yield the datagrams of `log` as lines, until the other end of `pipe` is closed and none is left."""
     ended = False
     while not ended:
         ready, _, _ = select.select([log, pipe], [], [])
@@ -36,7 +36,7 @@ def receive(log: socket.socket, pipe: int) -> Iterator[bytes]:
 
 
 def keep(lines: Iterable[bytes], path: Path, limit_bytes: int) -> None:
-    """Append the requests of `lines` to the file at `path`; what a full disk does not take is lost."""
+    """Append the requests of `lines` to the file at `path`; lines that a full disk does not accept are lost."""
     file, size = None, 0
     for line in lines:
         if not line.startswith(b"{"):
@@ -63,7 +63,7 @@ def show(lines: Iterable[bytes], output: BinaryIO) -> None:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the last lines come while HAProxy ends
+        signal.signal(number, signal.SIG_IGN)  # the last lines arrive while HAProxy ends
     number, name, limit_bytes = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     lines = receive(socket.socket(fileno=number), sys.stdin.fileno())
     with contextlib.suppress(BrokenPipeError):

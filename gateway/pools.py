@@ -1,4 +1,4 @@
-"""The pools behind the gateway: which replicas serve which version of which server, and HAProxy's words for them."""
+"""The pools behind the gateway: the replicas of each version of each server, and their HAProxy configuration."""
 
 import json
 import re
@@ -9,19 +9,19 @@ ADDRESS = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):(\d{1,5})(?:\*(\d{1,3
 
 
 class PoolError(Exception):
-    """The pools cannot be made; the message is one line that says what to do."""
+    """The pools cannot be made; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """What the gateway must know of a server: how to see that a replica is ready, and which gRPC it speaks."""
+    """The gateway's facts about a server: its health check and its gRPC service."""
 
     name: str
-    path: str  # of a prediction that names no version
+    path: str  # of a prediction without a version
     body: str  # one row, in JSON: the health check is a real prediction
     content_type: str = "application/json"
     grpc_service: str | None = None  # "/package.Service/"
-    metrics: str = "/metrics"  # its path on the REST port, or ":8082/metrics" with its own usual port before it
+    metrics: str = "/metrics"  # its path on the REST port, or with a separate port, as in ":8082/metrics"
 
 
 @dataclass
@@ -32,8 +32,8 @@ class Replica:
     port: int
     grpc_port: int | None = None
     count: int = 1
-    pid: int | None = None  # of one that the gateway started
-    metrics_port: int | None = None  # where it is neither the REST port nor the usual one
+    pid: int | None = None  # if the gateway started it
+    metrics_port: int | None = None  # if it is neither the REST port nor the usual one
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Pool:
 
 
 def parse_addresses(text: str) -> list[tuple[str, int, int]]:
-    """Return (host, port, count) of "host:port, host:port*count"; PoolError where it is something else."""
+    """Return (host, port, count) of "host:port, host:port*count"; PoolError for anything else."""
     addresses = []
     for part in filter(None, re.split(r"[,\s]+", text)):
         found = ADDRESS.fullmatch(part)
@@ -57,7 +57,7 @@ def parse_addresses(text: str) -> list[tuple[str, int, int]]:
 
 
 def pools_from_environment(server: Server, environment: dict[str, str]) -> list[Pool] | None:
-    """Return the pools of GATEWAY_<SERVER>_V1, _V2, _V1_GRPC and _V2_GRPC; None where neither is set."""
+    """Return the pools of GATEWAY_<SERVER>_V1, _V2, _V1_GRPC and _V2_GRPC; None if neither is set."""
     prefix = f"GATEWAY_{server.name.upper()}_V"
     if not any(environment.get(f"{prefix}{version}") for version in VERSIONS):
         return None
@@ -75,12 +75,12 @@ def pools_from_environment(server: Server, environment: dict[str, str]) -> list[
 
 
 def render(pools: list[Pool]) -> str:
-    """Return backends.cfg: for every pool a backend for REST and, where it speaks gRPC, one for that.
+    """Return backends.cfg: for every pool a backend for REST and, if it has gRPC, one for that.
 
-    A canary's backend holds the replicas of version 1 as backup: HAProxy takes them when no other is left, also
-    in the middle of a request's retries.
+    Version 2's backend holds the replicas of version 1 as backup: HAProxy uses them when no other is left, also
+    during a request's retries.
     """
-    lines = ["# Written by gateway.py at every start: the replicas. What happens to a request stands in haproxy.cfg."]
+    lines = ["# Written by gateway.py at every start: the replicas. haproxy.cfg decides what happens to a request."]
     if any(replica.count > 1 for pool in pools for replica in pool.replicas):
         lines += ["", "resolvers dns", "    parse-resolv-conf", "    hold valid 2s", "    resolve_retries 3"]
     by_version = {(pool.server.name, pool.version): pool for pool in pools}
@@ -91,7 +91,7 @@ def render(pools: list[Pool]) -> str:
             for source, backup in ((pool, ""), (stable, " backup")):
                 for number, replica in enumerate(source.replicas if source else (), 1):
                     if kind and replica.grpc_port is None:
-                        continue  # an address for REST alone was given
+                        continue  # only an address for REST was given
                     lines.append(server_line(replica, f"v{source.version}-{number}", bool(kind)) + backup)
             if stable:
                 lines.append("    option allbackups")
@@ -99,9 +99,9 @@ def render(pools: list[Pool]) -> str:
 
 
 def describe_targets(pools: list[Pool]) -> list[dict]:
-    """Return what Prometheus reads of the replicas (file_sd): where each answers, and what it is.
+    """Return Prometheus' targets (file_sd): address and labels of each replica.
 
-    A replica has one version, so the version is the target's: of the servers' own metrics few name it.
+    A replica has one version, so the version is a label of the target; few of the servers' own metrics have it.
     """
     targets = []
     for pool in pools:
@@ -116,7 +116,7 @@ def describe_targets(pools: list[Pool]) -> list[dict]:
 
 
 def check_lines(server: Server) -> list[str]:
-    """HAProxy's words for: ready is what answers one row."""
+    """Return HAProxy's health check: a replica is ready when it answers one row."""
     body = server.body.replace("\\", "\\\\").replace("'", "\\'")
     return [
         "    option httpchk",
@@ -140,7 +140,7 @@ def server_line(replica: Replica, name: str, grpc: bool) -> str:
 
 
 def describe_servers() -> dict[str, Server]:
-    """Return what the gateway must know of every server, by name: from the benchmarks' Endpoint classes."""
+    """Return the facts about every server, by name, from the benchmarks' Endpoint classes."""
     from endpoints.base import load_endpoints
 
     classes = [c for c in load_endpoints().values() if c.has_model and c.variant in ("", "default")]
@@ -157,5 +157,5 @@ def describe_servers() -> dict[str, Server]:
 
 
 def read_servers(text: str) -> dict[str, Server]:
-    """Return what `describe_servers` returned where servers.json was written."""
+    """Return the facts in the text of servers.json, as `describe_servers` returned them."""
     return {name: Server(**facts) for name, facts in json.loads(text).items()}

@@ -1,5 +1,5 @@
--- Refuses a body that is too large, after reading it: a reply that comes while the client still sends is lost in
--- many clients, as a reset stream (HTTP/2) or a broken pipe (HTTP/1.1).
+-- Refuses a body that is too large, after reading it: many clients lose a reply that arrives while they still send,
+-- as a reset stream (HTTP/2) or a broken pipe (HTTP/1.1).
 
 local MOST_BYTES = 16777216 -- a client that sends more than this is cut off
 

@@ -7,8 +7,8 @@ The first form starts both versions of a server and HAProxy (shadow.cfg) in
 front, sends the rows of test.csv to version 1 as users would, and prints how
 version 2 answered the same requests: class, probability, latency, failures.
 Users get version 1's replies.
-The second form stands before two servers that run, one version each, and
-watches whoever asks on port 8100; Ctrl-C ends it early and loses nothing.
+The second form stands in front of two running servers, one version each, and
+watches the requests to port 8100; Ctrl-C ends it early and loses nothing.
 Writes one JSON file with every observation: results/shadow-<server>.json.
 """
 
@@ -55,19 +55,19 @@ from machine.signals import interrupt_on_sigterm  # noqa: E402
 from servers.process import ServerProcess  # noqa: E402
 
 DATAGRAM_BYTES = 65507  # the largest of UDP, and the longest line that shadow.cfg writes
-RECEIVE_BUFFER_BYTES = 4 << 20  # asked of the kernel; without privileges it gives net.core.rmem_max
+RECEIVE_BUFFER_BYTES = 4 << 20  # requested from the kernel; without privileges it grants net.core.rmem_max
 # linux/sock_diag.h and asm-generic/socket.h; Python's socket does not name them.
 SO_MEMINFO, MEMINFO_FIELDS, SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_DROPS = 55, 9, 0, 8
 START_TIMEOUT_S = 30.0
 POLL_S = 0.05
 MOST_FLIPS_SHOWN = 10
-MESSAGE_BYTES = 12_288  # of headers and body: what surely fits into HAProxy's buffer
-# RFC 9110, 7.6.1: what a proxy does not pass on. The length is counted anew, and HAProxy has said 100 Continue.
+MESSAGE_BYTES = 12_288  # of headers and body: certain to fit into HAProxy's buffer
+# RFC 9110, 7.6.1: headers that a proxy does not pass on. The length is set again; HAProxy has sent 100 Continue.
 NOT_COPIED = (
     "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "http2-settings",
     "content-length", "expect",
 )  # fmt: skip
-THRESHOLD = 0.5  # P(benign) from which a row is called benign
+THRESHOLD = 0.5  # P(benign) from which a row is classified as benign
 
 
 Headers = list[tuple[str, bytes]]
@@ -75,7 +75,7 @@ Headers = list[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class Copy:
-    """A request, and what version 1 answered."""
+    """A request and version 1's reply."""
 
     path: str
     headers: Headers
@@ -83,16 +83,16 @@ class Copy:
     status: int
     reply_headers: Headers
     reply: bytes
-    duration_s: float  # request sent to reply's header, by HAProxy
+    duration_s: float  # from request sent to reply's header, measured by HAProxy
 
     @classmethod
     def from_record(cls, record: bytes) -> "Copy | None":
-        """Read a log record of shadow.cfg, None where no whole request came; ValueError where the bodies were cut."""
-        values = json.loads(record)  # fails where the line was cut
+        """Read a log record of shadow.cfg; None if no complete request came, ValueError if the bodies were cut."""
+        values = json.loads(record)  # fails if the line was cut
         if values["body_bytes"] == "-":
             return None
         headers, body = read_message(values["headers"], values["body"], values["body_bytes"])
-        answered = values["us"] != "-"  # else HAProxy itself said 502, 503 or 504
+        answered = values["us"] != "-"  # else HAProxy itself replied 502, 503 or 504
         reply_headers, reply, duration_s = [], b"", float("nan")
         if answered:
             reply_headers, reply = read_message(values["reply_headers"], values["reply"], values["reply_bytes"])
@@ -101,9 +101,9 @@ class Copy:
 
 
 def read_message(headers: str, body: str, body_bytes: str) -> tuple[Headers, bytes]:
-    """Return headers and body of a log record, all base64; ValueError where HAProxy's buffer did not hold the body.
+    """Return headers and body of a log record, all base64; ValueError if HAProxy's buffer did not hold the body.
 
-    Of a body whose length the headers do not name, HAProxy knows only what is in the buffer.
+    If the headers do not give the body's length, HAProxy knows only the part in its buffer.
     """
     head, content = base64.b64decode(headers), base64.b64decode(body)
     lines = [line.partition(b":") for line in head.split(b"\r\n") if line]
@@ -115,7 +115,7 @@ def read_message(headers: str, body: str, body_bytes: str) -> tuple[Headers, byt
 
 
 def choose_copied(headers: Headers, own: dict[str, str]) -> Headers:
-    """Return the headers of a copy: the request's, without what is the connection's, and `own` in their place."""
+    """Return the headers of a copy: the request's without those of the connection, replaced by `own`."""
     names = b",".join(value for name, value in headers if name == "connection").decode("latin-1").lower().split(",")
     left_out = {*NOT_COPIED, *(name.strip() for name in names), *own}
     kept = [(name, value) for name, value in headers if name not in left_out]
@@ -128,12 +128,12 @@ def as_text(headers: Headers) -> list[tuple[str, str]]:
 
 @dataclass
 class Comparison:
-    """What was seen of both versions. Each copy is compared, or counted under the reason why it was not."""
+    """The observations of both versions. Each copy is compared, or counted under the reason why not."""
 
     server: str
     refused: Counter = field(default_factory=Counter)  # version 1 did not predict: "400 and 400", both statuses
     failed: Counter = field(default_factory=Counter)  # version 1 predicted and version 2 did not
-    dropped: Counter = field(default_factory=Counter)  # copies that version 2 was never sent
+    dropped: Counter = field(default_factory=Counter)  # copies never sent to version 2
     rows: list = field(default_factory=list)  # features; these three have one entry per row predicted by both
     v1: list = field(default_factory=list)  # P(benign)
     v2: list = field(default_factory=list)
@@ -142,22 +142,22 @@ class Comparison:
 
     @property
     def compared(self) -> int:
-        """Requests that both versions predicted."""
+        """Return the number of requests that both versions predicted."""
         return len(self.v1_s)
 
     @property
     def copies(self) -> int:
-        """All copies that HAProxy was to make."""
+        """Return the number of copies that HAProxy had to make."""
         return self.compared + self.refused.total() + self.failed.total() + self.dropped.total()
 
     @property
     def differences(self) -> np.ndarray:
-        """|Δp| of every row that both predicted, (n,)."""
+        """Return |Δp| of every row that both predicted, (n,)."""
         return np.abs(np.array(self.v1) - np.array(self.v2))
 
     @property
     def flips(self) -> np.ndarray:
-        """Which rows the versions put in different classes, (n,) of bool."""
+        """Return which rows the versions put in different classes, (n,) of bool."""
         return (np.array(self.v1) >= THRESHOLD) != (np.array(self.v2) >= THRESHOLD)
 
     def add(self, copy: Copy, rows: Rows, v1: Rows, v2: Rows, v2_s: float) -> None:
@@ -178,18 +178,18 @@ class Comparison:
 
 
 def as_float32(row: list[float]) -> bytes:
-    """Return what the models take a row for: the same row in JSON and in bytes is one row."""
-    with np.errstate(over="ignore"):  # TensorFlow Serving takes 1e39, as infinity
+    """Return a row in the models' precision, so that the same row in JSON and in bytes is one row."""
+    with np.errstate(over="ignore"):  # TensorFlow Serving accepts 1e39 as infinity
         return np.array(row, "<f4").tobytes()
 
 
 class Shadow:
-    """HAProxy before version 1, and the threads that send its copies to version 2 and compare.
+    """HAProxy in front of version 1, and the threads that send its copies to version 2 and compare.
 
-    A context manager: inside the block `users_port` (None: a free one) answers with what version 1 says. `endpoint`
-    is version 1's, and the kind of version 2's. At most `queue_size` copies wait and `at_once` are under way; further
-    ones are dropped and counted. On leaving the block, what waits has `drain_s` to be compared. GatewayError where
-    HAProxy is missing, ServerError where it does not start or has ended.
+    A context manager: inside the block `users_port` (None: a free one) answers with version 1's replies. `endpoint`
+    is version 1's; version 2's is of the same kind. At most `queue_size` copies wait and `at_once` are under way;
+    further ones are dropped and counted. On leaving the block, waiting copies have `drain_s` to be compared. Raises
+    GatewayError if HAProxy is missing, ServerError if it does not start or has ended.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Shadow:
         self.haproxy = subprocess.Popen(
             [haproxy, "-db", "-f", FOLDER / "shadow.cfg"],
             env={**os.environ, **settings}, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for shadow.py, which asks HAProxy for its figures first
+            start_new_session=True,  # Ctrl-C ends only shadow.py, which first asks HAProxy for its figures
             preexec_fn=functools.partial(end_with_parent, os.getpid()),
         )  # fmt: skip
         return self.haproxy
@@ -275,7 +275,7 @@ class Shadow:
         self._log.close()
 
     def _ask_haproxy(self, figure: str) -> int:
-        """A figure of HAProxy's `show info`; ServerError where it has ended."""
+        """Return a figure of HAProxy's `show info`; ServerError if it has ended."""
         try:
             with socket.socket(socket.AF_UNIX) as admin:
                 admin.connect(str(self._folder / "admin.sock"))
@@ -290,17 +290,17 @@ class Shadow:
         return struct.unpack(f"{MEMINFO_FIELDS}I", memory)
 
     def wait_until_compared(self) -> None:
-        """Wait until no copy is on its way, for `drain_s` at most."""
-        self._ask_haproxy("DroppedLogs")  # one thread serves all: it has logged what it had answered
+        """Wait until no copy is under way, for `drain_s` at most."""
+        self._ask_haproxy("DroppedLogs")  # one thread serves all: it has logged all its replies
         deadline_s = time.monotonic() + self.drain_s
-        # The socket first: `_read` takes a record off it only when the queue has it.
+        # The socket first: `_read` removes a record from it only when the queue has it.
         while self._read_socket_memory()[SK_MEMINFO_RMEM_ALLOC] or self._records.unfinished_tasks:
             if time.monotonic() > deadline_s:
                 break
             time.sleep(POLL_S)
 
     def _read(self) -> None:
-        """Take records off the socket as fast as they come: what the kernel cannot hold is lost."""
+        """Read records from the socket as fast as they arrive: those that the kernel cannot hold are lost."""
         while not self._stopping.is_set():
             try:
                 record = self._tap.recv(DATAGRAM_BYTES, socket.MSG_PEEK)
@@ -373,7 +373,7 @@ class Shadow:
             self.comparison.add(copy, rows, v1, v2, int(answer.headers["X-Duration-Us"]) / 1e6)
 
     def _find_token(self) -> dict[str, str]:
-        """Return the header that version 2 wants, by its name in lower case; version 1's is another."""
+        """Return the header that version 2 requires, by its name in lower case; version 1's has another value."""
         headers = self._v2.request([[0.0] * 5], None).headers
         return {name.lower(): value for name, value in headers.items() if name == "Authorization"}
 
@@ -384,14 +384,14 @@ class Shadow:
 
 @dataclass
 class Users:
-    """What users saw of their requests."""
+    """The users' view of their requests."""
 
     answered: int = 0
     failed: int = 0  # no reply, or not status 200
 
 
 def send_users(endpoint: Endpoint, port: int, rate: float, seconds: float, connections: int = 4) -> Users:
-    """Send the rows of test.csv, one a request that names no version, `rate` a second over `connections`."""
+    """Send the rows of test.csv, one per request without a version, `rate` per second over `connections`."""
     requests = [endpoint.request([row], None) for row in load_test_rows()[0]]
     count = max(connections, int(rate * seconds))
     start_s = time.monotonic()
@@ -421,7 +421,7 @@ def send_users(endpoint: Endpoint, port: int, rate: float, seconds: float, conne
 
 
 def print_comparison(comparison: Comparison, users: Users | None, tolerance: float, console: Console) -> None:
-    """Print the finding in its last line, and before it what it rests on."""
+    """Print the figures, and the conclusion in the last line."""
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("row of test.csv", "P(benign) v1", "v2", "times"):
         shown.add_column(title, justify="right")
@@ -472,15 +472,15 @@ def main() -> int:
     parser.add_argument(
         "--server", choices=names, default="onnx", metavar="NAME", help=f"one of {', '.join(names)} (default: onnx)"
     )
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long users ask (default: 10)")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long users send requests (default: 10)")
     parser.add_argument(
-        "--rate", type=float, default=100.0, help="their requests per second; 0: none of its own (default: 100)"
+        "--rate", type=float, default=100.0, help="their requests per second; 0: watch yours only (default: 100)"
     )
     parser.add_argument(
         "--running", type=int, nargs=2, metavar="PORT", help="ports of a running v1 and v2 (default: start them)"
     )
-    parser.add_argument("--port", type=int, help="port on 127.0.0.1 that users ask (default: any free one)")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="|Δp| that counts as alike (default: 0.1)")
+    parser.add_argument("--port", type=int, help="port on 127.0.0.1 for users (default: any free one)")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="largest |Δp| that counts as equal (default: 0.1)")
     parser.add_argument("--queue", type=int, default=1000, help="copies that may wait for v2 (default: 1000)")
     parser.add_argument("--at-once", type=int, default=4, help="copies under way to v2 (default: 4)")
     parser.add_argument("--timeout-s", type=float, default=5.0, help="longest wait for v2's reply (default: 5)")

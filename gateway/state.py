@@ -1,6 +1,6 @@
-"""What the gateway remembers: the split, the API keys and the certificate, as files in its state folder.
+"""The gateway's state: the split, the API keys and the certificate, as files in its state folder.
 
-Each file is what HAProxy itself reads at its start, so that a restart and a reload find what was set last.
+HAProxy itself reads these files at its start, so that a restart and a reload find the last settings.
 """
 
 import contextlib
@@ -25,17 +25,17 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 
 class StateError(Exception):
-    """The state cannot be used; the message is one line that says what to do."""
+    """The state cannot be used; the message is one line with the remedy."""
 
 
 class State:
-    """The state folder. All changes are written whole, under a lock, and then told to a running HAProxy."""
+    """The state folder. Changes replace whole files, under a lock, and are then sent to a running HAProxy."""
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
 
     def create(self) -> None:
-        """Make the folder, readable by its owner alone, and the files that HAProxy wants to find."""
+        """Make the folder, readable only by its owner, and the files that HAProxy needs."""
         with self.lock():
             pass
 
@@ -62,7 +62,7 @@ class State:
 
     @contextlib.contextmanager
     def claim(self) -> Iterator[None]:
-        """Be the only gateway that runs in the folder; StateError where another one is."""
+        """Be the only gateway that runs in the folder; StateError if there is another."""
         with (self.folder / "running").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,7 +73,7 @@ class State:
             yield
 
     def is_claimed(self) -> bool:
-        """Whether a gateway runs in the folder."""
+        """Return whether a gateway runs in the folder."""
         try:
             with (self.folder / "running").open() as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -84,7 +84,7 @@ class State:
         return False
 
     def read(self, name: str) -> dict[str, str]:
-        """Return a map file's pairs. StateError where a line is no pair."""
+        """Return a map file's pairs; StateError if a line is not a pair."""
         path = self.folder / name
         try:
             lines = path.read_text().splitlines()
@@ -95,11 +95,11 @@ class State:
         pairs = [line.split() for line in lines if line.strip() and not line.startswith("#")]
         for pair in pairs:
             if len(pair) != 2:
-                raise StateError(f"{path} is damaged: {' '.join(pair)[:60]!r} is no pair; {self.remedy(name)}")
+                raise StateError(f"{path} is damaged: {' '.join(pair)[:60]!r} is not a pair; {self.remedy(name)}")
         return dict(pairs)
 
     def read_percents(self, name: str) -> dict[str, int]:
-        """Return the numbers of SPLIT or RATES. StateError where one is none, or no percentage in SPLIT."""
+        """Return the numbers of SPLIT or RATES; StateError for anything else, or if SPLIT has no percentage."""
         numbers = {}
         for key, text in self.read(name).items():
             if not (text.isascii() and text.isdecimal()) or (name == SPLIT and int(text) > 100):
@@ -111,7 +111,7 @@ class State:
         return numbers
 
     def remedy(self, name: str) -> str:
-        lost = "every server then begins with v2=0" if name == SPLIT else "keys must be added anew"
+        lost = "every server then begins with v2=0" if name == SPLIT else "keys must be added again"
         return f"correct it or remove it ({lost})"
 
     def write(self, name: str, pairs: dict) -> None:
@@ -119,7 +119,7 @@ class State:
         self._replace(name, "".join(f"{key} {value}\n" for key, value in pairs.items()).encode())
 
     def _replace(self, name: str, content: bytes) -> None:
-        """Replace a file in one step: a reader, or a crash, meets the old or the new. Only the owner can read it."""
+        """Replace a file in one step: a reader or a crash finds the old or the new one. Only its owner can read it."""
         descriptor, temporary = tempfile.mkstemp(dir=self.folder, prefix=f".{name}-")  # mode 0600
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -132,7 +132,7 @@ class State:
             raise
 
     def ask(self, command: str, socket_name: str = ADMIN_SOCKET) -> str:
-        """Send one command to HAProxy's admin socket, return its answer. OSError where no gateway runs."""
+        """Send one command to HAProxy's admin socket, return its reply; OSError if no gateway runs."""
         path = self.folder / socket_name
         with socket.socket(socket.AF_UNIX) as admin:
             admin.settimeout(ANSWER_TIMEOUT_S)
@@ -141,7 +141,7 @@ class State:
             except OSError as error:
                 if "too long" not in str(error):
                     raise
-                # A socket's path may have 107 bytes; this one is shorter and names the same file.
+                # A socket's path may have 107 bytes; this path to the same file is shorter.
                 folder = os.open(self.folder, os.O_PATH)
                 try:
                     admin.connect(f"/proc/self/fd/{folder}/{socket_name}")
@@ -154,7 +154,7 @@ class State:
         return answer.decode()
 
     def tell(self, command: str) -> bool:
-        """Send a command that answers nothing; False where no gateway runs. StateError where HAProxy refuses."""
+        """Send a command without a reply; return False if no gateway runs. StateError if HAProxy refuses it."""
         try:
             answer = self.ask(command).strip()
         except (FileNotFoundError, ConnectionRefusedError):
@@ -164,21 +164,21 @@ class State:
         return True
 
     def set_split(self, percents: dict[str, int]) -> bool:
-        """Give version 2 these percents of the users, by server; return whether a running gateway was told."""
+        """Give version 2 these percentages of the users, by server; return whether a running gateway has them."""
         with self.lock():
             self.write(SPLIT, {**self.read_percents(SPLIT), **percents})
             told, refused = [], []
             for server, percent in percents.items():
                 try:
                     told.append(self.tell(f"set map {SPLIT} {server} {percent}"))
-                except StateError as error:  # the other servers are told all the same
+                except StateError as error:  # the other servers are set all the same
                     refused.append(error)
         if refused:
             raise refused[0]
         return all(told)
 
     def add_key(self, owner: str, rate: int | None) -> str:
-        """Make a key for `owner`, keep its hash, return the key: it can be seen this once."""
+        """Make a key for `owner`, keep its hash, return the key, which cannot be shown again."""
         if not NAME.fullmatch(owner):
             raise StateError(f"the name {owner!r}: use 1 to 64 letters, digits and . _ @ -")
         key = f"gw_{secrets.token_urlsafe(24)}"
@@ -195,13 +195,13 @@ class State:
         return key
 
     def revoke_key(self, owner: str) -> None:
-        """Make the key of `owner` worthless, from now on."""
+        """Make the key of `owner` invalid from now on."""
         with self.lock():
             keys = self.read(KEYS)
             digests = [digest for digest, name in keys.items() if name == owner]
             if not digests:
                 raise StateError(f"no key of {owner!r}; there are {', '.join(sorted(keys.values())) or 'none'}")
-            for digest in digests:  # first: whatever fails later, the key opens nothing
+            for digest in digests:  # first, so that the key is invalid whatever fails later
                 self.tell(f"del map {KEYS} {digest}")
             self.write(KEYS, {digest: name for digest, name in keys.items() if name != owner})
             rates = self.read(RATES)
@@ -210,7 +210,7 @@ class State:
                 self.tell(f"del map {RATES} {owner}")
 
     def make_certificate(self) -> bool:
-        """Make a self-signed certificate for this machine where there is none; return whether one was made."""
+        """Make a self-signed certificate for this machine if there is none; return whether one was made."""
         path = self.folder / CERTIFICATE
         if path.exists():
             return False
@@ -218,7 +218,7 @@ class State:
             certificate = sign_certificate()
         except ImportError:
             raise StateError(
-                f"no cryptography to make a certificate with: python -m pip install cryptography (Debian: sudo apt-get "
+                f"a certificate needs the package cryptography: python -m pip install cryptography (Debian: sudo apt "
                 f"install python3-cryptography), or put your own into {path}"
             ) from None
         self._replace(CERTIFICATE, certificate)
@@ -254,5 +254,5 @@ def sign_certificate() -> bytes:
 
 
 def hash_key(key: str) -> str:
-    """What is kept of a key. It is 24 random bytes, so that a plain SHA-256 cannot be guessed back."""
+    """Return the stored hash of a key. A key has 24 random bytes, so a plain SHA-256 cannot be inverted by guessing."""
     return hashlib.sha256(key.encode()).hexdigest()

@@ -881,7 +881,7 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         gateway = Gateway(state, environment={"GATEWAY_BIND": f"127.0.0.1:{port}"})
-        assert f"127.0.0.1:{port}: Address already in use; stop what listens there" in refused(gateway)
+        assert f"127.0.0.1:{port}: Address already in use; stop the program that listens there" in refused(gateway)
     for text in ("onnx 130\n", "onnx\n", "onnx thirty\n", "\xff\xfe"):
         (state / "split.map").write_text(text, encoding="latin-1")
         reason = refused(Gateway(state))
