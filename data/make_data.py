@@ -1,12 +1,11 @@
-"""Write the one classifier as files: data split, recipe, first weights, answers.
+"""Write the classifier as files: data split, recipe, initial weights, answers.
 
     python make_data.py
 
 Writes train.csv, test.csv, recipe.json, initial_weights.json and expected.csv
-beside this script. It is deterministic: running it again changes no byte. The
-four framework folders read these files and share nothing else. The training
-below, in plain NumPy float64, is the oracle that every framework's own training
-is compared with.
+into this folder. Running it again changes no byte. The four framework folders
+read these files and share nothing else. Every framework's own training is
+compared with the training below, in plain NumPy float64.
 """
 
 import argparse
@@ -25,7 +24,7 @@ except ModuleNotFoundError as error:
 DATA_DIR = Path(__file__).resolve().parent
 
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
-CLASSES = ["malignant", "benign"]  # the label's values 0 and 1, as scikit-learn has them
+CLASSES = ["malignant", "benign"]  # labels 0 and 1, as in scikit-learn
 TEST_SHARE = 0.2
 SPLIT_SEED = 0
 WEIGHT_SEED = 0
@@ -45,7 +44,7 @@ RECIPE = {
 
 
 def load_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Return the five chosen features (569, 5), raw, and the labels (569,), 0 malignant or 1 benign."""
+    """Return the five features (569, 5), raw, and the labels (569,), 0 malignant or 1 benign."""
     dataset = load_breast_cancer()
     columns = [list(dataset.feature_names).index(feature) for feature in FEATURES]
     return dataset.data[:, columns], dataset.target
@@ -107,7 +106,7 @@ def write_csv(path: Path, header: list[str], rows: list) -> None:
 
 
 def write_initial_weights(path: Path, layers: list) -> None:
-    """One line per matrix row, so that a difference shows where it is."""
+    """Write each matrix row on a line, so that a diff shows where two files differ."""
     blocks = []
     for weights, bias in layers:
         rows = ",\n    ".join(json.dumps(row) for row in weights.tolist())
