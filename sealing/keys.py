@@ -1,14 +1,14 @@
-"""Make keys: one that signs, and for each server one that opens its models.
+"""Make keys: one to sign, and for each server one to decrypt its models.
 
-    python keys.py                   all of them, called "first"
+    python keys.py                   all keys, named "first"
     python keys.py second signing    another signing key
     python keys.py second onnx       another identity of the ONNX server
 
-Writes, in keys/, and leaves what is there:
+Writes in keys/, and leaves existing files as they are:
   signing/NAME.pem             signs; stays where models are released
-  trusted/NAME.pub             what unseal.py believes
-  recipients/SERVER/NAME.txt   for whom seal.py encrypts, in age's format
-  identities/SERVER/NAME.txt   opens; stays on the serving machine, age's format
+  trusted/NAME.pub             verifies, for unseal.py
+  recipients/SERVER/NAME.txt   encrypts, for seal.py, in age's format
+  identities/SERVER/NAME.txt   decrypts; stays on the serving machine
 To withdraw a key, remove its file.
 """
 
@@ -25,7 +25,7 @@ from release import FOLDER, PLACES
 
 
 def make_signing_key() -> tuple[bytes, bytes]:
-    """Return a new private key and its public one, in PEM."""
+    """Return a new private key and its public key, in PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
     return private, key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
@@ -33,9 +33,9 @@ def make_signing_key() -> tuple[bytes, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", default="first", help="of the new keys (default: first)")
+    parser.add_argument("name", nargs="?", default="first", help="name of the new keys (default: first)")
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"signing, {', '.join(PLACES)} (default: all)")
-    parser.add_argument("--home", type=Path, default=FOLDER, help="where the folder keys is (default: here)")
+    parser.add_argument("--home", type=Path, default=FOLDER, help="folder that contains keys (default: this one)")
     arguments = parser.parse_args()
     for kind in arguments.kinds or ["signing", *PLACES]:
         if kind not in ("signing", *PLACES):

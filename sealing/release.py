@@ -1,4 +1,4 @@
-"""What seal.py and unseal.py agree on: the release note, the places of versions, and how a folder is put in place."""
+"""Shared by seal.py and unseal.py: the release note, the places of versions, and the exchange of folders."""
 
 import ctypes
 import os
@@ -10,7 +10,7 @@ from model_signing import hashing
 
 FOLDER = Path(__file__).resolve().parent
 NOTE, SIGNATURE, SUFFIX = "release.json", "model.sig", ".age"
-# Where each server's folder keeps its models, and a version there; unseal.py lays out its folder in the same way.
+# Where each server's folder keeps its models, and a version in it. unseal.py arranges its folder in the same way.
 PLACES = {
     "torchserve": ("torchserve/model_store", "model_v{version}.mar"),
     "tfserving": ("tfserving/models", "{model}/{version}"),
@@ -22,14 +22,14 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @dataclass(frozen=True)
 class Release:
-    """The note that is signed with a version's files: without it each version would pass for any other."""
+    """The note that is signed with a version's files. Without it, one version could replace another."""
 
     server: str
     model: str
     version: str
-    serial: int  # grows with every version that is sealed, of whatever server
-    created: str  # when, UTC; for people: nothing is decided by a clock
-    files: dict[str, str]  # the SHA-256 of each file's plaintext, by its path in the version
+    serial: int  # grows with every sealed version of any server
+    created: str  # UTC time, for people: no decision uses it
+    files: dict[str, str]  # SHA-256 of each file's plaintext, by its path in the version
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class Release:
 
 
 def find_place(server: str, model: str, version: str) -> Path:
-    """Return where the server looks for a version in its folder; ValueError where no version can be called so."""
+    """Return where the server looks for a version in its folder; raise ValueError for an invalid name."""
     pattern = PLACES[server][1]
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[1-9][0-9]{0,17}", f"{model}/{version}", re.ASCII):
         raise ValueError("no name of a model and number of a version")
@@ -48,14 +48,14 @@ def find_place(server: str, model: str, version: str) -> Path:
 
 
 def strict_hashing() -> hashing.Config:
-    """Return the settings for signing and verifying all files: the default leaves out .git/, .github/, .gitignore."""
+    """Return the settings for signing and verifying all files; the defaults skip .git/, .github/ and .gitignore."""
     return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
 
 
 def put(source: Path, target: Path) -> None:
-    """Put a file or folder in the place of another, if there is one, in one step for whoever reads there.
+    """Move a file or folder to `target` in one atomic step, also if there is one already.
 
-    A folder that was there lies at `source` afterwards. Both are on one file system.
+    A folder that was there is at `source` afterwards. Both must be on one file system.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.is_dir():

@@ -1,15 +1,15 @@
-"""Encrypt and sign trained models, each version in a folder of its own.
+"""Encrypt and sign trained models, each version in its own folder.
 
     python seal.py               all versions of all servers
     python seal.py onnx          all versions of one server
     python seal.py onnx 2        one version
 
-Reads the models where the server's folder keeps them, or --from, and keys/.
-Writes sealed/SERVER/my_model/VERSION/: each file as <file>.age, which the
-recipients in keys/recipients/SERVER can open; release.json, which says what it
-is; model.sig, the signature of all that. A version that was sealed before is
-replaced in one step. The newest key in keys/signing signs, keys/serial counts
-the releases. What was read is left as it was.
+Reads the models from the server's folder, or --from, and keys/. Writes
+sealed/SERVER/my_model/VERSION/: each file as <file>.age, encrypted for the keys
+in keys/recipients/SERVER; release.json, the note that names the version; and
+model.sig, the signature of all these. A version that was sealed before is
+replaced in one step. The newest key in keys/signing signs; keys/serial counts
+the releases. The models that were read stay as they are.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place
 
 
 def read_files(place: Path) -> dict[str, bytes]:
-    """Return the contents of a version by path: of the files in a folder, or of the one file that it is."""
+    """Return the contents of a version by path: of the files in its folder, or of its only file."""
     paths = [path for path in sorted([place, *place.rglob("*")]) if path.is_symlink() or not path.is_dir()]
     if strange := [path for path in paths if path.is_symlink() or not path.is_file()]:
         sys.exit(f"seal: {strange[0]} is no regular file; put one in its place")
@@ -40,7 +40,7 @@ def read_files(place: Path) -> dict[str, bytes]:
 
 
 def count(path: Path) -> int:
-    """Return the next number of a counter that is kept in a file."""
+    """Increment the counter in a file and return it."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         number = int(file.read() or 0) + 1
@@ -52,7 +52,7 @@ def count(path: Path) -> int:
 def seal(
     release: Release, contents: dict[str, bytes], recipients: list[pyrage.x25519.Recipient], key: Path, target: Path
 ) -> str:
-    """Write a version's folder and put it in place, whole; return the digest of its note."""
+    """Write a version's folder and move it into place in one step; return the digest of its note."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sealing-", dir=target.parent) as scratch:
         folder, signature = Path(scratch, "version"), Path(scratch, SIGNATURE)
@@ -71,10 +71,10 @@ def seal(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("server", nargs="?", choices=PLACES, help="whose models (default: all servers')")
-    parser.add_argument("version", nargs="?", default="*", help="(default: all that are there)")
-    parser.add_argument("--model", default="my_model", help="(default: my_model)")
+    parser.add_argument("version", nargs="?", default="*", help="version number (default: all)")
+    parser.add_argument("--model", default="my_model", help="name of the model (default: my_model)")
     parser.add_argument("--from", dest="source", type=Path, help="folder of the models (default: the server's own)")
-    parser.add_argument("--home", type=Path, default=FOLDER, help="where keys and sealed are (default: here)")
+    parser.add_argument("--home", type=Path, default=FOLDER, help="folder of keys and sealed (default: this one)")
     arguments = parser.parse_args()
     keys = arguments.home / "keys"
     for server in [arguments.server] if arguments.server else PLACES:
@@ -102,6 +102,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("seal: interrupted; what was sealed before is as it was")
+        sys.exit("seal: interrupted; versions sealed before are complete")
     except (OSError, ValueError, pyrage.RecipientError) as error:
         sys.exit(f"seal: {error}")

@@ -1,4 +1,4 @@
-"""Open a server's sealed models into memory; what does not verify stays out.
+"""Open a server's sealed models into memory; refuse those that do not verify.
 
     python unseal.py onnx --to /dev/shm/models
     python unseal.py onnx --to /dev/shm/models --watch
@@ -6,18 +6,18 @@
 
 Reads sealed/SERVER/<model>/<version>/, keys/trusted/, keys/identities/SERVER/
 and policy.toml, and keeps state/state.json, all in --home. Copies each version
-into memory, verifies the copy, holds it against policy and state, decrypts it,
-and moves it whole to where the server looks for it below DIR. Prints in one
-line why a version is refused; what was let in before goes on. --watch looks
-again every second until Ctrl-C or SIGTERM, and takes back what is not trusted
-any more. With a COMMAND, starts that server then, and removes DIR after it.
+into memory, verifies the copy, checks it against policy and state, decrypts it,
+and moves it in one step to its place below DIR. Prints a line if a version is
+refused; a version that was let in before stays. --watch looks again every
+second until Ctrl-C or SIGTERM, and drops versions that are no longer trusted.
+A COMMAND is started when the models are open, and DIR is removed after it.
 
-DIR/.ready is there as soon as all that can be let in lies in DIR, and names it.
-A server may be started once unseal.py has ended with 0 or, with --watch, once
-`test -f DIR/.ready` succeeds, which a startupProbe can run.
+The file DIR/.ready names the versions in DIR once all that can be let in are
+there. A server may be started when unseal.py has ended with 0 or, with --watch,
+when `test -f DIR/.ready` succeeds, which a startupProbe can run.
 
-Exit codes: 0 something lies in DIR; 1 nothing does, or one line says what is in
-the way; 2 wrong command line. With a COMMAND its own.
+Exit codes: 0 DIR holds a version; 1 it holds none, or a line names the problem;
+2 wrong command line. With a COMMAND, that command's.
 """
 
 import argparse
@@ -58,15 +58,15 @@ class Refused(Exception):
 
 
 class UnsealError(Exception):
-    """Nothing can be let in; the message is one line that says what to do."""
+    """No version can be let in; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Trust:
-    """What decides beside the sealed files; read at each look."""
+    """Keys and policy, read at each look."""
 
-    keys: list[bytes]  # public keys that may sign
-    identities: list[str]  # age identities that may open
+    keys: list[bytes]  # public keys that may have signed
+    identities: list[str]  # age identities to decrypt with
     max_bytes: int
     floor: dict[str, int]
     pin: dict[str, str]
@@ -81,7 +81,7 @@ class Opened:
     key: bytes  # the public key that verified it
 
     def find_objection(self, trust: Trust) -> str | None:
-        """Return why this version may not be served, or not any more."""
+        """Return why this version may not, or no longer, be served; None if it may."""
         name, serial = self.release.name, self.release.serial
         floor = max([0, *(low for place, low in trust.floor.items() if f"{name}/".startswith(f"{place}/"))])
         if self.key not in trust.keys:
@@ -94,7 +94,7 @@ class Opened:
 
 
 def read_trust(home: Path, server: str) -> Trust:
-    """Return the policy, and the keys but comments; UnsealError where they cannot be used."""
+    """Return policy and keys, without comments; raise UnsealError if they cannot be used."""
     try:
         keys = [path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))]
         texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*"))]
@@ -105,15 +105,15 @@ def read_trust(home: Path, server: str) -> Trust:
 
 
 def list_files(folder: Path) -> dict[str, os.stat_result]:
-    """Return all that lies below `folder`, links themselves and not what they lead to."""
+    """Return the status of each path below `folder`, without following links."""
     return {path.relative_to(folder).as_posix(): path.lstat() for path in islice(folder.rglob("*"), MAX_FILES + 1)}
 
 
 def copy_files(folder: Path, target: Path, max_bytes: int) -> dict[str, int]:
-    """Copy a version, and return its files' sizes. Refused where there is more, or other, than regular files.
+    """Copy a version and return its files' sizes; raise Refused if it is too large or has anything but regular files.
 
-    Whoever can write to `folder` may change it meanwhile. What is verified and used is the copy, which only this
-    process can change; the first look keeps out what should not even be copied.
+    Whoever can write to `folder` may change it during the copy. Only this process can change the copy, which is
+    verified and used; the check before it refuses what should not even be copied.
     """
     for place in (folder, target):
         found = list_files(place)
@@ -130,7 +130,7 @@ def copy_files(folder: Path, target: Path, max_bytes: int) -> dict[str, int]:
 
 
 def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
-    """Return the key that signed exactly these files; Refused where none of `keys` did."""
+    """Return the key that signed exactly these files; raise Refused if none of `keys` did."""
     reason = "keys/trusted is empty"
     public = signature.with_name("key.pub")
     for key in keys:
@@ -139,13 +139,13 @@ def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
             verifier = verifying.Config().use_elliptic_key_verifier(public_key=public)
             verifier.set_hashing_config(strict_hashing()).verify(folder, signature)
             return key
-        except Exception as error:  # noqa: BLE001 - a signature that anybody may have written can raise anything
+        except Exception as error:  # noqa: BLE001 - an attacker's signature can raise anything
             reason = f"{type(error).__name__}: {str(error)[:60]}"
     raise Refused(f"no trusted key has signed these files ({reason})")
 
 
 def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
-    """Verify a version, decrypt it into stage/plain, and return what it is; Refused where it may not be served."""
+    """Verify a version and decrypt it into stage/plain; raise Refused if it may not be served."""
     sealed, signature = stage / "sealed", stage / SIGNATURE
     sizes = copy_files(folder, sealed, trust.max_bytes)
     if not {NOTE, SIGNATURE} <= sizes.keys() or max(sizes[NOTE], sizes[SIGNATURE]) > MAX_NOTE_BYTES:
@@ -158,7 +158,7 @@ def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
         raise Refused(f"it was sealed as {opened.release.name}")
     if objection := opened.find_objection(trust):
         raise Refused(objection)
-    if sizes.keys() != {NOTE, SIGNATURE, *(path + SUFFIX for path in opened.release.files)}:  # so none leads elsewhere
+    if sizes.keys() != {NOTE, SIGNATURE, *(path + SUFFIX for path in opened.release.files)}:  # no path leads elsewhere
         raise Refused(f"its files are not those of {NOTE}")
     identities = [pyrage.x25519.Identity.from_str(line) for line in trust.identities]
     for path, digest in opened.release.files.items():
@@ -166,22 +166,22 @@ def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
         plain.parent.mkdir(parents=True, exist_ok=True)
         pyrage.decrypt_file(str(sealed / f"{path}{SUFFIX}"), str(plain), identities)
         with plain.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # pyrage does not say when there is no room
+            if hashlib.file_digest(file, "sha256").hexdigest() != digest:  # pyrage does not report a full disk
                 raise OSError(f"{path} is not what was sealed, or {stage.parent} is full")
     return opened
 
 
 class Unsealer:
-    """Keeps a folder to what is sealed and trusted."""
+    """Keeps exactly the sealed and trusted versions in a folder."""
 
     def __init__(self, server: str, folder: Path, home: Path):
         self.server, self.folder, self.home = server, folder, home
-        self.opened: dict[str, Opened] = {}  # what lies in the folder, by name
-        self.tried: dict[str, tuple[Trust, object]] = {}  # the trust and the files that were tried last
+        self.opened: dict[str, Opened] = {}  # the versions in the folder, by name
+        self.tried: dict[str, tuple[Trust, object]] = {}  # the last tried trust and files, by name
         self.told: dict[str, str] = {}
 
     def look(self) -> None:
-        """Let in what is new, drop what is not trusted any more; UnsealError where keys or policy are unusable."""
+        """Let in new versions and drop untrusted ones; raise UnsealError if keys or policy cannot be used."""
         trust = read_trust(self.home, self.server)
         sealed = self.home / "sealed"
         names = sorted(path.relative_to(sealed).as_posix() for path in sealed.glob(f"{self.server}/[!.]*/[!.]*"))
@@ -198,7 +198,7 @@ class Unsealer:
                 self.tell(name, "was let in before and is gone")
 
     def consider(self, name: str, folder: Path, trust: Trust) -> None:
-        """Let a version in, or say why not, unless nothing has changed since the last time."""
+        """Let a version in or print why not, unless nothing has changed since the last look."""
         files = None
         try:
             files = {path: (s.st_ino, s.st_size, s.st_ctime_ns) for path, s in list_files(folder).items()}
@@ -207,34 +207,34 @@ class Unsealer:
             with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
                 place = find_place(*name.split("/"))
                 opened = open_version(name, folder, Path(stage), trust)
-                remember(self.home, opened)  # before it is there: nothing older may follow it
+                remember(self.home, opened)  # before it is in place, so that nothing older can follow
                 if name not in self.opened or self.opened[name].release.files != opened.release.files:
                     put(Path(stage, "plain", place.name if place.suffix == ".mar" else ""), self.folder / place)
             self.opened[name] = opened
             self.tell(name, f"serial {opened.release.serial} is let in", good=True)
-        except (OSError, UnsealError) as error:  # such as no space: the next look tries again
+        except (OSError, UnsealError) as error:  # such as a full disk: the next look tries again
             self.tell(name, f"refused: {error}")
             return
-        except Exception as error:  # noqa: BLE001 - the one place where files come in that anybody may have written
+        except Exception as error:  # noqa: BLE001 - an attacker may have written these files
             self.tell(name, f"refused: {error if isinstance(error, Refused) else repr(error)}")
         self.tried[name] = trust, files
 
     def tell(self, name: str, line: str, good: bool = False) -> None:
-        """Print a line, once until there is another to say of that version."""
+        """Print a line, unless it was the last one about that version."""
         if self.told.get(name) != line:
             self.told[name] = line
-            line = repr(f"{name}: {line}"[:300])[1:-1]  # the name of a file may hold anything
+            line = repr(f"{name}: {line}"[:300])[1:-1]  # a file's name may contain anything
             print(line, file=sys.stdout if good else sys.stderr, flush=True)
 
     def remove_leftovers(self) -> None:
-        """Remove what an earlier run has let in and this one has not."""
+        """Remove versions that an earlier run has let in and this one has not."""
         kept = {self.folder / find_place(*name.split("/")) for name in self.opened}
         for path in {*self.folder.glob(PLACES[self.server][1].format(model="*", version="*"))} - kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def read_state(home: Path) -> dict[str, tuple[int, str]]:
-    """Return serial and digest of the newest release of every version that was ever let in."""
+    """Return serial and digest of the newest release of each version that was ever let in."""
     try:
         state = json.loads((home / "state" / "state.json").read_text())
         return {name: (int(serial), str(digest)) for name, (serial, digest) in state.items()}
@@ -246,7 +246,7 @@ def read_state(home: Path) -> dict[str, tuple[int, str]]:
 
 
 def remember(home: Path, opened: Opened) -> None:
-    """Write a release into state.json; Refused where a newer one, or another with its serial, was let in before."""
+    """Record a release in state.json; raise Refused if a newer one, or another with its serial, was let in before."""
     path, name, new = home / "state" / "state.json", opened.release.name, (opened.release.serial, opened.digest)
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
@@ -261,7 +261,7 @@ def remember(home: Path, opened: Opened) -> None:
 
 @contextlib.contextmanager
 def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
-    """Be the only one that fills the folder; UnsealError where that cannot be, or its files would reach a disk."""
+    """Lock the folder; raise UnsealError if another process uses it, or if its files would reach a disk."""
     number = next(path for path in (folder, *folder.parents) if path.exists()).stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     mounts = Path("/proc/self/mountinfo").read_text()
@@ -285,7 +285,7 @@ def start(command: list[str]) -> subprocess.Popen[bytes]:
     parent = os.getpid()
 
     def end_with_parent() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be lost with the program
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("server", choices=PLACES, help="whose models")
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="folder in memory that the server reads")
     parser.add_argument("--watch", action="store_true", help="look again every second (default: look once)")
-    parser.add_argument("--home", type=Path, default=FOLDER, help="folder of the rest (default: this one)")
+    parser.add_argument("--home", type=Path, default=FOLDER, help="folder of keys and sealed (default: this one)")
     parser.add_argument("--allow-disk", action="store_true", help="let DIR lie on a disk (default: refuse)")
     words = [*sys.argv[1:], "--"]
     command = words[words.index("--") + 1 : -1]
@@ -318,7 +318,7 @@ def main() -> None:
                 try:
                     if arguments.watch:
                         unsealer.look()
-                except Exception as error:  # noqa: BLE001 - what is served goes on, whatever somebody has written
+                except Exception as error:  # noqa: BLE001 - served versions stay, whatever fails
                     unsealer.tell("unseal", f"all stays as it is: {error}")
             sys.exit(child.returncode if child else 0)
     except (UnsealError, OSError) as error:

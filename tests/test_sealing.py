@@ -742,7 +742,7 @@ def test_code_in_a_foreign_model_never_reaches_a_server(home, memory, tmp_path, 
 
 
 def make_command(server: str, folder: Path, only: str | None = None) -> list[str]:
-    """Return what README.md gives unseal.py as the server's command."""
+    """Return the server's command of REFERENCE.md."""
     if server == "bentoml":
         variables = [f"BENTOML_HOME={folder}", *([f"ONLY_VERSION=v{only}.0.0"] if only else [])]
         return ["env", *variables, "bentoml", "serve", "--working-dir", str(REPOSITORY_DIR / "bentoml"), "service:svc"]
@@ -1007,7 +1007,7 @@ def test_both_kinds_of_keys_are_rotated_under_load_without_a_lost_request(home, 
 @pytest.mark.timing
 @pytest.mark.parametrize("server", SERVERS)
 def test_what_it_costs_at_a_start(home, memory, server, capsys):
-    """A start with and without, in turn; README.md has these lines."""
+    """A start with and without, in turn; REFERENCE.md has these lines."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(3):
         for sealed in seconds:
