@@ -1,14 +1,14 @@
-"""Say all that can be said of the manifests without a cluster.
+"""Check the manifests as far as possible without a cluster.
 
     python check.py
         the three renderings, through five checks: under a minute
     python check.py --quick
-        without checkov and KServe, which want environments of their own
+        without checkov and KServe's types, which need separate environments
 
-Renders overlays/production, overlays/local and kserve; holds each against the
+Renders overlays/production, overlays/local and kserve, and checks each with the
 strict schemas of four Kubernetes versions, the rules of rules.py, checkov, and
-the types of KServe's own SDK. Prints a line for each check, and each mistake.
-Exits with 1 if there is one. Writes nothing.
+the types of KServe's SDK. Prints a line for each check and each mistake. Exits
+with 1 if there is a mistake. Writes nothing.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TIMEOUT_S = 300.0
 
 
 def check_schemas(manifests: list[Manifest], version: str) -> Iterator[str]:
-    """Yield what the strict schema of a Kubernetes version refuses: a field that it does not know is refused, too."""
+    """Yield what the strict schema of a Kubernetes version refuses, unknown fields included."""
     for manifest in manifests:
         if manifest["kind"] in NOT_OF_KUBERNETES:
             continue
@@ -49,13 +49,13 @@ def check_schemas(manifests: list[Manifest], version: str) -> Iterator[str]:
 
 
 def check_written(folder: str) -> Iterator[str]:
-    """Yield if the file that is made of base/ is older than base/."""
+    """Yield a line if the file that is made from base/ is older than base/."""
     if folder == "kserve" and to_kserve.PATH.read_text() != to_kserve.format_services(render("base")):
-        yield f"{to_kserve.PATH.relative_to(FOLDER)} is not what base/ makes: python to_kserve.py"
+        yield f"{to_kserve.PATH.relative_to(FOLDER)} is older than base/: python to_kserve.py"
 
 
 def run_checkov(folder: str) -> list[str]:
-    """Return what checkov refuses of a rendering; ManifestError where it cannot run."""
+    """Return what checkov refuses in a rendering; raise ManifestError if it cannot run."""
     if not CHECKOV.exists():
         raise ManifestError("no checkov: run make k8s-check, which installs it")
     with tempfile.TemporaryDirectory(prefix="checkov-") as rendered:
@@ -76,7 +76,7 @@ def run_checkov(folder: str) -> list[str]:
 
 
 def run_kserve_types(text: str) -> list[str]:
-    """Return what KServe's SDK does not know in a rendering; ManifestError where there is no SDK."""
+    """Return what KServe's SDK does not know in a rendering; raise ManifestError if there is no SDK."""
     if not KSERVE_PYTHON.exists():
         raise ManifestError("no KServe SDK: run make k8s-check, which installs it")
     command = [str(KSERVE_PYTHON), str(FOLDER / "kserve_types.py")]
@@ -87,7 +87,7 @@ def run_kserve_types(text: str) -> list[str]:
 
 
 def check(folder: str, quick: bool) -> Iterator[tuple[str, list[str]]]:
-    """Yield the name of each check of a rendering, and what it found."""
+    """Yield the name of each check of a rendering, and its mistakes."""
     manifests = render(folder)
     yield "written", list(check_written(folder))
     for version in VERSIONS:
@@ -112,7 +112,7 @@ def main() -> int:
             for mistake in mistakes:
                 print(f"  {mistake}")
             count += len(mistakes)
-    print(f"{count} mistakes" if count else "no mistake found; what a cluster alone can tell stands in README.md")
+    print(f"{count} mistakes" if count else "no mistake found; only a cluster can show the rest: see README.md")
     return 1 if count else 0
 
 

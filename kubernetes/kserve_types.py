@@ -1,9 +1,9 @@
-"""Hold InferenceServices against the types of KServe's own SDK; runs in an environment that has it.
+"""Check InferenceServices with the types of KServe's SDK; runs in an environment that has it.
 
     .venv-peers/kserve/bin/python kubernetes/kserve_types.py < manifests.yaml
 
-Prints a line for each field that the SDK does not know, that has another type
-there, or that it misses. Exits with 1 if there is one.
+Prints a line for each field that is unknown to the SDK, has another type there,
+or is missing. Exits with 1 if there is one.
 """
 
 import re
@@ -19,7 +19,7 @@ PLAIN = {"str": str, "int": int, "float": (int, float), "bool": bool, "object": 
 
 
 def find_mistakes(value: Any, type_name: str, where: str) -> Iterator[str]:
-    """Yield what is wrong with `value`, parsed YAML that should be of the SDK's type `type_name`."""
+    """Yield the mistakes in `value`, parsed YAML that should be of the SDK's type `type_name`."""
     if inner := re.fullmatch(r"list\[(.+)\]", type_name):
         if not isinstance(value, list):
             yield f"{where}: must be a list"
@@ -38,7 +38,7 @@ def find_mistakes(value: Any, type_name: str, where: str) -> Iterator[str]:
             yield f"{where}: must be {type_name}, and is {value!r}"
     elif (model := getattr(kserve, type_name, None) or getattr(kubernetes.client, type_name, None)) is not None:
         yield from find_mistakes_in_model(value, model, where)
-    # What is left is a time, or a type that is written in several ways, such as a quantity.
+    # The rest are times, and types that can be written in several ways, such as quantities.
 
 
 def find_mistakes_in_model(value: Any, model: type, where: str) -> Iterator[str]:
@@ -51,7 +51,7 @@ def find_mistakes_in_model(value: Any, model: type, where: str) -> Iterator[str]
             yield f"{where}.{key}: {model.__name__} has no such field"
         else:
             yield from find_mistakes(item, model.openapi_types[names[key]], f"{where}.{key}")
-    try:  # the SDK's constructors know which fields must be there
+    try:  # the SDK's constructors check for required fields
         model(**{names[key]: item for key, item in value.items() if key in names})
     except ValueError as error:
         yield f"{where}: {error}"

@@ -1,4 +1,4 @@
-"""What kustomize makes of a folder here, as Python objects."""
+"""Render a folder with kustomize, and return the manifests as Python objects."""
 
 import shutil
 import subprocess
@@ -14,11 +14,11 @@ Manifest = dict[str, Any]
 
 
 class ManifestError(RuntimeError):
-    """Manifests cannot be had; the message is one line that says what to do."""
+    """Manifests cannot be rendered or checked; the message is one line that says what to do."""
 
 
 def find_kubectl() -> str:
-    """Return the path of kubectl, this environment's first; ManifestError where there is none."""
+    """Return the path of kubectl, preferably this environment's; raise ManifestError if there is none."""
     own = Path(sys.executable).parent / "kubectl"
     kubectl = str(own) if own.exists() else shutil.which("kubectl")
     if not kubectl:
@@ -27,7 +27,7 @@ def find_kubectl() -> str:
 
 
 def kustomize(folder: str) -> str:
-    """Return what `kubectl kustomize` prints of `folder`, which is relative to this one; ManifestError if it fails."""
+    """Return the output of `kubectl kustomize` for `folder`, relative to this one; raise ManifestError if it fails."""
     command = [find_kubectl(), "kustomize", str(FOLDER / folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     if done.returncode != 0:
@@ -36,5 +36,5 @@ def kustomize(folder: str) -> str:
 
 
 def render(folder: str) -> list[Manifest]:
-    """Return the manifests of `folder`, which is relative to this one."""
+    """Return the manifests of `folder`, relative to this one."""
     return [manifest for manifest in yaml.safe_load_all(kustomize(folder)) if manifest]

@@ -1,7 +1,7 @@
-"""What a manifest must have here and no schema asks for: each rule says what is wrong, where, and what would be right.
+"""Rules for the manifests that no schema checks. Each complaint names the place, the mistake and the remedy.
 
-A rule takes the rendered manifests and the facts that they must agree with, and yields complaints. Its name stands
-before each complaint and in README.md, which says why the rule is there.
+A rule takes the rendered manifests and the facts with which they must agree, and yields complaints. Its name precedes
+each complaint; REFERENCE.md gives the reason for each rule.
 """
 
 import json
@@ -22,10 +22,10 @@ DOCKERFILES = {
     "bentoml": "bentoml/Dockerfile.template",
     "onnx": "onnx/Dockerfile",
 }
-STARTS_S = 3  # as often as the slowest measured cold start may a start take
-STOPS = 2  # as often as the measured stop may a stop take, and
-SPARE_S = 5
-LIVENESS_S = 60  # a process that does not answer so long is ended
+STARTS_S = 3  # a start may take this many times the slowest measured cold start
+STOPS = 2  # a stop may take this many times the measured stop,
+SPARE_S = 5  # and this much longer
+LIVENESS_S = 60  # the least time without an answer before a process is ended
 UNITS = {"Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30}
 UNREACHABLE = {8081: "TorchServe's management", 7071: "TorchServe's management over gRPC"}
 MONITORING = {"kubernetes.io/metadata.name": "monitoring"}
@@ -36,7 +36,7 @@ OWN_NAME = "serving.kserve.io/inferenceservice"  # the label that KServe gives i
 
 @dataclass(frozen=True)
 class Facts:
-    """What the manifests must agree with."""
+    """The facts with which the manifests must agree."""
 
     costs: dict[str, dict[str, Any]]  # benchmarks/results/containers.json, by server
     predictions: dict[str, list[str]]  # the command of each image's HEALTHCHECK, by server
@@ -48,7 +48,7 @@ class Facts:
 
 
 def read_facts(in_production: bool) -> Facts:
-    """Read what was measured, and the images' own checks."""
+    """Read the measured costs and the images' health checks."""
     costs = json.loads(COSTS_PATH.read_text())["containers"]
     predictions = {name: read_healthcheck((REPOSITORY_DIR / path).read_text()) for name, path in DOCKERFILES.items()}
     compose = yaml.safe_load((REPOSITORY_DIR / "tfserving" / "docker-compose.yml").read_text())
@@ -57,7 +57,7 @@ def read_facts(in_production: bool) -> Facts:
 
 
 def read_healthcheck(dockerfile: str) -> list[str]:
-    """Return the command of a Dockerfile's HEALTHCHECK, which is written as a list."""
+    """Return the command of a Dockerfile's HEALTHCHECK, written there as a list."""
     (instruction,) = re.findall(r"^HEALTHCHECK .*?CMD (\[.*?\])$", dockerfile.replace("\\\n", ""), re.MULTILINE)
     return list(json.loads(instruction))
 
@@ -66,7 +66,7 @@ def read_healthcheck(dockerfile: str) -> list[str]:
 class Pod:
     """The pods of one Deployment, or of one predictor of an InferenceService."""
 
-    where: str  # as complaints call it
+    where: str  # its name in complaints
     server: str
     labels: dict[str, str]
     spec: dict[str, Any]
@@ -80,7 +80,7 @@ class Pod:
         return [*self.spec.get("initContainers", []), *self.spec["containers"]]
 
     def volumes_in_memory(self) -> dict[str, int]:
-        """The largest size in bytes of each volume that lies in memory, 0 where there is none."""
+        """Return the size limit in bytes of each volume in memory, 0 if it has none."""
         found = {volume["name"]: volume.get("emptyDir") for volume in self.spec.get("volumes", [])}
         return {
             name: read_bytes(volume.get("sizeLimit", "0"))
@@ -113,18 +113,22 @@ def name_of(manifest: Manifest) -> str:
 
 
 def read_bytes(text: str) -> int:
-    """Return the bytes of a quantity, "512Mi"; a number alone is bytes."""
+    """Return the bytes of a quantity, "512Mi"; a number without a unit is bytes."""
     number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", str(text)).groups()
     return int(number) * UNITS.get(unit, 1)
 
 
 def seconds_of(probe: dict[str, Any]) -> int:
-    """Return how long a probe fails before something happens."""
+    """Return how long a probe must fail before Kubernetes acts."""
     return int(probe["failureThreshold"]) * int(probe["periodSeconds"])
 
 
 def selects(selector: dict[str, str], labels: dict[str, str]) -> bool:
     return selector.items() <= labels.items()
+
+
+def describe_pods(servers: set[str]) -> str:
+    return f"the pods of {', '.join(sorted(servers))}" if servers else "no pods"
 
 
 # The rules
@@ -150,8 +154,8 @@ def selectors(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
         servers = {pod.server for pod in pods if selects(selector, pod.labels)}
         if servers != {name_of(manifest)}:
             yield (
-                f"{kind}/{name_of(manifest)} selects {selector}: the pods of {', '.join(sorted(servers)) or 'nobody'}, "
-                f"and should those of {name_of(manifest)}"
+                f"{kind}/{name_of(manifest)} selects {selector}: {describe_pods(servers)}, and should select those of "
+                f"{name_of(manifest)}"
             )
     for kind in ("PodDisruptionBudget", "NetworkPolicy"):
         named = {name_of(manifest) for manifest in of_kind(manifests, kind)}
@@ -160,7 +164,7 @@ def selectors(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def liveness(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """A server under load answers late: shot for that, it loses its requests to the others, which are shot next."""
+    """A server under load answers late. Killed for that, it leaves its load to the others, which are killed next."""
     for pod in find_pods(manifests):
         probe, ready = pod.main.get("livenessProbe", {}), pod.main.get("readinessProbe", {})
         if "httpGet" not in probe:
@@ -168,11 +172,11 @@ def liveness(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
         elif probe["httpGet"] == ready.get("httpGet"):
             yield f"{pod.where}: livenessProbe asks what readinessProbe asks; it must need no model"
         elif seconds_of(probe) < LIVENESS_S:
-            yield f"{pod.where}: livenessProbe ends a process after {seconds_of(probe)} s; {LIVENESS_S} are the least"
+            yield f"{pod.where}: livenessProbe ends a process after {seconds_of(probe)} s, not {LIVENESS_S} or more"
 
 
 def readiness(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """A server is ready when it predicts, by the check that its image has, and gets three of its slowest starts."""
+    """A server is ready when it predicts, by its image's own check. It gets the time of three of its slowest starts."""
     for pod in find_pods(manifests):
         startup = pod.main.get("startupProbe", {})
         if pod.server in facts.servers:
@@ -181,17 +185,17 @@ def readiness(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
                     yield f"{pod.where}: {kind} is not the HEALTHCHECK of the image, a real prediction"
             needed_s = STARTS_S * max(facts.costs[pod.server]["starts_s"])
             if startup and seconds_of(startup) < needed_s:
-                yield f"{pod.where}: startupProbe gives {seconds_of(startup)} s, and three starts took {needed_s:.0f} s"
+                yield f"{pod.where}: startupProbe gives {seconds_of(startup)} s, but three starts took {needed_s:.0f} s"
         elif not startup or "readinessProbe" not in pod.main:
             yield f"{pod.where}: startupProbe and readinessProbe are missing"
 
 
 def stopping(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """Requests still come until the gateway has asked the DNS again; a server that is killed loses what it has."""
+    """Requests come until the gateway has asked the DNS again, and a killed server loses its requests."""
     for pod in find_pods(manifests):
         before_s = pod.main.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         if before_s < 10:
-            yield f"{pod.where}: preStop must sleep 10 s, until nobody asks any more, and sleeps {before_s}"
+            yield f"{pod.where}: preStop must sleep 10 s, until requests stop, and sleeps {before_s}"
         cost = facts.costs.get(pod.server)
         needed_s = before_s + math.ceil(STOPS * cost["stop_s"] + SPARE_S if cost else 2 * SPARE_S)
         given_s = pod.spec.get("terminationGracePeriodSeconds", 30)
@@ -234,7 +238,7 @@ def spread(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def disruption(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """A node that is emptied takes one replica at a time, and a broken pod must not keep it."""
+    """Emptying a node must take one replica at a time, and a broken pod must not block it."""
     for budget in of_kind(manifests, "PodDisruptionBudget"):
         spec = budget["spec"]
         if spec.get("maxUnavailable") != 1 or "minAvailable" in spec:
@@ -244,7 +248,7 @@ def disruption(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def scaling(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """One replica is none while it moves; a fixed number would undo the autoscaler's at every apply."""
+    """A single replica is none while it moves. A fixed number would undo the autoscaler's at every apply."""
     if not facts.in_production:
         return
     scaled = {}
@@ -255,10 +259,10 @@ def scaling(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
             yield f"{where}: minReplicas must be 2 or more: a node may die"
         (metric,) = spec["metrics"]
         if metric.get("containerResource", {}).get("container") != "server":
-            yield f"{where}: must look at the CPU of the container server alone (ContainerResource)"
+            yield f"{where}: must use the CPU of the container server only (ContainerResource)"
         down = spec.get("behavior", {}).get("scaleDown", {})
         if down.get("stabilizationWindowSeconds", 0) < 300:
-            yield f"{where}: scaleDown must look back 300 s, or it flaps"
+            yield f"{where}: scaleDown must look back 300 s, or the number of replicas flaps"
     for deployment in of_kind(manifests, "Deployment"):
         name, replicas = name_of(deployment), deployment["spec"].get("replicas")
         if name in scaled and replicas is not None:
@@ -273,7 +277,7 @@ def scaling(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def resources(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """The scheduler counts requests. Memory is limited, what lies in memory included; CPU is not: throttling is p99."""
+    """The scheduler counts requests. Memory is limited, with the volumes in it; CPU is not: throttling raises p99."""
     for pod in find_pods(manifests):
         sizes = pod.volumes_in_memory()
         for name in (name for name, size in sizes.items() if not size):
@@ -293,11 +297,11 @@ def resources(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
             if container is pod.spec["containers"][0] and pod.server in facts.costs:
                 needed += facts.costs[pod.server]["memory_bytes"]
             if read_bytes(limits["memory"]) < needed:
-                yield f"{where}: the limit of memory is below {needed >> 20}Mi: measured, and what it writes in memory"
+                yield f"{where}: the limit of memory is below {needed >> 20}Mi: measured, plus the volumes in memory"
 
 
 def security(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """Nobody is root, writes to the image, or has a token of the cluster."""
+    """No container is root, writes to its image, or has a token of the cluster."""
     for pod in find_pods(manifests):
         context = pod.spec.get("securityContext", {})
         if pod.spec.get("automountServiceAccountToken") is not False:
@@ -315,7 +319,7 @@ def security(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def images(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """A name without version is another image tomorrow, and perhaps on the next node."""
+    """An image without a version is another one tomorrow, and perhaps on the next node."""
     for pod in find_pods(manifests):
         for container in pod.containers:
             image = container["image"]
@@ -329,7 +333,7 @@ def images(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
 
 
 def network(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """Who may ask whom, and nothing more: a model is code, and what it cannot reach it cannot tell."""
+    """Only the needed connections are allowed: a model is code, and cannot leak data to what it cannot reach."""
     policies = {name_of(policy): policy["spec"] for policy in of_kind(manifests, "NetworkPolicy")}
     deny = policies.get("default-deny", {})
     if deny.get("podSelector") != {} or set(deny.get("policyTypes", [])) != {"Ingress", "Egress"} or len(deny) != 2:
@@ -339,11 +343,11 @@ def network(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
         if set(policy.get("policyTypes", [])) != {"Ingress", "Egress"}:
             yield f"{where}: policyTypes must be Ingress and Egress"
         if pod.server in facts.servers and policy.get("egress"):
-            yield f"{where}: a model server asks nobody; egress must be absent"
+            yield f"{where}: a model server must open no connections; egress must be absent"
         listening = {port["containerPort"] for port in pod.main["ports"]}
         for entry in policy.get("ingress", []):
             if not entry.get("from") or not entry.get("ports"):
-                yield f"{where}: an ingress without from or ports admits everybody, or everything"
+                yield f"{where}: an ingress without from or ports admits all clients, or all ports"
             for peer in entry.get("from", []):
                 if not is_known(peer):
                     yield f"{where}: {peer} is neither the gateway, the monitoring nor a client's namespace"
@@ -351,13 +355,13 @@ def network(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
                 if port["port"] in UNREACHABLE:
                     yield f"{where}: port {port['port']} is {UNREACHABLE[port['port']]}, which gives code to run"
                 elif port["port"] not in listening:
-                    yield f"{where}: nobody listens on port {port['port']}"
+                    yield f"{where}: no container listens on port {port['port']}"
     for service in of_kind(manifests, "Service"):
         for port in service["spec"]["ports"]:
             if port["port"] in UNREACHABLE or port.get("targetPort") in UNREACHABLE:
                 yield f"Service/{name_of(service)}: port {port['port']} is management, which gives code to run"
         if name_of(service) in facts.servers and service["spec"].get("clusterIP") != "None":
-            yield f"Service/{name_of(service)}: must be headless (clusterIP: None), or one connection is one replica"
+            yield f"Service/{name_of(service)}: must be headless (clusterIP: None): a connection stays on one replica"
     yield from check_gateway(policies, facts)
 
 
@@ -372,7 +376,7 @@ def is_known(peer: dict[str, Any]) -> bool:
 
 
 def check_gateway(policies: dict[str, Any], facts: Facts) -> Iterator[str]:
-    """What the gateway may ask a server is what the server lets it."""
+    """The gateway's egress must agree with each server's ingress."""
     if "gateway" not in policies:
         return
     asked = {}
@@ -393,7 +397,7 @@ def check_gateway(policies: dict[str, Any], facts: Facts) -> Iterator[str]:
 
 
 def models(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """Models come sealed, are opened beside the server that reads them, lie in memory, and their key lies elsewhere."""
+    """Models come sealed and are opened into memory by a sidecar; the server cannot read their key."""
     for pod in find_pods(manifests):
         if pod.server not in facts.servers:
             continue
@@ -409,14 +413,14 @@ def models(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
         if not mounts or not all(mount.get("readOnly") for mount in mounts):
             yield f"{pod.where}: the server must mount the volume models, read-only"
         if any(mount["name"] == "identity" for mount in pod.main.get("volumeMounts", [])):
-            yield f"{pod.where}: the key to the models must be mounted in unseal alone"
+            yield f"{pod.where}: the key to the models must be mounted only in unseal"
         users = {one.get("securityContext", {}).get("runAsUser") for one in (unseal, pod.main)}
         if len(users) == 1:
-            yield f"{pod.where}: unseal must run as another user than the server, or that reads the key"
+            yield f"{pod.where}: unseal must run as another user than the server, which could read the key otherwise"
 
 
 def kserve(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
-    """What KServe's own types let pass, and its controller ignores or refuses."""
+    """Values that KServe's types accept and its controller ignores or refuses."""
     for service in of_kind(manifests, "InferenceService"):
         where, spec = f"InferenceService/{name_of(service)}", service["spec"]
         if service["metadata"].get("annotations", {}).get("serving.kserve.io/deploymentMode") != "Standard":

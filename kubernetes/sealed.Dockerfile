@@ -1,4 +1,4 @@
-# Sealed models with what opens them. Whoever reads it, the registry too, sees no model; whoever changes it is refused.
+# Sealed models and the program that opens them. A reader, such as the registry, sees no model; a change is refused.
 #
 #     docker build --tag my_model-unseal ../sealing
 #     docker build --file sealed.Dockerfile --tag my_model-sealed ../sealing

@@ -1,11 +1,10 @@
-"""Write what was measured into the manifests of base/: replicas, CPU, memory,
-probes, times.
+"""Compute replicas, CPU, memory, probes and times in base/ from measurements.
 
     python size.py
         for the rate and the p99 of objective.toml
 
-Asks ../benchmarks/capacity.py, which computes from benchmarks/results, and
-changes only numbers. `python to_kserve.py` then makes KServe's of them.
+Takes them from ../benchmarks/capacity.py, which computes from
+benchmarks/results, and changes only numbers. Run `python to_kserve.py` then.
 """
 
 import argparse
@@ -33,7 +32,7 @@ MEBIBYTE = 1 << 20
 
 
 def read_plans() -> dict[str, dict]:
-    """Return capacity.py's plan for each server; ManifestError where one cannot meet the objective."""
+    """Return capacity.py's plan for each server; raise ManifestError if one cannot meet the objective."""
     objective = tomllib.loads(OBJECTIVE_PATH.read_text())
     command = [sys.executable, str(CAPACITY), "--json", "--rate", str(objective["rate"])]
     command += ["--p99-ms", str(objective["p99_ms"]), "--servers", *MEASURED_AS.values()]
@@ -48,7 +47,7 @@ def read_plans() -> dict[str, dict]:
 
 
 def size(text: str, server: str, plan: dict, in_memory_bytes: int) -> str:
-    """Return a server's file with the numbers of its plan; `in_memory_bytes` are those of its volumes in memory."""
+    """Return a server's file with its plan's numbers; `in_memory_bytes` is the size of its volumes in memory."""
     memory = math.ceil((plan["memory_limit_bytes"] + in_memory_bytes) / MEBIBYTE)
     start_s = max(plan["startup_budget_s"], read_start_period_s(server))
     for before, value, after in (
@@ -59,16 +58,16 @@ def size(text: str, server: str, plan: dict, in_memory_bytes: int) -> str:
         (r"memory: ", memory, "Mi"),
         (r"terminationGracePeriodSeconds: ", plan["grace_period_s"], ""),
         (r"startupProbe:[^~]*?failureThreshold: ", math.ceil(start_s / PERIOD_S), ""),
-        (r"progressDeadlineSeconds: ", 2 * start_s, ""),  # an image has to come first
+        (r"progressDeadlineSeconds: ", 2 * start_s, ""),  # an image must be pulled first
     ):
         text, count = re.subn(rf"({before})\d+{'[A-Z]i' if after else ''}", rf"\g<1>{value}{after}", text)
         if not count:
-            raise ManifestError(f"base/{server}.yaml: no {before!r} to write {value} behind")
+            raise ManifestError(f"base/{server}.yaml: no {before!r} to write {value} after")
     return text
 
 
 def read_start_period_s(server: str) -> int:
-    """Return how long the image's own HEALTHCHECK lets it start."""
+    """Return the start period of the image's HEALTHCHECK."""
     if server == "tfserving":
         compose = yaml.safe_load((rules.REPOSITORY_DIR / "tfserving" / "docker-compose.yml").read_text())
         period = compose["services"]["tfserving"]["healthcheck"]["start_period"]
@@ -79,7 +78,7 @@ def read_start_period_s(server: str) -> int:
 
 
 def size_all() -> dict[str, str]:
-    """Return the files of base/ as they should be, by server; ManifestError where that is not known."""
+    """Return the files of base/ as they should be, by server; raise ManifestError if that cannot be computed."""
     pods = {pod.server: pod for pod in rules.find_pods(render("base"))}
     return {
         server: size(

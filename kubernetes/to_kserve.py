@@ -1,10 +1,10 @@
-"""Write kserve/inferenceservices.yaml: the pods of base/, as KServe wants them.
+"""Write kserve/inferenceservices.yaml: the pods of base/ in KServe's form.
 
     python to_kserve.py
 
-KServe makes the Deployment, the Service and the autoscaler itself, so what is
-left of a server is its pod, its smallest and largest number and its target.
-One pod is described once: a test fails when the file is older than base/.
+KServe makes the Deployment, the Service and the autoscaler itself, so a server
+needs only its pod, the least and largest number of replicas and the target of
+the autoscaler. A test fails if the file is older than base/.
 """
 
 import argparse
@@ -18,16 +18,16 @@ PATH = FOLDER / "kserve" / "inferenceservices.yaml"
 HEADER = """\
 # Made by `python to_kserve.py` from base/: do not edit.
 #
-# The four servers for KServe. It has runtimes of its own, but TensorFlow Serving's is release 2.6.2, TorchServe's goes,
-# ONNX is served by Triton or OpenVINO, and BentoML has none: so each brings its container.
+# The four servers for KServe, each with its own container. Of KServe's runtimes TensorFlow Serving's is release 2.6.2,
+# TorchServe's is about to be removed, ONNX's is Triton or OpenVINO, and BentoML has none.
 """
 INFERENCE_SERVICE = "serving.kserve.io/inferenceservice"
-HASH = re.compile(r"-[a-z0-9]{10}$")  # of a generated ConfigMap's content, behind its name
+HASH = re.compile(r"-[a-z0-9]{10}$")  # of a generated ConfigMap's content, after its name
 CANARY_PERCENT = 10  # of the requests of onnx, which shows how a canary is written
 
 
 def make_service(deployment: Manifest, autoscaler: Manifest) -> Manifest:
-    """Return the InferenceService that runs the pods of `deployment` between the numbers of `autoscaler`."""
+    """Return the InferenceService with the pods of `deployment` and the limits of `autoscaler`."""
     name = deployment["metadata"]["name"]
     scale = autoscaler["spec"]
     (metric,) = scale["metrics"]
@@ -63,32 +63,30 @@ def make_service(deployment: Manifest, autoscaler: Manifest) -> Manifest:
 
 
 def make_pod(deployment: Manifest) -> Manifest:
-    """Return the pod's description; KServe looks for its container by name."""
+    """Return the pod, with the container name that KServe looks for."""
     pod: Manifest = yaml.safe_load(yaml.safe_dump(deployment["spec"]["template"]["spec"]))
     pod["containers"][0]["name"] = "kserve-container"
-    for container in pod["containers"]:  # the first port is the one that KServe asks
+    for container in pod["containers"]:  # KServe uses the first port
         container["ports"] = [{**port, "protocol": "TCP"} for port in container["ports"]]
         container["ports"].sort(key=lambda port: port["name"] != "http")
-    for constraint in pod["topologySpreadConstraints"]:  # by the label that KServe gives
+    for constraint in pod["topologySpreadConstraints"]:  # by the label that KServe sets
         constraint["labelSelector"]["matchLabels"] = {INFERENCE_SERVICE: deployment["metadata"]["name"]}
         constraint["matchLabelKeys"] = ["pod-template-hash"]
-    for volume in pod[
-        "volumes"
-    ]:  # kustomize names a ConfigMap after its content, and does not know where KServe has it
+    for volume in pod["volumes"]:  # kustomize names a ConfigMap after its content, but not inside KServe's objects
         if "configMap" in volume:
             volume["configMap"]["name"] = HASH.sub("", volume["configMap"]["name"])
     return pod
 
 
 class Dumper(yaml.SafeDumper):
-    """Long texts as blocks, and no aliases, which a reader must look up."""
+    """Dumps without aliases, which a reader would have to look up."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 def format_services(manifests: list[Manifest]) -> str:
-    """Return the file that `manifests`, base/ as rendered, make."""
+    """Return the text of the file made from `manifests`, the rendered base/."""
     by_kind = {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
     services = [
         make_service(by_kind["Deployment", name], autoscaler)

@@ -1,4 +1,4 @@
-# TensorFlow Serving with its models and configuration in the image: Swarm mounts no folder on every node.
+# TensorFlow Serving with its models and configuration in the image, because Swarm cannot mount a folder on every node.
 #
 #     docker build --file swarm/tfserving.Dockerfile --tag my_model-tfserving tfserving
 FROM tensorflow/serving:2.21.0
@@ -6,7 +6,7 @@ FROM tensorflow/serving:2.21.0
 COPY models.config monitoring.config /config/
 COPY models /models
 
-# The image's own is root.
+# The image's own user is root.
 USER 10001:10001
 
 # A real prediction; the image has bash and grep, but no curl, no wget and no Python.
