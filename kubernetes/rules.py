@@ -154,8 +154,8 @@ def selectors(manifests: list[Manifest], facts: Facts) -> Iterator[str]:
         servers = {pod.server for pod in pods if selects(selector, pod.labels)}
         if servers != {name_of(manifest)}:
             yield (
-                f"{kind}/{name_of(manifest)} selects {selector}: {describe_pods(servers)}, and should select those of "
-                f"{name_of(manifest)}"
+                f"{kind}/{name_of(manifest)} selects {selector}, which matches {describe_pods(servers)} "
+                f"instead of those of {name_of(manifest)}"
             )
     for kind in ("PodDisruptionBudget", "NetworkPolicy"):
         named = {name_of(manifest) for manifest in of_kind(manifests, kind)}

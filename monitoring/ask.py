@@ -1,11 +1,11 @@
-"""Ask the prediction log in SQL.
+"""Query the prediction log in SQL.
 
-    python ask.py                       list the questions of queries.sql
-    python ask.py versions              ask one of them
+    python ask.py                       list the queries of queries.sql
+    python ask.py versions              run one of them
     python ask.py "SELECT count(*) FROM predictions WHERE status = 200"
 
-`predictions` has a row for each predicted row, `labels` one for each label that
-has come. Reads state/predictions and state/labels, also while they are written.
+`predictions` has a row for each predicted row, `labels` one for each label.
+Reads state/predictions and state/labels, also while they are written.
 """
 
 import argparse
@@ -21,13 +21,13 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def read_questions(text: str) -> dict[str, tuple[str, str]]:
-    """Return what each question asks, and its SQL, by name."""
+    """Return each query's description and SQL, by name."""
     found = re.findall(r"^-- name: (\S+)\n-- (.*)\n((?:.*\n?)*?)(?=^-- name:|\Z)", text, re.MULTILINE)
     return {name: (meaning, sql.strip()) for name, meaning, sql in found}
 
 
 def print_table(columns: list[str], rows: list[tuple]) -> None:
-    """Print rows under their columns' names; numbers to the right."""
+    """Print rows under their columns' names, numbers aligned to the right."""
     cells = [["" if value is None else str(value) for value in row] for row in rows]
     widths = [max([len(name), *(len(row[place]) for row in cells)]) for place, name in enumerate(columns)]
     to_the_right = [
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="a name from queries.sql, or SQL (default: list the names)")
     parser.add_argument(
-        "--state", type=Path, default=FOLDER / "state", help="the collector's folder (default: state here)"
+        "--state", type=Path, default=FOLDER / "state", help="the collector's folder (default: state in this folder)"
     )
     arguments = parser.parse_args()
     questions = read_questions((FOLDER / "queries.sql").read_text())
@@ -55,7 +55,7 @@ def main() -> None:
     if " " not in arguments.question and arguments.question not in questions:
         sys.exit(f"ask: no question {arguments.question!r}; there are {', '.join(questions)}")
     _, sql = questions.get(arguments.question, ("", arguments.question))
-    for last_try in (False, True):  # an hour's lines may become Parquet between the look and the reading
+    for last_try in (False, True):  # an hour's lines may become Parquet between listing and reading
         try:
             with open_view(predictions, arguments.state / "labels") as connection:
                 answer = connection.execute(sql)

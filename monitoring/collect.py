@@ -1,11 +1,11 @@
-"""Keep the gateway's prediction log, and count and watch what it says.
+"""Keep the gateway's prediction log, its metrics and the drift detectors.
 
     python collect.py
 
 Takes HAProxy's records on port 8406 (GATEWAY_PREDICTIONS of gateway.py) and
 writes one line per prediction into state/predictions. Answers Prometheus on
 port 8405, prints the alerts that Alertmanager posts there, and reads the
-labels that come later from state/labels. `python monitor.py` starts it beside
+labels that come later from state/labels. `python monitor.py` starts it with
 Prometheus and Alertmanager.
 """
 
@@ -36,19 +36,19 @@ FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
 RECORDS_ADDRESS, HTTP_ADDRESS = "127.0.0.1:8406", "127.0.0.1:8405"
 LONGEST_RECORD = 1 << 17  # haproxy.cfg's are at most 65,535 bytes
-# From a small model's own time to a client's patience; 50 ms is the objective of rules.yml.
+# From a small model's time to a client's timeout; 50 ms is the objective of rules.yml.
 BUCKETS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0,
     5.0, 10.0, 30.0,
 )  # fmt: skip
 LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 5.0, 60.0
 WATCHDOG_SILENCE_S = 180.0
-MOST_LABELS_KNOWN = 100_000  # so many are remembered, that one which comes twice counts once
+MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
 
 
 class Collector:
-    """What one record, one label and one alert changes. All but `write_metrics` and `take_alerts` run in one thread."""
+    """Log, metrics and detectors. HTTP threads call `collect`, `take_alerts` and `reset`; one thread calls the rest."""
 
     def __init__(self, state: Path, keep_days: int):
         self.state = state
@@ -62,7 +62,7 @@ class Collector:
         self.offsets: dict[str, int] = {}  # bytes read of each file of labels
         self.labelled: OrderedDict[tuple[str, int], None] = OrderedDict()
         self.alerts: dict[str, str] = {}  # status by fingerprint
-        self.watchdog_s = 0.0  # when Alertmanager last said that it is there; 0: not yet
+        self.watchdog_s = 0.0  # when the last Watchdog came; 0: none has come
         self.lock = threading.Lock()  # around the watches: the HTTP thread reads and resets them
         self._children: dict = {}
         self._log_works = True
@@ -93,7 +93,7 @@ class Collector:
         self.registry.register(self)
 
     def collect(self):
-        """Return what is counted elsewhere, for prometheus_client: the records, and what the watches know."""
+        """Return the metrics that prometheus_client does not count itself: records and detectors."""
         total = CounterMetricFamily("gateway_records", "Requests in the prediction log, also before a restart")
         total.add_metric([], self.records.value)
         by = ["server", "version", "kind"]
@@ -112,14 +112,14 @@ class Collector:
         return [total, alarm, progress, seen]
 
     def _of(self, metric, *labels: str):
-        """Return a metric with these labels, found faster than the library does."""
+        """Return a metric with these labels, from a cache that is faster than the library's."""
         key = (metric, *labels)
         if (child := self._children.get(key)) is None:
             child = self._children[key] = metric.labels(*labels)
         return child
 
     def take(self, lines: list[bytes]) -> None:
-        """Take the gateway's lines: write them into the log, then count them."""
+        """Write the gateway's lines into the log, then count them."""
         records, written = [], []
         for line in lines:
             try:
@@ -152,7 +152,7 @@ class Collector:
     def _count(self, record: Record) -> None:
         key = record.server, record.version
         if (self.seconds, *key, "5xx") not in self._children:
-            for code in ("2xx", "4xx", "5xx"):  # from 0 on: Prometheus sees no increase in a number's first value
+            for code in ("2xx", "4xx", "5xx"):  # from 0: Prometheus sees no increase in a series' first value
                 self._of(self.seconds, *key, code)
         self._of(self.seconds, *key, record.code).observe(record.seconds)
         if record.wanted != record.version:
@@ -180,7 +180,7 @@ class Collector:
         return watch
 
     def read_new_labels(self) -> list[tuple[str, int, int]]:
-        """Return the whole lines that were added to the files of labels since the last call: id, row, target."""
+        """Return the complete lines added to the label files since the last call: id, row, target."""
         found = []
         for path in sorted(self.labels_dir.glob("*.csv")):
             start = self.offsets.get(path.name, 0)
@@ -202,7 +202,7 @@ class Collector:
         return found
 
     def find_predictions(self, labels: list[tuple[str, int, int]]) -> list[tuple[str, str, int]]:
-        """Return server, version and whether the prediction was wrong of each label that is in the log."""
+        """Return server, version, and 1 if the prediction was wrong, for each label whose prediction is in the log."""
         with open_view(self.log.folder) as connection:
             return connection.execute(
                 "WITH asked AS (SELECT unnest(?) AS id, unnest(?) AS row, unnest(?) AS target) "
@@ -221,7 +221,7 @@ class Collector:
                     say(f"drift: {server} version {version}, {kind}: {statistic}")
 
     def reset(self, server: str, version: str) -> int:
-        """Forget evidence and alarms of a server's version, of all where a name is empty; return of how many."""
+        """Reset the detectors of a server's version, an empty name meaning all; return how many were reset."""
         with self.lock:
             chosen = [w for (s, v), w in self.watches.items() if server in ("", s) and version in ("", v)]
             for watch in chosen:
@@ -230,12 +230,12 @@ class Collector:
         return len(chosen)
 
     def keep(self) -> None:
-        """Write what a restart must know, in one step."""
+        """Save the state that a restart needs, in one atomic step."""
         with self.lock:
             watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
             content = json.dumps({"watches": watches, "offsets": self.offsets})
         temporary = self.state / "collector.json.writing"
-        with contextlib.suppress(OSError):  # a full disk: said by the log already
+        with contextlib.suppress(OSError):  # a full disk: already reported by the log
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content)
@@ -259,7 +259,7 @@ class Collector:
         for alert in posted["alerts"]:
             name, status = alert["fingerprint"], alert["status"]
             if self.alerts.get(name, "resolved") == status:
-                continue  # said again, for as long as it goes on
+                continue  # repeated while the alert lasts
             self.alerts[name] = status
             labels, notes = alert["labels"], alert["annotations"]
             words = f"{labels.get('severity', '')} {labels['alertname']}: {notes.get('summary', '')}"
@@ -270,7 +270,7 @@ class Collector:
                 file.write(json.dumps({"time": time.time(), "status": status, **labels, **notes}) + "\n")
 
     def check_watchdog(self) -> None:
-        """Say once when Alertmanager has stopped to say that it is there."""
+        """Print once that the Watchdog has been silent for too long."""
         if self.watchdog_s and time.monotonic() - self.watchdog_s > WATCHDOG_SILENCE_S:
             self.watchdog_s = 0.0
             say(f"no Watchdog for {WATCHDOG_SILENCE_S:.0f} s: Prometheus or Alertmanager fails, and no alert can come")
@@ -302,7 +302,7 @@ class Intake(asyncio.Protocol):
         size, is_whole, _ = self.unread[:7].partition(b" ")
         if size and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
             self.collector.unreadable.inc()
-            self.transport.abort()  # no place from which the next record could be found; HAProxy connects again
+            self.transport.abort()  # the next record cannot be found; HAProxy reconnects
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -320,7 +320,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         target = urlsplit(self.path)
-        if self.headers.get("Origin"):  # a page in a browser, whoever made it
+        if self.headers.get("Origin"):  # sent by a page in a browser
             return self._answer(403, "not for browsers\n")
         try:
             body = self.rfile.read(min(int(self.headers.get("Content-Length", 0)), 1 << 20))
@@ -355,11 +355,11 @@ class HttpServer(ThreadingHTTPServer):
     request_queue_size = 64
 
     def handle_error(self, *_) -> None:
-        """A client that breaks off is no error of ours."""
+        """Ignore a client that disconnects."""
 
 
 async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.Event) -> None:
-    """Take records, labels and care of the files until `stop`."""
+    """Take records and labels, and maintain the files, until `stop`."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Intake(collector), *records)
     say(f"collector: records on {join(records)}, metrics on http://{join(Handler.address)}/metrics")
@@ -370,7 +370,7 @@ async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.
                 await asyncio.wait_for(stop.wait(), seconds)
             try:
                 await work()
-            except Exception as error:  # noqa: BLE001  # whatever it is, records must be taken
+            except Exception as error:  # noqa: BLE001  # whatever fails, records must be taken
                 say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
     async def look_for_labels() -> None:
@@ -410,7 +410,7 @@ def parse_address(text: str) -> tuple[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--state", type=Path, default=FOLDER / "state", help="folder of all files (default: state here)"
+        "--state", type=Path, default=FOLDER / "state", help="folder for all files (default: state in this folder)"
     )
     parser.add_argument(
         "--records", type=parse_address, default=RECORDS_ADDRESS, help=f"for HAProxy (default: {RECORDS_ADDRESS})"
@@ -418,12 +418,12 @@ def main() -> None:
     parser.add_argument(
         "--http", type=parse_address, default=HTTP_ADDRESS, help=f"for Prometheus (default: {HTTP_ADDRESS})"
     )
-    parser.add_argument("--keep-days", type=int, default=30, help="days of predictions that are kept (default: 30)")
+    parser.add_argument("--keep-days", type=int, default=30, help="days of predictions to keep (default: 30)")
     arguments = parser.parse_args()
     if arguments.keep_days < 1:
         parser.error("--keep-days must be at least 1")
     os.umask(0o077)
-    os.nice(10)  # on a busy machine users go first: records wait in HAProxy
+    os.nice(10)  # on a busy machine users come first: records can wait in HAProxy
     try:
         collector = Collector(arguments.state.resolve(), arguments.keep_days)
     except (OSError, ValueError, KeyError) as error:
@@ -446,7 +446,7 @@ def main() -> None:
     try:
         asyncio.run(run())
     except OSError as error:
-        where, reason = join(arguments.records), os.strerror(error.errno or 0)  # asyncio's own words are longer
+        where, reason = join(arguments.records), os.strerror(error.errno or 0)  # asyncio's message is longer
         sys.exit(f"collect: {where}: {reason}; stop what listens there, or choose another --records")
     finally:
         collector.keep()

@@ -1,4 +1,4 @@
-"""Say when the world is no longer the one that the model was trained for, with a proved bound on false alarms.
+"""Detect that data no longer are those that the model was trained for, with a proved bound on false alarms.
 
 A mixture Shiryaev-Roberts e-detector (Shin, Ramdas & Rinaldo, "E-detectors", NEJSDS 2023, article 59) watches a number
 z from 0 to 1 that has a mean of at most m as long as nothing has changed:
@@ -6,7 +6,7 @@ z from 0 to 1 that has a mean of at most m as long as nothing has changed:
     M <- (M + 1) · (1 + bet · (z - m)),    alarm when the mean of M over the bets is at least the bound
 
 With E[z | past] <= m the mean time until a false alarm is at least the bound, whatever z's distribution and however its
-values depend on each other. Of K numbers each has the threshold K · bound: the bound holds for all of them together.
+values depend on each other. With K numbers each has the threshold K · bound, so the bound holds for all together.
 """
 
 import csv
@@ -17,16 +17,16 @@ from pathlib import Path
 
 import numpy as np
 
-# Requests, then labels, until a false alarm: a request comes often, a label seldom.
+# Requests or labels until a false alarm: requests come often, labels seldom.
 INPUT_BOUND, PREDICTION_BOUND, ACCURACY_BOUND = 1e8, 1e8, 1e5
-# A reference is a sample, too: 455 rows know a mean rank to ± 0.0135 (one deviation), 114 to ± 0.027. And a drift
-# within the tolerance harms nobody: 0.05 is a shift by 0.18 standard deviations.
+# A reference is a sample, too: 455 rows give a mean rank to ± 0.0135 (one standard deviation), 114 to ± 0.027. And a
+# drift within the tolerance harms nobody: 0.05 is a shift by 0.18 standard deviations.
 INPUT_TOLERANCE, PREDICTION_TOLERANCE = 0.05, 0.10
 # Bets as fractions of the largest that keeps M above 0: the small ones find small changes, the large ones large ones.
 BETS = np.array([0.03, 0.06, 0.12, 0.24, 0.42, 0.62, 0.82])
-ERROR_BETS = np.array([0.03, 0.045, 0.06, 0.08, 0.11, 0.16, 0.25])  # their limit is low, and so are the best bets
+ERROR_BETS = np.array([0.03, 0.045, 0.06, 0.08, 0.11, 0.16, 0.25])  # the limit is low, so the best bets are, too
 CONFIDENCE = 0.95  # of the bound on the error that the reference's own errors allow
-LARGEST = 1e250  # beyond the alarm evidence grows without an end
+LARGEST = 1e250  # after the alarm, evidence grows without end
 
 
 class Detectors:
@@ -41,7 +41,7 @@ class Detectors:
         self.observations = 0
 
     def observe(self, z: np.ndarray) -> np.ndarray:
-        """Take the next observation, (K,); return which detectors are at or above the threshold, (K,) of bool."""
+        """Add an observation, (K,); return which detectors are at or above the threshold, (K,) of bool."""
         self.evidence += 1
         self.evidence *= 1 + self.bets * (z - self.limits)[:, None]
         np.minimum(self.evidence, LARGEST, out=self.evidence)
@@ -50,14 +50,14 @@ class Detectors:
 
     @property
     def progress(self) -> np.ndarray:
-        """How far the evidence is, on a scale of logarithms, from none (0) to an alarm (1), (K,)."""
+        """The evidence on a logarithmic scale from none (0) to an alarm (1), (K,)."""
         return np.log(np.maximum(self.evidence.mean(axis=1), 1)) / math.log(self.threshold)
 
 
 def rank(values: np.ndarray, reference: list[list[float]]) -> np.ndarray:
-    """Return the share of the reference below each value, equal ones half: uniform from 0 to 1 without a drift.
+    """Return the share of the reference below each value, equal ones counted half: uniform from 0 to 1 without drift.
 
-    `values` (n, k); `reference` k sorted lists, which bisect searches faster than NumPy where n is small; (n, k).
+    `values` (n, k); `reference` k sorted lists, which bisect searches faster than NumPy if n is small; (n, k).
     """
     counts = [
         [bisect_left(known, value) + bisect_right(known, value) for value, known in zip(row, reference, strict=True)]
@@ -67,7 +67,7 @@ def rank(values: np.ndarray, reference: list[list[float]]) -> np.ndarray:
 
 
 def spread_out(u: np.ndarray) -> np.ndarray:
-    """Return what is watched of ranks (n, k): higher, lower, wider; the mean over n, (3k,).
+    """Return the statistics of ranks (n, k) that are watched, higher, lower and wider: their means over n, (3k,).
 
     A request of many rows is one observation: its rows need not be independent.
     """
@@ -86,7 +86,7 @@ def bound_error(errors: int, n: int) -> float:
 
 @dataclass
 class Reference:
-    """What is known of the world in which the model was trained, from data/."""
+    """The training and test data, from data/, with which new data are compared."""
 
     features: list[list[float]]  # train.csv by columns, 5 of 455, each sorted
     benign: dict[str, list[list[float]]]  # by version: P(benign) of test.csv's rows, 1 of 114, sorted
@@ -95,7 +95,7 @@ class Reference:
 
     @classmethod
     def read(cls, folder: Path) -> "Reference":
-        """Read train.csv, test.csv and expected.csv. OSError, ValueError or KeyError where they are not as written."""
+        """Read train.csv, test.csv and expected.csv; raise OSError, ValueError or KeyError if they are damaged."""
         with (folder / "train.csv").open(newline="") as file:
             head, *lines = csv.reader(file)
         features = np.array([line[:-1] for line in lines], float)
@@ -110,9 +110,9 @@ class Reference:
 
 
 class Watch:
-    """Watches the inputs, the predictions and the errors of one server and version; of an unknown version the inputs.
+    """Watches inputs, predictions and errors of one server and version; of an unknown version only the inputs.
 
-    An alarm stays until `reset`: that no more evidence comes does not show that the drift is over.
+    An alarm stays until `reset`: the end of new evidence does not show that the drift is over.
     """
 
     KINDS = ("input", "prediction", "accuracy")
@@ -134,7 +134,7 @@ class Watch:
         self.alarms: dict[str, dict[str, int]] = {kind: {} for kind in self.KINDS}
 
     def observe(self, rows: np.ndarray, benign: np.ndarray) -> list[tuple[str, str]]:
-        """Take the rows (n, 5) and the P(benign) (n,) of one request; return the new alarms, kind and statistic."""
+        """Add the rows (n, 5) and P(benign) (n,) of one request; return the new alarms, kind and statistic."""
         found = self._observe("input", spread_out(rank(rows, self.reference.features)))
         if "prediction" in self.detectors:
             u = rank(benign[:, None], self.reference.benign[self.version])
@@ -142,7 +142,7 @@ class Watch:
         return found
 
     def observe_label(self, is_error: float) -> list[tuple[str, str]]:
-        """Take one label: 1 where the prediction was wrong, 0 where it was right."""
+        """Add one label: 1 if the prediction was wrong, 0 if it was right."""
         return self._observe("accuracy", np.array([is_error])) if "accuracy" in self.detectors else []
 
     def _observe(self, kind: str, z: np.ndarray) -> list[tuple[str, str]]:
@@ -160,12 +160,12 @@ class Watch:
         self.__init__(self.reference, self.version)
 
     def dump(self) -> dict:
-        """Return what `load` takes, as JSON can say it."""
+        """Return the state for `load`, in JSON's types."""
         detectors = {k: [d.observations, d.evidence.tolist()] for k, d in self.detectors.items()}
         return {"detectors": detectors, "alarms": self.alarms}
 
     def load(self, kept: dict) -> None:
-        """Go on from `dump`; what does not fit is left out: then a detector begins again, which keeps its bound."""
+        """Restore the state of `dump`. A detector whose state does not fit begins again, which keeps its bound."""
         for kind, (observations, evidence) in kept["detectors"].items():
             detectors = self.detectors.get(kind)
             if detectors and np.shape(evidence) == detectors.evidence.shape:

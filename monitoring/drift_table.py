@@ -1,12 +1,12 @@
-"""Compare ways to notice drift: their false alarms, and their delays.
+"""Compare ways to detect drift: their false alarms and their delays.
 
     python drift_table.py
 
 Draws patients from a smooth population (as patients.py does) and, for each
-run, a fresh reference of 455 of them, as train.csv is one. Counts alarms
-without any drift, then requests until a feature that is 0.5 standard deviations
-higher is noticed. Takes some five minutes; --quick takes one. Writes nothing
-unless --output names a JSON file.
+run, a fresh reference of 455 of them, the size of train.csv. Counts alarms
+without drift, then requests until a shift of one feature by 0.5 standard
+deviations is detected. Takes some five minutes; --quick takes one. Writes
+nothing unless --output names a JSON file.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from drift import BETS, ERROR_BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 REFERENCE_ROWS, FEATURES, DRIFTING = 455, 5, 1  # mean texture drifts
-SMOOTHING = 0.25  # deviations of the class: the population has other rows than the 569 of the files
+SMOOTHING = 0.25  # standard deviations of the class, so that the population has other rows than the 569 in the files
 SHIFT_SD = 0.5
 
 
@@ -57,7 +57,7 @@ class Population:
 
 
 def rank_each(rows: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Return the ranks of rows (runs, n, 5) in the references (runs, 455, 5), each run's in its own."""
+    """Return the ranks of rows (runs, n, 5) in the references (runs, 455, 5), one reference a run."""
     u = np.empty_like(rows)
     for run in range(len(rows)):
         for place in range(FEATURES):
@@ -67,7 +67,7 @@ def rank_each(rows: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 class ManyDetectors:
-    """The detectors of drift.py for many runs at once; what drift.Detectors does to each is what this does."""
+    """The detectors of drift.py, computed for many runs at once."""
 
     def __init__(self, runs: int, limits: np.ndarray, bets: np.ndarray = BETS):
         self.limits = limits  # (K,)
@@ -75,7 +75,7 @@ class ManyDetectors:
         self.evidence = np.zeros((runs, *self.bets.shape))
 
     def observe(self, z: np.ndarray) -> np.ndarray:
-        """Take (runs, K); return the evidence in units of the threshold without its bound, the largest, (runs,)."""
+        """Add (runs, K); return the largest evidence of each run, divided by K, to compare with the bound, (runs,)."""
         self.evidence += 1
         self.evidence *= 1 + self.bets * (z - self.limits)[:, :, None]
         return self.evidence.mean(axis=2).max(axis=1) / len(self.limits)
@@ -88,7 +88,7 @@ def statistics_of(u: np.ndarray) -> np.ndarray:
 def run_inputs(
     population: Population, runs: int, steps: int, rows_of: Callable[[int, int], np.ndarray], per_request: int = 1
 ) -> Iterator[np.ndarray]:
-    """Yield after each request the evidence of every run, (runs,), each run with a reference of its own.
+    """Yield after each request the evidence of every run, (runs,), each with its own reference.
 
     `rows_of(first, n)` returns (runs, n, 5), the rows of the requests from `first` on.
     """
@@ -104,7 +104,7 @@ def run_inputs(
 
 
 def count_false_alarms(evidence: Iterator[np.ndarray], bound: float) -> tuple[int, int, float]:
-    """Return alarms, requests, and the largest evidence: a run counts once, at its first alarm."""
+    """Return alarms, requests and the largest evidence. A run counts once, at its first alarm."""
     requests, largest, alarmed = 0, 0.0, None
     for values in evidence:
         alarmed = values >= bound if alarmed is None else alarmed | (values >= bound)
@@ -114,7 +114,7 @@ def count_false_alarms(evidence: Iterator[np.ndarray], bound: float) -> tuple[in
 
 
 def count_delays(evidence: Iterator[np.ndarray], bound: float, drift_from: int) -> np.ndarray:
-    """Return for each run the requests from the drift to the alarm; infinity where none came."""
+    """Return for each run the requests from the drift to the alarm; infinity if none came."""
     delays = None
     for step, values in enumerate(evidence, 1):
         delays = np.full(len(values), np.inf) if delays is None else delays
@@ -194,14 +194,14 @@ def test_river(population: Population, runs: int, steps: int) -> dict[str, tuple
 
 
 def _update_all(detectors: list, row: np.ndarray) -> bool:
-    """Show each detector its feature; return whether one of them sees drift."""
+    """Update each detector with its feature; return whether one of them detects drift."""
     for detector, value in zip(detectors, row.tolist(), strict=True):
         detector.update(value)
     return any(detector.drift_detected for detector in detectors)
 
 
 def compare(quick: bool, rng: np.random.Generator, say: Callable[[str], None]) -> dict:
-    """Return all figures, and say each line of the table when it is known."""
+    """Return all figures; pass each line of the table to `say` as soon as it is known."""
     population = Population(rng)
     runs, results = (50 if quick else 200), {}
     long_steps = 4_000 if quick else 10_000
@@ -257,12 +257,12 @@ def compare(quick: bool, rng: np.random.Generator, say: Callable[[str], None]) -
         results[case] = {"delays": found.tolist()}
         say(f"  {case:45}{describe(found)}")
 
-    # What must stay silent: dependent observations whose mean, given all that came before, stays within the tolerance.
-    # And what does not: there the condition of the bound is broken, each run of alike patients is a drift.
+    # The first two cases must stay silent: the mean of dependent observations, given all earlier ones, stays within the
+    # tolerance. The third does not: each run of similar patients is a drift, which breaks the bound's condition.
     state = rng.normal(size=wide)
 
     def wander(memory: float, n: int) -> np.ndarray:
-        """Return (wide, n), standard normal, each step like the one before."""
+        """Return (wide, n), standard normal, each step correlated with the one before."""
         nonlocal state
         steps = np.empty((wide, n))
         for step in range(n):
@@ -303,8 +303,8 @@ def compare(quick: bool, rng: np.random.Generator, say: Callable[[str], None]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer runs (default: all)")
-    parser.add_argument("--seed", type=int, default=1, help="of all chance (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="make fewer runs (default: all)")
+    parser.add_argument("--seed", type=int, default=1, help="of the random numbers (default: 1)")
     parser.add_argument("--output", type=Path, help="write all figures as JSON (default: write nothing)")
     arguments = parser.parse_args()
     start_s = time.monotonic()

@@ -3,10 +3,10 @@
     rows = read_rows(path, body)                     # (n, 5)
     probabilities = read_probabilities(path, body)   # (n, 2)
 
-`path` is "/package.Service/Method", `body` what HTTP/2 carried: five bytes of framing and the message. Read are
-TensorFlow Serving's Predict, the Open Inference Protocol's ModelInfer and TorchServe's Predictions. Of a message only
-the fields below are needed, so their numbers suffice (protobuf.dev/programming-guides/encoding): no generated code, and
-no package. Both raise Unreadable.
+`path` is "/package.Service/Method"; `body` is HTTP/2's payload, five bytes of framing and the message. Supported are
+TensorFlow Serving's Predict, the Open Inference Protocol's ModelInfer and TorchServe's Predictions. Only the fields
+below are needed, so their numbers suffice (protobuf.dev/programming-guides/encoding), without generated code or a
+package. Both raise Unreadable.
 """
 
 import struct
@@ -28,7 +28,7 @@ Fields = dict[int, list[bytes]]
 
 
 def read_rows(path: str, body: bytes) -> Rows:
-    """Return the rows that a request asks for, (n, k); Unreadable where there are none."""
+    """Return the rows of a request, (n, k); raise Unreadable if there are none."""
     message = read_fields(unframe(body))
     if path == PREDICT:
         return check_table(find_only(read_tensors(message[2]), "inputs"))
@@ -44,7 +44,7 @@ def read_rows(path: str, body: bytes) -> Rows:
 
 
 def read_probabilities(path: str, body: bytes) -> Rows:
-    """Return the probabilities that a reply answers, (n, 2); Unreadable where there are none."""
+    """Return the probabilities of a reply, (n, 2); raise Unreadable if there are none."""
     message = read_fields(unframe(body))
     if path == PREDICT:
         return choose_probabilities(read_tensors(message[1]))
@@ -61,7 +61,7 @@ def unframe(body: bytes) -> bytes:
         raise Unreadable("the body is not one gRPC message")
     if not body[0]:
         return body[5:]
-    decoder = zlib.decompressobj(wbits=47)  # gzip or deflate, as the first bytes say
+    decoder = zlib.decompressobj(wbits=47)  # gzip or deflate, by the first bytes
     try:
         message = decoder.decompress(body[5:], MAX_BODY_BYTES)
     except zlib.error:
@@ -98,7 +98,7 @@ def read_fields(message: bytes) -> Fields:
 
 
 def read_varint(message: bytes, position: int) -> tuple[int, int]:
-    """Return a number of variable length, and where it ends."""
+    """Return a number of variable length, and the position after it."""
     value = shift = 0
     for byte in message[position : position + LONGEST_VARINT]:
         position += 1
@@ -123,7 +123,7 @@ def read_tensors(entries: list[bytes]) -> list[Rows]:
             continue
         if tensor[4]:
             values = unpack(letter, b"".join(tensor[4]))
-        else:  # number by number; where they are fewer, the last one goes on
+        else:  # number by number; if there are fewer, the last one is repeated
             values = unpack(letter, b"".join(tensor[5 if letter == "f" else 6]))
             values += values[-1:] * (min(sizes[0] * sizes[1], MOST_NUMBERS) - len(values))
         found.append(fold(values, *sizes))
@@ -131,7 +131,7 @@ def read_tensors(entries: list[bytes]) -> list[Rows]:
 
 
 def read_inference(described: list[bytes], raw: list[bytes]) -> list[Rows]:
-    """Return the matrices among the Open Inference Protocol's tensors, whose values are inside or in `raw`."""
+    """Return the matrices among the Open Inference Protocol's tensors, whose values are in them or in `raw`."""
     found = []
     if raw and len(raw) != len(described):
         raise Unreadable("not as many raw contents as tensors")
@@ -147,7 +147,7 @@ def read_inference(described: list[bytes], raw: list[bytes]) -> list[Rows]:
 
 
 def read_packed(value: bytes) -> list[int]:
-    """Return the numbers of a repeated field: packed together, or one that `read_fields` has made eight bytes of."""
+    """Return the numbers of a repeated field: packed, or a single one, which `read_fields` returns as eight bytes."""
     if len(value) == 8:  # the two sizes of a matrix that fits a record take fewer when they are packed
         return [int.from_bytes(value, "little")]
     numbers, position = [], 0

@@ -38,7 +38,7 @@ class MonitorError(Exception):
 
 @dataclass
 class Program:
-    """One of the three that run, and where it says that it is ready."""
+    """One of the three programs, and the URL that answers when it is ready."""
 
     name: str
     command: list[str]
@@ -71,12 +71,12 @@ class Program:
         return False
 
     def stop(self) -> None:
-        """End it, by force after some time."""
+        """End the program; kill it if it takes longer than STOP_TIMEOUT_S."""
         if self.process is None:
             return
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.send_signal(signal.SIGCONT)  # a stopped one could not end
+            self.process.send_signal(signal.SIGCONT)  # a suspended process could not end
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(STOP_TIMEOUT_S)
         with suppress(ProcessLookupError):
@@ -85,7 +85,7 @@ class Program:
 
 
 def find_program(name: str) -> str:
-    """Return the path of a program; MonitorError with the command that installs it."""
+    """Return the path of a program; raise MonitorError with the command that installs it if it is missing."""
     if path := shutil.which(os.environ.get(name.upper()) or name):
         return path
     raise MonitorError(
@@ -95,7 +95,7 @@ def find_program(name: str) -> str:
 
 
 def check_port(role: str, port: int) -> None:
-    """MonitorError unless the port can be listened on now."""
+    """Raise MonitorError unless the port is free."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -108,7 +108,7 @@ def check_port(role: str, port: int) -> None:
 
 
 def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, targets: Path) -> None:
-    """Write this run's copies of prometheus.yml and alertmanager.yml: the same, with this run's addresses."""
+    """Write copies of prometheus.yml and alertmanager.yml with this run's addresses."""
     replaced = {
         **{f"127.0.0.1:{PORTS[role]}": f"127.0.0.1:{port}" for role, port in ports.items()},
         GATEWAY_METRICS: gateway_metrics,
@@ -117,7 +117,7 @@ def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, tar
     }
     for name in ("prometheus.yml", "alertmanager.yml"):
         text = (FOLDER / name).read_text()
-        for old in replaced:  # in two steps, so that no new address is taken for an old one
+        for old in replaced:  # in two steps, so that no new address is replaced as an old one
             text = text.replace(old, f"\0{list(replaced).index(old)}\0")
         for number, new in enumerate(replaced.values()):
             text = text.replace(f"\0{number}\0", new)
@@ -152,7 +152,7 @@ def make_programs(state: Path, ports: dict[str, int], keep_days: int) -> list[Pr
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run all three until Ctrl-C; nothing that was started is left then."""
+    """Run all three programs until Ctrl-C, then end them."""
     ports = {role: getattr(arguments, role) for role in PORTS}
     for role, port in ports.items():
         check_port(role, port)
@@ -214,16 +214,16 @@ def last_words(log: Path | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--state", type=Path, default=FOLDER / "state", help="folder of all files (default: state here)"
+        "--state", type=Path, default=FOLDER / "state", help="folder for all files (default: state in this folder)"
     )
     for role, port in PORTS.items():
         parser.add_argument(f"--{role}", type=int, default=port, metavar="PORT", help=f"its port (default: {port})")
     parser.add_argument(
-        "--gateway-metrics", default=GATEWAY_METRICS, help=f"the gateway's own metrics (default: {GATEWAY_METRICS})"
+        "--gateway-metrics", default=GATEWAY_METRICS, help=f"address of its metrics (default: {GATEWAY_METRICS})"
     )
     parser.add_argument(
         "--targets", type=Path, default=FOLDER.parent / "gateway" / "state" / "targets.json",
-        help="where the gateway writes which replicas there are (default: ../gateway/state/targets.json)",
+        help="the gateway's list of replicas (default: ../gateway/state/targets.json)",
     )  # fmt: skip
     parser.add_argument("--keep-days", type=int, default=30, help="days of predictions and metrics (default: 30)")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Make both pictures of one list of panels: Prometheus' page, Grafana's board.
+"""Make Prometheus' page and Grafana's dashboard from one list of panels.
 
     python panels.py
 
@@ -19,17 +19,17 @@ BY = "sum by (server, version)"
 
 @dataclass
 class Panel:
-    """One picture. `$name` in a line's legend stands for the label of that name."""
+    """One chart. `$name` in a line's legend stands for the label of that name."""
 
     title: str
     unit: str  # s, percent (of a ratio from 0 to 1), or short
     lines: list[tuple[str, str]]  # PromQL and legend
     help: str  # what to look for
-    largest: float | None = None  # of the axis; None: as the values are
+    largest: float | None = None  # of the axis; None: by the values
 
 
 def quantile(share: str, metric: str, scale: str = "", more: str = "") -> str:
-    """The quantile of a histogram's last minute, by server and version."""
+    """Return the PromQL for a quantile of a histogram's last minute, by server and version."""
     matching = f"{{{more}}}" if more else ""
     return (
         f"histogram_quantile({share}, sum by (server, version, le) (rate({metric}_bucket{matching}[{RANGE}]))){scale}"
@@ -49,7 +49,7 @@ PANELS = [
     Panel(
         "Requests per second", "short",
         [(f'{BY} (rate({OURS}_count{{code!="aborted"}}[{RANGE}]))', "$server v$version")],
-        "Whom the split gives how much.",
+        "How the split divides the requests.",
     ),
     Panel(
         "p99 as users see it", "s", [(quantile("0.99", OURS, more='code="2xx"'), "$server v$version")],
@@ -60,14 +60,14 @@ PANELS = [
         "From the request to the end of its reply, through TLS.",
     ),
     Panel(
-        "p99 in the servers' own words", "s", OWN_P99,
+        "p99 as the servers report it", "s", OWN_P99,
         "Each has its own clock, buckets and health checks (two predictions a second and replica). BentoML's default "
-        "buckets begin at 5 ms, so it cannot see less. TorchServe gives sums only: a mean, of REST.",
+        "buckets begin at 5 ms, so it cannot show less. TorchServe has only sums: a mean, of REST.",
     ),
     Panel(
-        "p50 in the servers' own words", "s",
+        "p50 as the servers report it", "s",
         [(expression.replace("0.99", "0.5"), legend) for expression, legend in OWN_P99[:3]],
-        "Beside p50 as users see it: the difference is the gateway, or a histogram that lies.",
+        "Compare with p50 as users see it: the difference is the gateway, or too coarse a histogram.",
     ),
     Panel(
         "Failed requests", "percent",
@@ -75,7 +75,7 @@ PANELS = [
             ("requests:failed:ratio_5m", "$server v$version"),
             ("vector(0.001)", "objective"),
         ],
-        "5xx of all, over five minutes.",
+        "Share of 5xx, over five minutes.",
     ),
     Panel(
         "Answers slower than 50 ms", "percent",
@@ -103,7 +103,7 @@ PANELS = [
         "Rows called benign", "percent",
         [(f'{BY} (rate(gateway_rows_total{{class="benign"}}[5m])) / {BY} (rate(gateway_rows_total[5m]))',
           "$server v$version"), ("vector(0.63)", "test.csv")],
-        "The first thing that moves when the patients change.", 1.0,
+        "The first figure that moves when the patients change.", 1.0,
     ),
     Panel(
         "A feature's fullest tenth", "percent",
@@ -112,12 +112,12 @@ PANELS = [
             "group_left () sum by (feature) (rate(gateway_rows_by_decile_total[5m])))",
             "$feature",
         ), ("vector(0.1)", "train.csv")],
-        "Each tenth of train.csv holds a tenth of the rows when nothing has drifted. For eyes, not for alarms.",
+        "Without drift each tenth of train.csv holds a tenth of the rows. To look at, not to alert on.",
     ),
     Panel(
         "Evidence of drift", "percent",
         [("max by (server, version, kind) (drift_progress)", "$server v$version $kind"), ("vector(1)", "alarm")],
-        "Logarithmic, of the detectors in collect.py. At 100 % it is an alarm, which stays until the reset.",
+        "Logarithmic, from the detectors in collect.py. 100 % is an alarm, which stays until the reset.",
     ),
     Panel(
         "Accuracy", "percent",
@@ -127,7 +127,7 @@ PANELS = [
             (f'{BY} (increase(gateway_labels_total{{right="yes"}}[5m])) / {BY} (increase(gateway_labels_total[5m]))',
              "$server v$version was right"),
         ],
-        "What the model expects of itself, the mean of max(p, 1 - p), and what labels say once they come.", 1.0,
+        "Expected by the model itself, the mean of max(p, 1 - p), and measured once labels come.", 1.0,
     ),
     Panel(
         "Requests that are not in the log", "short",
@@ -137,7 +137,7 @@ PANELS = [
             "missing",
         ), ("sum(increase(gateway_log_write_errors_total[5m]))", "not written"),
          ("sum(increase(gateway_unreadable_records_total[5m]))", "unreadable")],
-        "HAProxy's count against the collector's, of five minutes; what is under way makes it wander around 0.",
+        "HAProxy's count minus the collector's, over five minutes; requests in progress make it vary around 0.",
     ),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Be the patients: ask the gateway, and send the diagnoses later.
+"""Send patients to the gateway, and their diagnoses later.
 
     python patients.py                     20 patients a second
     python patients.py --drift "mean texture=+0.5sd"
@@ -7,8 +7,8 @@
     python patients.py --labels-after 5 --wrong-labels 0.3
                                            and three of ten contradict the model
 
-Patients are drawn from data/*.csv and moved a little, so that no two are the
-same. The key is read from KEY (python gateway.py keys add alice).
+Patients are drawn from data/*.csv and varied a little, so that no two are
+equal. The key is read from KEY (python gateway.py keys add alice).
 """
 
 import argparse
@@ -30,20 +30,20 @@ import numpy as np
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
 GATEWAY_DIR = FOLDER.parent / "gateway"
-MOVED_SD = 0.1  # of a feature's deviation within the class: few enough that a patient's diagnosis stays
+MOVED_SD = 0.1  # of a feature's standard deviation within the class: little enough to keep the diagnosis
 SIGNIFICANT = 4  # digits, as in the files
 TIMEOUT_S = 35.0
 
 
 class PatientsError(Exception):
-    """The patients cannot ask; the message is one line that says what to do."""
+    """No patient can be sent; the message is one line that says what to do."""
 
 
 class Population:
-    """Where patients come from: the rows of train.csv and test.csv, and how they differ."""
+    """The rows of train.csv and test.csv, from which patients are drawn."""
 
     def __init__(self, folder: Path, drift: dict[str, float]):
-        """`drift` adds so many standard deviations to a feature."""
+        """`drift` is the number of standard deviations to add, by feature."""
         lines = []
         for name in ("train.csv", "test.csv"):
             with (folder / name).open(newline="") as file:
@@ -78,7 +78,7 @@ class Clinic:
         self.seen: Counter[str] = Counter()  # replies by version, or by what went wrong
         self.waiting: deque[tuple[float, str]] = deque()  # when a line of labels is due
         self.lock = threading.Lock()
-        self.is_interrupted = False  # by a signal, whose handler must not take an Event's lock
+        self.is_interrupted = False  # set by a signal handler, which must not take an Event's lock
         self.stopping = threading.Event()
         self.servers = self._read_servers()
         try:
@@ -87,7 +87,7 @@ class Clinic:
             raise PatientsError(f"no certificate {arguments.ca}: start the gateway, or name it with --ca") from None
 
     def _read_servers(self) -> list[tuple[str, str, str]]:
-        """Return name, path and the rows' key of each server that is to be asked."""
+        """Return name, path and the rows' key of each server to ask."""
         known = json.loads((GATEWAY_DIR / "servers.json").read_text())
         names = self.arguments.servers
         if not names:
@@ -102,7 +102,7 @@ class Clinic:
         return [(name, known[name]["path"], next(iter(json.loads(known[name]["body"])))) for name in names]
 
     def run(self) -> None:
-        """Send until the time is over, the number is reached or somebody interrupts."""
+        """Send until the time is over, the number is reached or Ctrl-C is pressed."""
         arguments = self.arguments
         start_s = time.monotonic()
         count = min(
@@ -163,7 +163,7 @@ class Clinic:
                     self.waiting.append((time.monotonic() + arguments.labels_after, "".join(lines)))
 
     def _send_labels(self) -> None:
-        """Write the labels that are due where the collector finds them."""
+        """Write the labels that are due into the folder that the collector reads."""
         due = []
         with self.lock:
             while self.waiting and self.waiting[0][0] <= time.monotonic():
@@ -187,7 +187,7 @@ class Clinic:
 
 
 def parse_drift(text: str) -> tuple[str, float]:
-    """Return feature and shift of "mean texture=+0.5sd"; ArgumentTypeError where it is something else."""
+    """Return feature and shift of "mean texture=+0.5sd"; raise ArgumentTypeError for any other form."""
     found = re.fullmatch(r"(.+?)\s*=\s*([+-]?\d*\.?\d+)\s*sd", text.strip())
     if not found:
         raise argparse.ArgumentTypeError(f"{text!r}: write a feature and a shift, as in 'mean texture=+0.5sd'")
@@ -211,21 +211,21 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", metavar="NAME", help="asked in turn (default: all behind the gateway)")
     parser.add_argument(
         "--drift", type=parse_drift, action="append", default=[], metavar="FEATURE=±Xsd",
-        help="move a feature by so many standard deviations (default: none)",
+        help="move a feature by X standard deviations (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--labels-after", type=float, metavar="S", help="seconds until the diagnosis (default: none comes)"
     )
     parser.add_argument(
-        "--wrong-labels", type=float, default=0.0, metavar="SHARE", help="diagnoses turned round (default: 0)"
+        "--wrong-labels", type=float, default=0.0, metavar="SHARE", help="share of inverted diagnoses (default: 0)"
     )
     parser.add_argument(
-        "--labels", type=Path, default=FOLDER / "state" / "labels", help="where they go (default: state/labels)"
+        "--labels", type=Path, default=FOLDER / "state" / "labels", help="folder for diagnoses (default: state/labels)"
     )
     parser.add_argument("--gateway", default="localhost:8443", help="its address (default: localhost:8443)")
     parser.add_argument("--ca", type=Path, default=state / "tls.pem", help="its certificate (default: the gateway's)")
     parser.add_argument("--connections", type=int, default=4, help="requests at once (default: 4)")
-    parser.add_argument("--seed", type=int, help="the same patients every time (default: others)")
+    parser.add_argument("--seed", type=int, help="for the same patients every time (default: other ones)")
     arguments = parser.parse_args()
     if min(arguments.rows, arguments.users, arguments.connections) < 1 or not 0 <= arguments.wrong_labels <= 1:
         parser.error("rows, users and connections are at least 1, wrong-labels is 0 to 1")

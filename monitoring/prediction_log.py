@@ -1,7 +1,7 @@
 """The prediction log as files: lines of JSON, which become Parquet when their hour is over.
 
-    predictions/date=2026-11-29/14.jsonl      the hour that runs, appended to
-    predictions/date=2026-11-29/13.parquet    an hour that is over, compressed
+    predictions/date=2026-11-29/14.jsonl      the current hour, appended to
+    predictions/date=2026-11-29/13.parquet    an earlier hour, compressed
 
 The hour, in UTC, is that of a record's arrival, so that no file changes after its hour.
 """
@@ -40,7 +40,7 @@ COLUMNS = {
     "benign": "DOUBLE",
     "note": "VARCHAR",
 }
-# An hour's lines in the order of their columns; what a full disk has cut is left out: DuckDB makes nulls of it.
+# An hour's lines in the order of their columns. Lines that a full disk has cut, nulls to DuckDB, are left out.
 READ_LINES = (
     "SELECT * REPLACE (make_timestamp(time) AS time) "
     "FROM read_json(?, format='newline_delimited', {columns}) WHERE id IS NOT NULL"
@@ -53,7 +53,7 @@ class LogError(Exception):
 
 
 class Count:
-    """A number in a file that survives the end of the process, also by kill -9: the kernel writes it."""
+    """A number in a file that survives even kill -9, because the kernel writes it."""
 
     def __init__(self, path: Path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -72,7 +72,7 @@ class Count:
 
 
 class PredictionLog:
-    """Appends lines. One process at a time: LogError where another one writes into the folder."""
+    """Appends lines. Raises LogError if another process writes into the folder."""
 
     def __init__(self, folder: Path, keep_days: int = 30):
         self.folder, self.keep_days = folder, keep_days
@@ -92,13 +92,13 @@ class PredictionLog:
         self._lock.flush()
 
     def append(self, lines: str, now: datetime) -> None:
-        """Append whole lines. OSError where the disk does not take them."""
+        """Append complete lines; raise OSError if the disk does not take them."""
         hour = f"{now:date=%Y-%m-%d/%H.jsonl}"
-        if hour != self._hour or not os.fstat(self._file).st_nlink:  # else somebody has deleted the file
+        if hour != self._hour or not os.fstat(self._file).st_nlink:  # else the file has been deleted
             self._open(hour)
         data = lines.encode()
         written = os.write(self._file, data)
-        if written < len(data):  # the disk is full: what is cut must not join the next line
+        if written < len(data):  # the disk is full: the next line must not join this one
             with contextlib.suppress(OSError):
                 os.write(self._file, b"\n")
             raise OSError(28, "No space left on device")
@@ -111,10 +111,10 @@ class PredictionLog:
         path.parent.mkdir(exist_ok=True, mode=0o700)
         self._file, self._hour = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), hour
         if (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # a line that was cut when the machine went down
+            os.write(self._file, b"\n")  # a line was cut when the machine went down
 
     def tidy(self, now: datetime) -> list[str]:
-        """Make Parquet of the hours that are over and remove the days that are too old; return what was done."""
+        """Compress earlier hours and remove days that are too old; return a line for each."""
         done = []
         for path in sorted(self.folder.glob("date=*/*.jsonl")):
             if path != self.folder / f"{now:date=%Y-%m-%d/%H.jsonl}":
@@ -134,9 +134,9 @@ class PredictionLog:
 
 
 def compress(path: Path) -> int:
-    """Put a file of lines into a Parquet file beside it and remove it; return how many rows there are.
+    """Replace a file of lines by a Parquet file; return its number of rows.
 
-    A crash leaves the lines, or both; then the lines are compressed again.
+    After a crash the lines are still there, with or without the Parquet file, and are compressed again.
     """
     target, temporary = path.with_suffix(".parquet"), path.with_suffix(".writing")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
@@ -155,7 +155,7 @@ def read_lines() -> str:
 
 
 def open_view(folder: Path, labels: Path | None = None) -> duckdb.DuckDBPyConnection:
-    """Return a connection in which `predictions` is the whole log, and `labels` what is known of it by now."""
+    """Return a connection with the views `predictions`, the whole log, and `labels`, all labels that have come."""
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     parquet = sorted(map(str, folder.glob("date=*/*.parquet")))

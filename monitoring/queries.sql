@@ -1,8 +1,8 @@
--- Questions to the prediction log: python ask.py NAME. Each begins with `-- name: NAME`, and one line that says what
--- it asks. `predictions` has a row for each predicted row, `labels` a row for each label: id, row, target.
+-- Queries of the prediction log: python ask.py NAME. Each begins with `-- name: NAME` and one line of description.
+-- `predictions` has a row for each predicted row, `labels` a row for each label: id, row, target.
 
 -- name: versions
--- who answered how much, how fast, and what
+-- requests, latency and mean answer of each version
 SELECT server, version, count(DISTINCT id) AS requests, count(*) AS rows,
        count(DISTINCT id) FILTER (status >= 500) AS failed,
        round(quantile_cont(ms::DOUBLE, 0.5), 2) AS p50_ms, round(quantile_cont(ms::DOUBLE, 0.99), 2) AS p99_ms,
@@ -20,7 +20,7 @@ SELECT server, version, status, note, count(DISTINCT id) AS requests
 FROM predictions WHERE benign IS NULL GROUP BY ALL ORDER BY requests DESC LIMIT 20;
 
 -- name: accuracy
--- how often each version was right, of the rows whose label has come
+-- how often each version was right, for the rows whose label has come
 SELECT server, version, count(*) AS labelled, round(avg(((benign >= 0.5) = (target = 1))::INT), 3) AS accuracy,
        round(avg((benign - target) ** 2), 4) AS brier_score
 FROM predictions JOIN (SELECT id, row, first(target) AS target FROM labels GROUP BY ALL) USING (id, row)

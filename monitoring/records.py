@@ -1,4 +1,4 @@
-"""Read one record of the gateway's tap: what HAProxy logs of a request, and what was asked and answered.
+"""Parse the record that HAProxy logs of a request: metadata, question and answer.
 
 A record is a line of syslog (RFC 5424): `[p@1 us="…" body="…" reply="…"] {"time": …}`. The names before the object
 are those of haproxy.cfg's log-format-sd, their values in base64; the object is the gateway's access log.
@@ -20,20 +20,20 @@ CLASSES = ["malignant", "benign"]
 RECORD = re.compile(rb"\[p@1 ([^\]]*)\] (\{.*\})\s*$", re.DOTALL)
 PAIR = re.compile(rb'(\w+)="([^"]*)"')
 MOST_LOGGED = 20_000  # bytes of a body, as in haproxy.cfg
-ABSENT = b"-"  # HAProxy's word for what was not there; no base64
-# gRPC's codes that say that the server failed: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE,
-# DATA_LOSS. What else is not 0 is the client's doing.
+ABSENT = b"-"  # HAProxy's mark for a missing value; not base64
+# gRPC's codes of a server's failure: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE, DATA_LOSS.
+# Any other code but 0 is the client's fault.
 FAILED_GRPC = {"2", "4", "8", "13", "14", "15"}
 
 
 @dataclass
 class Record:
-    """One request through the gateway. What it did not come to is empty."""
+    """One request through the gateway. Fields that do not apply are empty."""
 
     time_us: int  # when it came, in µs since 1970
     id: str
     server: str
-    version: str  # of the replica that answered, or that would have
+    version: str  # of the replica that answered, or would have answered
     wanted: str  # the version before a fallback
     replica: str
     owner: str
@@ -44,13 +44,13 @@ class Record:
     grpc_status: str
     seconds: float
     code: str = ""  # 2xx, 4xx, 5xx, or aborted: the client left
-    is_prediction: bool = False  # else the gateway refused it before it chose a version, or the path predicts nothing
-    rows: Rows = ()  # (n, 5), empty where they cannot be read
-    probabilities: Rows = ()  # (n, 2), empty where there are none
+    is_prediction: bool = False  # else the gateway refused it before choosing a version, or the path predicts nothing
+    rows: Rows = ()  # (n, 5), empty if they cannot be read
+    probabilities: Rows = ()  # (n, 2), empty if there are none
     note: str = ""  # why rows or probabilities are empty
 
     def lines(self) -> str:
-        """Return the record's lines in the log: one for each row, one for a request whose rows cannot be read."""
+        """Return the record's lines in the log: one for each row, or one if the rows cannot be read."""
         count = max(1, len(self.rows), len(self.probabilities))
         line = {
             "time": self.time_us, "id": self.id, "row": 0, "rows": count, "server": self.server,
@@ -69,7 +69,7 @@ class Record:
 
 
 def read_record(line: bytes) -> Record:
-    """Read a line of the tap; ValueError where it is none of the gateway's."""
+    """Return the record in a line of HAProxy's log; raise ValueError if it is none of the gateway's."""
     found = RECORD.search(line)
     if not found:
         raise ValueError("no record of the gateway")
@@ -98,7 +98,7 @@ def read_record(line: bytes) -> Record:
 
 
 def _predicts(record: Record) -> bool:
-    """Whether a request came to a server, at a path that predicts."""
+    """Return whether a request reached a server at a path that predicts."""
     if not (record.server and record.version and record.owner):
         return False
     if record.protocol == "gRPC":
@@ -110,9 +110,9 @@ def _predicts(record: Record) -> bool:
 
 
 def _read_exchange(record: Record, sent: dict[str, bytes], text: dict[str, str], is_cut: list[bool]) -> None:
-    """Set the rows and the probabilities, and the note where there are none.
+    """Set the rows and the probabilities, or the note if there are none.
 
-    HAProxy says the same of a body that is empty and of one that it left out; `is_cut` tells them apart.
+    HAProxy logs an empty body and one that it left out in the same way; `is_cut` tells them apart.
     """
     notes = []
     asked = {"content-type": "type", "content-encoding": "coding", "inference-header-content-length": "json_bytes"}
@@ -145,7 +145,7 @@ def _read_exchange(record: Record, sent: dict[str, bytes], text: dict[str, str],
             raise Unreadable("reply too large to be logged")
         reply = _decode(sent["reply"])
         if record.protocol == "gRPC":
-            if not reply:  # an error whose status came after the headers, where HAProxy does not look
+            if not reply:  # an error whose status came after the headers, which HAProxy does not read
                 record.grpc_status = "2"
                 raise Unreadable("no message in the reply")
             probabilities = grpc_exchanges.read_probabilities(record.path, reply)
@@ -161,7 +161,7 @@ def _read_exchange(record: Record, sent: dict[str, bytes], text: dict[str, str],
 
 
 def _find_code(record: Record, end: str) -> str:
-    """Return the request's kind of end. Over gRPC what failed has HTTP's status 200, too."""
+    """Return how the request ended. Over gRPC a failed request has HTTP status 200, too."""
     if record.status < 100 or (end.startswith("C") and record.status >= 400):
         return "aborted"
     if record.status == 200 and record.grpc_status not in ("", "0"):
@@ -177,5 +177,5 @@ def _decode(value: bytes) -> bytes:
 
 
 def _blank_quotes(error: Unreadable) -> str:
-    """Return an error's words without the user's own: nothing that users send is logged but numbers."""
+    """Return an error's message without the user's words: of what users send, only numbers are logged."""
     return re.sub(r"'[^']*'", "'…'", str(error))

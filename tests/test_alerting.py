@@ -67,12 +67,12 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_is_silent(
 
 
 def test_every_alert_names_a_runbook_that_is_there():
-    text = (MONITORING / "README.md").read_text()
+    text = (MONITORING / "REFERENCE.md").read_text()
     headings = {heading.lower() for heading in re.findall(r"^#+ (\w+)$", text, re.MULTILINE)}
     for group in RULES:
         for rule in group["rules"]:
             if "alert" in rule:
-                assert rule["annotations"]["runbook"] == f"monitoring/README.md#{rule['alert'].lower()}"
+                assert rule["annotations"]["runbook"] == f"monitoring/REFERENCE.md#{rule['alert'].lower()}"
                 assert rule["alert"].lower() in headings, f"no runbook for {rule['alert']}"
                 assert rule["labels"]["severity"] in ("page", "ticket", "none")
 
@@ -186,7 +186,7 @@ def test_a_dead_replica_is_told_in_the_terminal_and_so_is_its_return(toys):
     wait_until(lambda: len(monitor.ask('up{job="gateway"} == 1')) == 1, monitor.log)
     toys.programs["2"].end(signal.SIGKILL)
     monitor.wait_for(
-        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/README.md#replicadown"
+        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/REFERENCE.md#replicadown"
     )
     toys.start("2")
     monitor.wait_for(" resolved page ReplicaDown: onnx v2-1 does not answer")
