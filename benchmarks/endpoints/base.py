@@ -28,7 +28,7 @@ KINDS = {
     "docker": "the server in its image: the framework's own, or the one of the framework's folder",
     "local": "this repository's own server: the framework has none, or it cannot be installed",
     "cluster": "whatever answers at an address: one server or many, their machines and the network between",
-    "floor": "no model: only the cost of the harness and of HTTP",
+    "floor": "no model: the cost of the harness and of HTTP alone",
     "peer": "a server of others with the ONNX model of onnx/, for comparison only; make peers installs it",
 }
 
