@@ -319,8 +319,8 @@ def test_every_plot_and_table_names_the_floor_as_floor(report):
 def test_the_twelve_points_of_the_method_are_there_with_this_runs_facts(report):
     text = Page(report).sections["method"]
     points = (
-        "Correct first", "Same work", "Who eats which core", "The floor", "Two kinds of load", "Saturation",
-        "Enough samples", "Warm and cold apart", "Cost", "Profile", "Environment", "Look as well as read",
+        "Correct first", "Same work", "Cores", "The floor", "Two kinds of load", "Saturation",
+        "Enough samples", "Warm and cold", "Cost", "Profile", "Environment", "Raw data",
     )  # fmt: skip
     places = [text.index(point) for point in points]
     assert places == sorted(places)
