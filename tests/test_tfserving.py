@@ -700,7 +700,7 @@ def test_a_stop_signal_at_any_step_of_an_export_is_one_line_and_leaves_nothing(t
     assert process.wait(DEADLINE_S) == 1
     assert b"Traceback" not in shown
     assert shown.rpartition(b"\r\x1b[K")[2].decode().splitlines() == [
-        "export_model: interrupted; a version that was not finished is as it was before"
+        "export_model: interrupted; an unfinished version is as it was before"
     ]
     assert not list((tmp_path / "models").rglob("writing-*"))
 

@@ -645,11 +645,11 @@ def test_a_label_for_a_version_that_comes_later_is_given_when_it_comes(changing)
     changing.set_config(
         changing.model_config("model_version_policy { all {} } version_labels { key: 'stable' value: 2 }")
     )
-    changing.wait_for_line("not taken up: Request to assign label to version 2")
+    changing.wait_for_line("not applied: Request to assign label to version 2")
     changing.add_version("2")
     rows, _ = load_test_rows()
     wait_until(lambda: changing.post("/labels/stable:predict", {"instances": rows[:1]})[0] == 200, changing.log)
-    assert changing.log().count("not taken up") == 1
+    assert changing.log().count("not applied") == 1
 
 
 def test_a_config_that_changed_while_the_server_loaded_is_looked_at_once(local_server, tmp_path, monkeypatch, capsys):
@@ -794,7 +794,7 @@ def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, apis):
     changing.wait_for_line("Error parsing text-format tensorflow.serving.ModelServerConfig")
     check(canary, "1")
     changing.set_config(labelled(9))
-    changing.wait_for_line(f"not taken up: {refused}")
+    changing.wait_for_line(f"not applied: {refused}")
     check(canary, "1")
 
 

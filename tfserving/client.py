@@ -2,7 +2,7 @@
 
     python client.py
 
-Sends the first rows of ../data/test.csv both ways, prints the probabilities,
+Sends the first rows of ../data/test.csv both ways and prints the probabilities;
 writes nothing. From Python:
 
     from client import predict
@@ -31,13 +31,13 @@ TIMEOUT_S = 30.0
 
 
 class ClientError(Exception):
-    """No prediction came; the message is one line that says why."""
+    """No prediction came; the message is one line with the reason."""
 
 
 def predict(data, host: str = "127.0.0.1", port: int = 8501, version: str = "", label: str = "") -> np.ndarray:
     """Return the probabilities (n, 2), [P(malignant), P(benign)], for raw features (n, 5), over REST.
 
-    The newest version answers where neither `version` nor `label` is given. Raises ClientError.
+    The newest version answers if neither `version` nor `label` is given. Raises ClientError.
     """
     choice = f"/versions/{version}" if version else f"/labels/{label}" if label else ""
     url = f"http://{host}:{port}/v1/models/{MODEL_NAME}{choice}:predict"
@@ -53,7 +53,7 @@ def predict(data, host: str = "127.0.0.1", port: int = 8501, version: str = "", 
 
 
 def predict_grpc(data, host: str = "127.0.0.1", port: int = 8500, version: str = "", label: str = "") -> np.ndarray:
-    """The same over gRPC."""
+    """Return the probabilities as `predict` does, over gRPC."""
     predict_pb2, prediction_service_pb2_grpc = import_stubs()
     array = np.asarray(data, dtype="<f4")  # gRPC converts nothing: the type must be the signature's, float32
 
@@ -83,12 +83,12 @@ def predict_grpc(data, host: str = "127.0.0.1", port: int = 8500, version: str =
 
 @contextlib.contextmanager
 def messages_without_tensorflow():
-    """Inside the block, tensorflow-serving-api's stubs can be imported without importing TensorFlow.
+    """Let tensorflow-serving-api's stubs be imported inside the block without importing TensorFlow.
 
     The stubs import message definitions that lie inside the tensorflow package, and importing any part of
-    a package runs all of its __init__: 6 to 9 seconds that a client has no use for. An empty module of
-    that name with the package's search path lets the definitions be found without it. Afterwards it is
-    gone again, so whoever needs the real TensorFlow later gets it.
+    a package runs its whole __init__: 6 to 9 seconds, of no use to a client. An empty module of that name
+    with the package's search path makes the definitions importable without it. It is removed afterwards,
+    so a later import gets the real TensorFlow.
     """
     if "tensorflow" in sys.modules:
         yield

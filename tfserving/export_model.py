@@ -4,7 +4,7 @@
 
 Reads ../data. Writes models/my_model/1 and models/my_model/2, each with its
 graph, its weights and five warm-up requests. Running it again writes the same
-bytes, but for fingerprint.pb, which holds a random id.
+bytes, except fingerprint.pb, which holds a random id.
 """
 
 import argparse
@@ -24,11 +24,11 @@ terminal = os.dup(2)  # quiet_tensorflow silences the original while TensorFlow 
 
 
 def end_at_once(*_) -> None:
-    """End on a stop signal with one line, wherever it comes: TensorFlow would show its call stack."""
+    """End on a stop signal with one line at any moment; TensorFlow would show its call stack."""
     handle_stops(signal.SIG_IGN)
     for folder in unfinished:
         shutil.rmtree(folder, ignore_errors=True)
-    line = b"export_model: interrupted; a version that was not finished is as it was before\n"
+    line = b"export_model: interrupted; an unfinished version is as it was before\n"
     os.write(terminal, (b"\r\033[K" if os.isatty(terminal) else b"") + line)
     os._exit(1)
 
@@ -48,12 +48,12 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"export_model: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
-# TensorFlow is imported by the functions that use it: that takes seconds, which a wrong command line should not cost.
+# The functions import TensorFlow where they use it: that takes seconds, too long for the error of a mistyped option.
 
 HERE = Path(__file__).resolve().parent
 DATA_DIR = HERE.parent / "data"
 MODELS_DIR = HERE / "models"
-WARM_UP_BATCH_SIZES = (1, 2, 8, 32, 114)  # the first call with a new shape is slow; warm-up takes that before traffic
+WARM_UP_BATCH_SIZES = (1, 2, 8, 32, 114)  # the first call with a new shape is slow, so warm-up makes it before traffic
 
 
 def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -82,8 +82,8 @@ def train(
 ):
     """Return the network trained in float64 on all rows at once, from the shared initial weights.
 
-    `inputs` (n, 5) are standardised, `labels` (n,). The loss takes logits: on probabilities Keras clips
-    at 1e-7, which would move the result away from the other frameworks.
+    `inputs` (n, 5) are standardised, `labels` (n,). The loss takes logits, because Keras clips
+    probabilities at 1e-7, which would make the result differ from the other frameworks'.
     """
     from quiet_tensorflow import tf
 
@@ -123,9 +123,9 @@ def write_warm_up(path: Path, model_name: str, rows: np.ndarray) -> None:
 
 
 def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.ndarray, target: Path) -> None:
-    """Write `target`, a SavedModel in float32 that takes raw features, all at once.
+    """Write `target`, a SavedModel in float32 that takes raw features, in one step.
 
-    A server polls the folder above `target`: it must never see half a version. So the files are written
+    A server polls the folder above `target` and must never see half a version. So the files are written
     under a name that is not a number, which every server ignores, and the finished folder is renamed.
     """
     from quiet_tensorflow import tf
@@ -142,7 +142,7 @@ def export(network, recipe: dict, mean: np.ndarray, scale: np.ndarray, rows: np.
         return {"probabilities": tf.concat([tf.sigmoid(-logits), tf.sigmoid(logits)], axis=1)}  # (n, 2)
 
     module = tf.Module()
-    module.weights = [variable.value for variable in served.variables]  # what `module` does not hold is not written
+    module.weights = [variable.value for variable in served.variables]  # only what `module` holds is written
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"writing-{target.name}-", dir=target.parent) as folder:
@@ -171,8 +171,8 @@ def show_progress(line: str) -> Progress:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="what to read (default: ../data)")
-    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR, help="where to write (default: models)")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="data folder (default: ../data)")
+    parser.add_argument("--models-dir", type=Path, default=MODELS_DIR, help="folder to write to (default: models)")
     arguments = parser.parse_args()
 
     try:

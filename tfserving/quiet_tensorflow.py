@@ -1,9 +1,9 @@
-"""Import TensorFlow without its start-up noise: `from quiet_tensorflow import tf`.
+"""Import TensorFlow without its start-up messages: `from quiet_tensorflow import tf`.
 
-TensorFlow's C++ code writes to file descriptor 2 while it is being imported (no CUDA driver, oneDNN is on),
-whatever the log level. Everything here runs on the CPU, so none of it is news. Set CUDA_VISIBLE_DEVICES
-yourself to give it a GPU. Keras looks for scikit-learn and Matplotlib, which nothing here needs: a third of the time
-that the import takes. The same file is in tfserving/ and tfserving/local/.
+While it is imported, TensorFlow's C++ code writes to file descriptor 2 (no CUDA driver, oneDNN is on) at every log
+level. Everything here runs on the CPU, so these messages are of no use; set CUDA_VISIBLE_DEVICES to give it a GPU.
+Keras imports scikit-learn and Matplotlib if they are installed, a third of the import's time, and nothing here needs
+them. tfserving/ and tfserving/local/ hold the same file.
 """
 
 import contextlib
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
-os.environ.setdefault("KERAS_HOME", os.devnull)  # else Keras writes its settings, which nothing here reads, to ~/.keras
+os.environ.setdefault("KERAS_HOME", os.devnull)  # otherwise Keras writes unused settings to ~/.keras
 
 
 @contextlib.contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Send file descriptor 2 to nowhere inside the block; Python's own exceptions still reach the caller."""
+    """Discard output to file descriptor 2 inside the block; Python's exceptions still reach the caller."""
     sys.stderr.flush()
     kept = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -33,7 +33,7 @@ def silent_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def not_installed(*names: str) -> Iterator[None]:
-    """Let an import of these packages fail inside the block, as if they were not there; what is loaded stays."""
+    """Make imports of these packages fail inside the block, as if not installed; loaded ones stay loaded."""
     hidden = set(names) - sys.modules.keys()
     sys.modules.update(dict.fromkeys(hidden))
     try:
@@ -49,4 +49,4 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
-tf.get_logger().setLevel("ERROR")  # Python's side: deprecation notes
+tf.get_logger().setLevel("ERROR")  # messages from Python: deprecations

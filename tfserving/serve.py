@@ -1,16 +1,15 @@
-"""Serve models/my_model with TensorFlow Serving, or with what is nearest to it.
+"""Serve models/my_model with TensorFlow Serving or, without it, with the local server.
 
     python serve.py
     python serve.py --batching-config batching.config
 
-The first of these that the machine has, named in the first line of output:
-  native  tensorflow_model_server on PATH
-  docker  the official image, where a Docker engine answers and has or can get
-          the image
+Starts the first of these that the machine has and prints its name:
+  native  tensorflow_model_server, if it is on PATH
+  docker  the official image, if a Docker engine answers and has or can fetch it
   local   local/server.py, the local server
-The same models, models.config (or --model-config), ports and requests in all
-three. REST on 8501, gRPC on 8500; Ctrl-C ends it. A models.config that is
-edited is taken up within seconds.
+Models, models.config (or --model-config), ports and requests are the same in
+all three. REST on 8501, gRPC on 8500; Ctrl-C ends it. An edited models.config
+takes effect within seconds.
 """
 
 import argparse
@@ -46,19 +45,19 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Without this flag TensorFlow Serving refuses a config with labels: it reads them before any version is loaded.
 LABELS_FLAG = "--allow_version_labels_for_unavailable_models=true"
 
-stop_signals: list[int] = []  # that came; a list and no Event, whose lock the main thread may hold when one comes
+stop_signals: list[int] = []  # received so far; not an Event, whose lock the main thread may hold when a signal comes
 
 
 class ServeError(Exception):
-    """The server cannot be started; the message is one line that says what to do."""
+    """The server cannot be started; the message is one line with the remedy."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """One way to serve: what to start, and what else ends it beside SIGTERM."""
+    """One way to serve: the command that starts it, and the one that ends it besides SIGTERM."""
 
     kind: str  # native, docker or local
-    what: str  # said aloud beside the kind
+    what: str  # printed next to the kind
     command: list[str]
     stop_command: list[str] | None = None
 
@@ -77,10 +76,10 @@ def port_flags(ports: dict[str, int]) -> list[str]:
 
 
 def config_flags(config_dir: Path, batching: Path | None) -> list[str]:
-    """The flags that name the configs; `config_dir` is where the server sees the folder that `write_configs` fills."""
+    """Return the flags for the configs; `config_dir` is the server's path of the folder that `write_configs` fills."""
     return [
         f"--model_config_file={config_dir / CONFIG_PATH.name}",
-        "--model_config_file_poll_wait_seconds=1",  # so that an edited models.config is taken up
+        "--model_config_file_poll_wait_seconds=1",  # so that an edited models.config takes effect
         LABELS_FLAG,
         f"--monitoring_config_file={config_dir / MONITORING_PATH.name}",
         *(["--enable_batching=true", f"--batching_parameters_file={config_dir / batching.name}"] if batching else []),
@@ -102,14 +101,14 @@ def docker_server(ports: dict[str, int], models_dir: Path, config_dir: Path, bat
 
 
 def container_cpus() -> list[str]:
-    """The option that keeps the container to this process's cores: the engine starts it, so it inherits none."""
+    """Return the option that limits the container to this process's cores; the engine does not pass them on."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     return ["--cpuset-cpus", ",".join(map(str, sorted(os.sched_getaffinity(0))))]
 
 
 def docker_problem() -> str | None:
-    """Return why the image cannot be run here, or None where it can. Fetches the image where it is missing."""
+    """Return why the image cannot run here, or None if it can. Fetches a missing image."""
     if not shutil.which("docker"):
         return "no docker on PATH"
     if not succeeds(["docker", "info"]):
@@ -122,7 +121,7 @@ def docker_problem() -> str | None:
 
 
 def succeeds(command: list[str]) -> bool:
-    """Whether `command` ends with 0 in time."""
+    """Return whether `command` ends with 0 in time."""
     try:
         return subprocess.run(command, capture_output=True, timeout=ENGINE_TIMEOUT_S).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
@@ -132,7 +131,7 @@ def succeeds(command: list[str]) -> bool:
 def choose_server(
     wanted: str, ports: dict[str, int], models_dir: Path, config_dir: Path, batching: Path | None
 ) -> Server:
-    """Return the server to start: the one wanted, or with "auto" the first that the machine has."""
+    """Return the requested server or, for "auto", the first that the machine has. Raises ServeError."""
     program = shutil.which(NATIVE_PROGRAM)
     if wanted == "native" and not program:
         raise ServeError(f"--server native: no {NATIVE_PROGRAM} on PATH; install it or leave --server out")
@@ -165,16 +164,16 @@ def check_ports(ports: dict[str, int]) -> None:
 
 
 def write_configs(kind: str, models_dir: Path, model_config: Path, config_dir: Path, batching: Path | None) -> None:
-    """Fill the folder with what the server reads: the configs, where no container runs with this machine's path."""
+    """Write the configs into the server's folder; without a container, with this machine's path of the models."""
     for path in (MONITORING_PATH, *([batching] if batching else [])):
         shutil.copy(path, config_dir)
-    config_dir.chmod(0o755)  # a container's user is another
+    config_dir.chmod(0o755)  # the container's user is a different one
     take_up_config(kind, models_dir, model_config, config_dir)
 
 
 def take_up_config(kind: str, models_dir: Path, model_config: Path, config_dir: Path) -> None:
-    """Write `model_config` into the folder if it has changed, at once: the server may be reading it."""
-    with contextlib.suppress(OSError, UnicodeDecodeError):  # an editor is replacing it, or it is no text
+    """Write `model_config` into the folder if it has changed, in one step: the server may be reading it."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):  # an editor is replacing it, or it is not text
         text = model_config.read_text()
         if kind != "docker":
             here = str(models_dir).replace("\\", "\\\\").replace('"', '\\"')
@@ -187,7 +186,7 @@ def take_up_config(kind: str, models_dir: Path, model_config: Path, config_dir: 
 
 
 def is_available(rest_port: int) -> bool:
-    """Whether the server says that a version of the model is available."""
+    """Return whether the server reports a version of the model as available."""
     connection = http.client.HTTPConnection("127.0.0.1", rest_port, timeout=1)
     try:
         connection.request("GET", "/v1/models/my_model")
@@ -201,10 +200,10 @@ def is_available(rest_port: int) -> bool:
 def end_with_launcher(launcher: int) -> None:
     """Have the kernel send this process SIGTERM when the launcher ends, even by kill -9; Linux only.
 
-    A child whose launcher has ended before that ends at once.
+    If the launcher has already ended, the process ends at once.
     """
     if sys.platform == "linux":
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # exec drops the parent's handler
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != launcher:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -216,9 +215,9 @@ def run_until_stopped(
     quiet: bool = False,
     meanwhile: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run `command` until it ends or a stop is requested; return its exit code. Nothing of it is left then.
+    """Run `command` until it ends or a stop is requested, leave nothing running, and return its exit code.
 
-    `meanwhile` is called again and again while it runs.
+    `meanwhile` is called every POLL_INTERVAL_S while it runs.
     """
     output = subprocess.DEVNULL if quiet else None
     child = subprocess.Popen(
@@ -246,20 +245,20 @@ def run_until_stopped(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = ["auto", "native", "docker", "local"]
-    parser.add_argument("--server", choices=kinds, default="auto", help="what to serve with (default: auto)")
+    parser.add_argument("--server", choices=kinds, default="auto", help="the kind of server (default: auto)")
     parser.add_argument("--rest-port", type=int, default=8501, help="REST port on 127.0.0.1 (default: 8501)")
     parser.add_argument("--grpc-port", type=int, default=8500, help="gRPC port on 127.0.0.1 (default: 8500)")
     parser.add_argument(
         "--model-config",
         type=Path,
         default=CONFIG_PATH,
-        help="what to serve; models-1.config and models-2.config serve one version alone (default: models.config)",
+        help="what to serve; models-1.config and models-2.config serve one version only (default: models.config)",
     )
     parser.add_argument("--models-dir", type=Path, default=MODELS_DIR, help="folder of the models (default: models)")
     parser.add_argument(
         "--batching-config",
         type=Path,
-        help="let requests share runs of the graph as this file says: batching.config (default: each has its own)",
+        help="share runs of the graph between requests as this file says: batching.config (default: no sharing)",
     )
     arguments = parser.parse_args()
     ports = {"rest": arguments.rest_port, "grpc": arguments.grpc_port}
@@ -282,10 +281,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="tfserving-") as folder:
             model_config = arguments.model_config.resolve()
             if not model_config.is_file():
-                raise ServeError(f"{model_config} not found; models.config lies beside serve.py")
+                raise ServeError(f"{model_config} not found; models.config is next to serve.py")
             batching = arguments.batching_config and arguments.batching_config.resolve()
             if batching and not batching.is_file():
-                raise ServeError(f"{batching} not found; batching.config lies beside serve.py")
+                raise ServeError(f"{batching} not found; batching.config is next to serve.py")
             server = choose_server(arguments.server, ports, models_dir, Path(folder), batching)
             write_configs(server.kind, models_dir, model_config, Path(folder), batching)
             print(f"serving with {server.kind}: {server.what}", flush=True)

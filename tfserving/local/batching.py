@@ -32,8 +32,8 @@ class BatchingParameters:
     """TensorFlow Serving's parameters with its default values."""
 
     max_batch_size: int = 1000  # rows in one run; a larger request is refused
-    batch_timeout_micros: int = 0  # how long a batch that is not full waits at most; 0: only for what is there
-    max_enqueued_batches: int = 10  # full batches that may wait; a request beyond them is refused
+    batch_timeout_micros: int = 0  # the longest wait of a batch that is not full; 0: no wait
+    max_enqueued_batches: int = 10  # full batches that may wait; further requests are refused
     num_batch_threads: int = field(default_factory=lambda: os.cpu_count() or 1)  # batches of a slow graph run at once
     allowed_batch_sizes: tuple[int, ...] = field(default=())  # a batch is padded to the next of them
 
@@ -41,7 +41,7 @@ class BatchingParameters:
 def read_parameters(path: Path) -> BatchingParameters:
     """Return the parameters in the text-format BatchingParameters file `path`. Raises BatchingError.
 
-    Read by hand: the stubs of tensorflow-serving-api lack session_bundle_config_pb2.
+    Parsed here, because the stubs of tensorflow-serving-api lack session_bundle_config_pb2.
     """
     try:
         text = re.sub(r"#[^\n]*", "", path.read_text())
@@ -81,14 +81,14 @@ class Waiting(NamedTuple):
 
 
 class Batcher:
-    """Collects requests to one signature. Lives on the event loop; `run` does the work, once for all of a batch.
+    """Collects requests to one signature, on the event loop, and calls `run` once for each batch.
 
-    Where a batch may wait, it waits until it has as many requests as the batch before it, and batch_timeout_micros at
-    most: clients that ask again when they are answered come back in the same number, and one that is alone is not
-    kept. Every 256th batch waits the whole time, to see whether there are more by now.
+    A batch waits until it has as many requests as the batch before it, and batch_timeout_micros at most: clients
+    that ask again after each answer come back in the same number, and a single client is not delayed. Every 256th
+    batch waits the whole time, to detect more clients.
 
-    A quick graph is run on the event loop. A slow one would hold up everybody: its batches are run on
-    num_batch_threads threads, and while all of them are busy requests collect for the next batch.
+    A quick graph runs on the event loop. A slow one would delay all other requests, so its batches run on
+    num_batch_threads threads; while all of them are busy, requests collect for the next batch.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Batcher:
         parameters: BatchingParameters,
         is_slow: Callable[[], bool] = lambda: False,
     ):
-        """`run` takes the input arrays, each with the rows in its first dimension, to the output arrays."""
+        """`run` maps the input arrays, with the rows in their first dimension, to the output arrays."""
         self.run = run
         self.parameters = parameters
         self.is_slow = is_slow
@@ -110,7 +110,7 @@ class Batcher:
         self.last_requests = 0  # in the batch before this one
 
     def add(self, arrays: list[np.ndarray], rows: int) -> asyncio.Future | None:
-        """Return a future of the output arrays for these `rows`, or None where the queue is full."""
+        """Return a future of the output arrays for these `rows`, or None if the queue is full."""
         parameters = self.parameters
         if self.rows + rows > parameters.max_batch_size * parameters.max_enqueued_batches:
             return None
@@ -122,7 +122,7 @@ class Batcher:
             if self._is_due():
                 self.flush_asked = True
                 self._stop_timer()
-                # One turn later: those whose requests the event loop has read by then have joined.
+                # One turn later, so that the requests that the event loop reads until then can join.
                 loop.call_soon(loop.call_soon, self.flush)
             elif self.timer is None:
                 self.timer = loop.call_later(parameters.batch_timeout_micros / 1e6, self.flush)
@@ -139,12 +139,12 @@ class Batcher:
             self.timer = None
 
     def flush(self) -> None:
-        """Run what waits, in batches of at most max_batch_size rows (a request is never split)."""
+        """Run the waiting requests in batches of at most max_batch_size rows; a request is never split."""
         self._stop_timer()
         self.flush_asked = False
         is_slow = self.is_slow()
         if is_slow and self.running == self.parameters.num_batch_threads:
-            return  # more may join until one of them is free
+            return  # more may join until a thread is free
         self.batches += 1
         self.last_requests = len(self.waiting)
         while self.waiting:
@@ -168,18 +168,18 @@ class Batcher:
         return ThreadPoolExecutor(self.parameters.num_batch_threads, "batch")
 
     def _take(self) -> list[Waiting]:
-        """Remove a batch from what waits, and those who wait no longer."""
+        """Remove a batch from the waiting requests, without those that were cancelled."""
         batch, count = [], 0
         while self.waiting and (not batch or count + self.waiting[0].rows <= self.parameters.max_batch_size):
             request = self.waiting.popleft()
             self.rows -= request.rows
-            if not request.future.done():  # done: cancelled, its client has gone
+            if not request.future.done():  # done means cancelled: its client has left
                 batch.append(request)
                 count += request.rows
         return batch
 
     def _compute(self, batch: list[Waiting]) -> list[tuple[asyncio.Future, list[np.ndarray] | Exception]]:
-        """Run a batch; return what each future is to be told."""
+        """Run a batch; return each future with its result or exception."""
         if not batch:
             return []
         count = sum(request.rows for request in batch)
@@ -196,7 +196,7 @@ class Batcher:
                 )
         except Exception as error:  # noqa: BLE001 - it becomes the requests' own error
             if len(batch) > 1 and not isinstance(error, MemoryError):
-                # Each alone: one that is wrong must not fail the others.
+                # Each separately: a bad request must not fail the others.
                 return [answer for request in batch for answer in self._compute([request])]
             return [(request.future, error) for request in batch]
         ends = itertools.accumulate(request.rows for request in batch)
@@ -207,7 +207,7 @@ class Batcher:
 
 
 def deliver(answers: list[tuple[asyncio.Future, list[np.ndarray] | Exception]]) -> None:
-    """Tell each future its answer; on the event loop."""
+    """Set the result or exception of each future; called on the event loop."""
     for future, answer in answers:
         if future.done():  # cancelled while the batch ran
             continue
@@ -218,6 +218,6 @@ def deliver(answers: list[tuple[asyncio.Future, list[np.ndarray] | Exception]]) 
 
 
 def rows_of(arrays: list[np.ndarray]) -> int | None:
-    """Return the size of the arrays' common first dimension; None where they have none, so cannot be batched."""
+    """Return the size of the arrays' common first dimension; None if they have none and cannot be batched."""
     sizes = {array.shape[0] if array.ndim else math.nan for array in arrays}
     return sizes.pop() if len(sizes) == 1 and not any(array.ndim == 0 for array in arrays) else None

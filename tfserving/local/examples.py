@@ -103,8 +103,8 @@ def multi_inference(find, request) -> inference_pb2.MultiInferenceResponse:
 def read_json(body: bytes, find_servable) -> tuple[Servable, str, input_pb2.Input]:
     """Return (servable, signature name, examples) of a classify or regress request's JSON. Raises ServingError.
 
-    `{"signature_name": …, "context": {feature: value}, "examples": [{feature: value or list}, …]}`, as TensorFlow
-    Serving's api_rest.md has it; the type of a feature is that of its JSON values.
+    `{"signature_name": …, "context": {feature: value}, "examples": [{feature: value or list}, …]}`, as in
+    TensorFlow Serving's api_rest.md; the type of a feature is that of its JSON values.
     """
     document = parse(body)
     if not isinstance(document, dict):
@@ -134,7 +134,7 @@ def read_json(body: bytes, find_servable) -> tuple[Servable, str, input_pb2.Inpu
 
 
 def write_classifications(result: classification_pb2.ClassificationResult) -> bytes:
-    """The reply to a REST classify: for each example a list of [label, score]."""
+    """Return the reply to a REST classify: for each example a list of [label, score]."""
     rows = [
         ", ".join(f"[{write_text(c.label)}, {format_float(c.score)}]" for c in row.classes)
         for row in result.classifications
@@ -143,7 +143,7 @@ def write_classifications(result: classification_pb2.ClassificationResult) -> by
 
 
 def write_regressions(result: regression_pb2.RegressionResult) -> bytes:
-    """The reply to a REST regress: a value for each example."""
+    """Return the reply to a REST regress: a value for each example."""
     values = ", ".join(format_float(regression.value) for regression in result.regressions)
     return f'{{\n    "results": [{values}\n    ]\n}}'.encode()
 
@@ -167,7 +167,7 @@ def _run(signature: Signature, examples: input_pb2.Input) -> tuple[dict[str, np.
     if kind is None:
         raise invalid("Input is empty.")
     rows = getattr(examples, kind).examples
-    # Serialized messages that are joined are merged: where both have a feature, the later one, the example's, counts.
+    # Concatenated serialized messages are merged; if both have a feature, the later one, the example's, counts.
     common = examples.example_list_with_context.context.SerializeToString() if kind.endswith("context") else b""
     if not rows:
         raise invalid("Input is empty.")
@@ -192,7 +192,7 @@ def _fill(row, example: example_pb2.Example) -> None:
 
 
 def _read_value(name: str, item) -> tuple[str, bytes | int | float]:
-    """Return the kind of a feature and the value in it."""
+    """Return the kind and the value of a feature."""
     if isinstance(item, str):
         return "bytes", to_bytes(item)
     if is_base64(item):

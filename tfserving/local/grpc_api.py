@@ -27,16 +27,16 @@ from tensorflow_serving.apis import (
     regression_pb2,
 )
 
-MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others need not wait for it
+MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others do not wait for it
 OPTIONS = [
-    ("grpc.so_reuseport", 0),  # else a second server shares the port in silence
+    ("grpc.so_reuseport", 0),  # otherwise a second server would silently share the port
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
 ]
-MAX_KNOWN, MAX_KNOWN_BYTES = 4096, 1024  # kinds of requests that are read without parsing, and the bytes of one
+MAX_KNOWN, MAX_KNOWN_BYTES = 4096, 1024  # requests that are read without parsing: how many heads, and the bytes of one
 FLOAT32 = np.dtype(np.float32)
-SIGNATURE_FIELD = "signature_def"  # the only metadata field there is
-VALUE_FIELDS = {  # where a TensorProto keeps its values
+SIGNATURE_FIELD = "signature_def"  # the only metadata field
+VALUE_FIELDS = {  # of a TensorProto, by type
     np.dtype(np.float32): "float_val",
     np.dtype(np.float64): "double_val",
     np.dtype(np.int8): "int_val",
@@ -66,8 +66,8 @@ def write_tensor(array: np.ndarray, tensor: tensor_pb2.TensorProto) -> None:
 def encode_response(servable: Servable, signature_name: str, outputs: dict[str, np.ndarray]) -> bytes:
     """Return a serialized PredictResponse.
 
-    Written byte by byte where every output is a small float array, as here: making the message first takes 40 µs,
-    twice the run of the graph. (protobuf.dev/programming-guides/encoding: a field is its number and wire type,
+    If every output is a small float array, it is written byte by byte: making the message first takes 40 µs, twice
+    the run of the graph. (protobuf.dev/programming-guides/encoding: a field is its number and wire type,
     then for type 2 a length; the lengths here are below 128, one byte each.)
     """
     encoded = b""
@@ -112,7 +112,7 @@ class KnownRequest:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a request says before its numbers, which are its last bytes."""
+    """The meaning of a request's bytes before its numbers, which come last."""
 
     model_spec: model_pb2.ModelSpec
     alias: str  # of the one input
@@ -122,8 +122,8 @@ class Head:
 class RequestReader:
     """Reads PredictRequests, and parses only those that are unlike all before.
 
-    A client sends the same request again and again with other numbers. Where the bytes before them, and the length,
-    are those of a request that was parsed, so is what they mean.
+    A client mostly sends the same request with other numbers. If the length and the bytes before the numbers equal
+    those of a parsed request, so does their meaning.
     """
 
     def __init__(self):
@@ -131,13 +131,13 @@ class RequestReader:
         self.sizes: dict[int, int] = {}  # length of a request → how many of its bytes are numbers
 
     def read(self, message: bytes) -> KnownRequest | predict_pb2.PredictRequest:
-        """Raises DecodeError."""
+        """Return the request, parsed only if necessary. Raises DecodeError."""
         size = self.sizes.get(len(message))
         if size:
             head = self.heads.get(message[:-size])
             if head:
                 array = np.frombuffer(message, "<f4", offset=len(message) - size).reshape(head.shape)
-                return KnownRequest(head.model_spec, {head.alias: array.copy()})  # TensorFlow wants its own memory
+                return KnownRequest(head.model_spec, {head.alias: array.copy()})  # TensorFlow needs its own memory
         request = predict_pb2.PredictRequest.FromString(message)
         if len(message) <= MAX_INLINE_BYTES:
             self._learn(message, request)
@@ -161,7 +161,7 @@ class RequestReader:
             self.heads.clear()
             self.sizes.clear()
         spec = model_pb2.ModelSpec()
-        spec.CopyFrom(request.model_spec)  # the request's own would keep all of the request
+        spec.CopyFrom(request.model_spec)  # the request's own would keep the whole request in memory
         self.heads[head] = Head(spec, alias, shape)
         self.sizes[len(message)] = len(numbers)
 
@@ -175,7 +175,7 @@ def reports_errors(method):
             return await method(self, request)
         except ServingError as error:
             await context.abort(grpc.StatusCode[error.code], error.message)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong is this call's error, and nobody else's
+        except Exception as error:  # noqa: BLE001 - any failure is this call's error only
             print(f"local server: {method.__name__}: {error!r}", file=sys.stderr, flush=True)
             await context.abort(grpc.StatusCode.INTERNAL, f"Internal error: {type(error).__name__}")
 
@@ -183,14 +183,14 @@ def reports_errors(method):
 
 
 def is_counted(method):
-    """Record the call in the metrics, where there are any."""
+    """Record the call in the metrics, if they are on."""
 
     @functools.wraps(method)
     async def wrapped(self, request):
         if not self.metrics:
             return await method(self, request)
         started_s = time.perf_counter()
-        code = "INTERNAL"  # what reports_errors makes of any other failure
+        code = "INTERNAL"  # reports_errors uses it for any other failure
         try:
             reply = await method(self, request)
             code = "OK"
@@ -252,7 +252,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return encode_response(servable, arguments[1], servable.predict(*arguments))
 
     def read(self, request: KnownRequest | predict_pb2.PredictRequest) -> tuple[Servable, tuple]:
-        """Return the servable asked for, and what its `predict` takes."""
+        """Return the requested servable and the arguments of its `predict`."""
         if isinstance(request, KnownRequest):
             spec = request.model_spec
             return find_servable(self.library, spec), (request.arrays, spec.signature_name or DEFAULT_SIGNATURE, ())
@@ -308,7 +308,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 
     @reports_errors
     async def HandleReloadConfigRequest(self, request) -> model_management_pb2.ReloadConfigResponse:
-        """Serve what the request's config asks for; it answers when everything is loaded."""
+        """Serve the models of the request's config; the reply comes when everything is loaded."""
         response = model_management_pb2.ReloadConfigResponse()
         try:
             if not request.config.HasField("model_config_list"):
@@ -316,7 +316,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
             changes = await asyncio.to_thread(self.library.reload, list(request.config.model_config_list.config))
             for change in changes:
                 print(f"local server: {change}", file=sys.stderr, flush=True)
-        except ServingError as error:  # in the reply, not the call's status: as TensorFlow Serving has it
+        except ServingError as error:  # in the reply, not in the call's status, as TensorFlow Serving does
             response.status.error_code = grpc.StatusCode[error.code].value[0]
             response.status.error_message = error.message
         return response
@@ -325,10 +325,10 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
 async def start_server(
     library: Library, addresses: list[str], options: list[tuple[str, int | str]], metrics: Metrics | None
 ) -> grpc.aio.Server:
-    """Start both services on each of `addresses`. RuntimeError where one is taken. `options` win over OPTIONS."""
+    """Start both services on each of `addresses`. RuntimeError if one is taken. `options` override OPTIONS."""
     server = grpc.aio.server(options=list({**dict(OPTIONS), **dict(options)}.items()))
     service = PredictionService(library, metrics)
-    # Ahead of the generated handlers, which parse each request and expect a message where Predict returns bytes.
+    # Registered before the generated handlers, which parse each request and expect a message; Predict returns bytes.
     predict = grpc.unary_unary_rpc_method_handler(service.Predict, RequestReader().read)
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": predict})]

@@ -1,4 +1,4 @@
-"""Arrays → a predict reply's JSON, laid out to the byte as TensorFlow Serving lays it out."""
+"""Write arrays as the JSON of a predict reply, byte for byte as TensorFlow Serving does."""
 
 import base64
 import json
@@ -13,7 +13,7 @@ ESCAPES |= {ord(character): f"\\{letter}" for character, letter in zip('"\\\b\f\
 
 
 def format_float(value: float, dtype: type = np.float32) -> str:
-    """`value` in six digits where those are enough to read the same float again, else in nine (double: 17)."""
+    """Return `value` in six digits if they suffice to read the same float again, else in nine (double: 17)."""
     if value != value:
         return "NaN"
     if math.isinf(value):
@@ -26,12 +26,12 @@ def format_float(value: float, dtype: type = np.float32) -> str:
 
 
 def write_text(text: str) -> str:
-    """A string as RapidJSON writes it."""
+    """Return a string as RapidJSON writes it."""
     return f'"{text.translate(ESCAPES)}"'
 
 
 def _format_values(alias: str, array: np.ndarray) -> list[str]:
-    """Every value of `array` as JSON, in order."""
+    """Return every value of `array` as JSON, in order."""
     values = array.ravel().tolist()
     match array.dtype.kind:
         case "f":
@@ -50,7 +50,7 @@ def _format_values(alias: str, array: np.ndarray) -> list[str]:
 
 
 def _nest(texts: list[str], shape: tuple[int, ...], indent: str | None) -> str:
-    """Join `texts` into nested arrays: on one line where `indent` is None, else one value a line."""
+    """Join `texts` into nested arrays, on one line if `indent` is None, else one value a line."""
     if not shape:
         return texts[0]
     if not shape[0]:
@@ -65,7 +65,7 @@ def _nest(texts: list[str], shape: tuple[int, ...], indent: str | None) -> str:
 
 
 def write_rows(outputs: dict[str, np.ndarray]) -> bytes:
-    """The reply to `instances`, laid out as TensorFlow Serving lays it out. A single output drops its name."""
+    """Return the reply to `instances`, laid out as by TensorFlow Serving. A single output drops its name."""
     rows = None
     texts = {}
     for alias, array in outputs.items():
@@ -90,7 +90,7 @@ def write_rows(outputs: dict[str, np.ndarray]) -> bytes:
 
 
 def write_columns(outputs: dict[str, np.ndarray]) -> bytes:
-    """The reply to `inputs`: whole tensors. A single output drops its name."""
+    """Return the reply to `inputs`: whole tensors. A single output drops its name."""
     texts = {alias: _format_values(alias, array) for alias, array in outputs.items()}
     if len(texts) == 1:
         ((alias, values),) = texts.items()
@@ -102,5 +102,5 @@ def write_columns(outputs: dict[str, np.ndarray]) -> bytes:
 
 
 def write_error(message: str) -> bytes:
-    """The body of every error reply."""
+    """Return the body of an error reply."""
     return f'{{\n    "error": {write_text(message)}\n}}'.encode("utf-8", "replace")

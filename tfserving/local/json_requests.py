@@ -1,8 +1,7 @@
-"""A predict request's JSON → arrays, by TensorFlow Serving's rules (its api_rest.md) and with its error texts.
+"""Read a predict request's JSON into arrays, by TensorFlow Serving's rules (its api_rest.md) and with its error texts.
 
-There are two ways. `RowReader` takes the common request (`instances`, one input of floats) with a
-compiled decoder and gives up on anything out of the ordinary. `read_request` then takes every request,
-and words the error where there is one.
+There are two ways. `RowReader` reads the common request (`instances`, one input of floats) with a compiled
+decoder, and gives up on everything else. `read_request` then reads any request, and words the error of a bad one.
 """
 
 import base64
@@ -19,10 +18,10 @@ import numpy as np
 from quiet_tensorflow import tf
 from servables import DEFAULT_SIGNATURE, Servable, ServingError, Signature, numpy_type, type_name
 
-MAX_QUOTED_CHARACTERS = 500  # of a bad value, in an error message: a request can be megabytes of it
+MAX_QUOTED_CHARACTERS = 500  # of a bad value, in an error message: it can be megabytes long
 MAX_RANK = 64  # NumPy's
 FLOATS = {tf.float32.as_datatype_enum: np.float32, tf.float64.as_datatype_enum: np.float64}
-INTEGERS = {  # data type → what JSON numbers it takes; the small ones share the C++ int's range
+INTEGERS = {  # data type → range of the JSON numbers that it accepts; the small types share the C++ int's
     **dict.fromkeys((tf.int8, tf.int16, tf.int32, tf.uint8), (-(2**31), 2**31 - 1)),
     tf.int64: (-(2**63), 2**63 - 1),
     tf.uint32: (0, 2**32 - 1),
@@ -31,14 +30,14 @@ INTEGERS = {  # data type → what JSON numbers it takes; the small ones share t
 INTEGERS = {dtype.as_datatype_enum: limits for dtype, limits in INTEGERS.items()}
 
 
-np.seterr(over="ignore")  # 1e39 becomes infinity, which is then judged here; a warning would tell nobody
+np.seterr(over="ignore")  # 1e39 becomes infinity, which is checked here; no one would see a warning
 
 
 def invalid(message: str) -> ServingError:
     return ServingError("INVALID_ARGUMENT", message)
 
 
-PARSE_ERRORS = {  # Python's words → those of RapidJSON 1.1.0, which TensorFlow Serving passes on
+PARSE_ERRORS = {  # Python's messages → those of RapidJSON 1.1.0, which TensorFlow Serving passes on
     "Expecting value": "Invalid value.",
     "Illegal trailing comma before end of array": "Invalid value.",
     "Expecting property name enclosed in double quotes": "Missing a name for object member.",
@@ -51,11 +50,11 @@ PARSE_ERRORS = {  # Python's words → those of RapidJSON 1.1.0, which TensorFlo
     "Invalid control character at": "Invalid escape character in string.",
 }
 WORDS = ("true", "false", "null", "NaN", "Infinity", "-NaN", "-Infinity")
-# What Python stops at behind a number, here marked with |: no digits follow the point or the e.
+# Text at which Python stops after a number, here marked with |: no digits follow the point or the e.
 CUT_NUMBER = re.compile(r"(?:(?<![\d.eE+-])-?\d+\|(?=\.)|(?<![\d.eE+-])-?\d+(?:\.\d+)?\|(?=[eE]))(\.|[eE][+-]?)")
 STRING = r'"(?:[^"\\]|\\.)*"'
-SHORT_WORDS = re.compile(rf"{STRING}|-NaN|Inf(?!i)", re.DOTALL)  # what RapidJSON takes and Python does not
-# A high surrogate without a low one behind it, in a string; a low one alone RapidJSON lets pass.
+SHORT_WORDS = re.compile(rf"{STRING}|-NaN|Inf(?!i)", re.DOTALL)  # accepted by RapidJSON and not by Python
+# A high surrogate in a string without a low one after it; RapidJSON accepts a single low one.
 LONE_SURROGATE = re.compile(
     r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})", re.DOTALL
 )
@@ -77,21 +76,21 @@ def _parse_int(text: str) -> int | float:
 
 
 def _take_first(members: list[tuple[str, object]]) -> dict:
-    """Of members with the same name RapidJSON finds the first."""
+    """Return the members by name; of equal names RapidJSON finds the first."""
     return dict(reversed(members))
 
 
 def parse(body: bytes):
-    """Return the document in `body`, as RapidJSON reads it with kParseNanAndInfFlag. Raises ServingError.
+    """Return the document in `body` as RapidJSON reads it with kParseNanAndInfFlag. Raises ServingError.
 
     NaN, Inf, Infinity and the same with a minus are numbers, and a NUL ends the document.
     """
     if not body:
         raise invalid("JSON Parse error: The document is empty")
     body = body.removeprefix(codecs.BOM_UTF8).partition(b"\0")[0]
-    # Bytes that are not UTF-8 pass through strings unchanged, as RapidJSON lets them.
+    # Bytes that are not UTF-8 pass through strings unchanged, as in RapidJSON.
     text = body.decode("utf-8", "surrogateescape")
-    added = []  # where characters were added to what was sent
+    added = []  # positions at which characters were added to the body
     if "Inf" in text or "-NaN" in text:
         text = SHORT_WORDS.sub(functools.partial(_lengthen, added), text)
     try:
@@ -113,7 +112,7 @@ def parse(body: bytes):
 
 
 def _lengthen(added: list[int], match: re.Match) -> str:
-    """Return a token as Python reads it, of the same length where that can be."""
+    """Return a token as Python reads it, of the same length if possible."""
     if match[0] == "Inf":
         added.append(match.end())
         return "Infinity"
@@ -121,11 +120,11 @@ def _lengthen(added: list[int], match: re.Match) -> str:
 
 
 def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
-    """Return RapidJSON's message, and where it finds the error."""
+    """Return RapidJSON's message and position of the error."""
     position = error.pos
     if not text.strip(" \t\r\n"):
         return "The document is empty.", len(text)
-    if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 says where the comma is
+    if error.msg.startswith("Illegal trailing comma"):  # Python 3.13 reports the comma's position
         position = re.compile(r"[\s,]*").match(text, position).end()
     elif error.msg == "Expecting value":
         position += max(len(os.path.commonprefix([word, text[position : position + 9]])) for word in WORDS)
@@ -143,7 +142,7 @@ def _explain(text: str, error: json.JSONDecodeError) -> tuple[str, int]:
 
 
 def _open_bracket(text: str) -> str:
-    """The bracket that closes the innermost array or object still open at the end of `text`."""
+    """Return the bracket that closes the innermost array or object open at the end of `text`."""
     closing = []
     for token in re.finditer(rf"{STRING}|[\[\]{{}}]", text, re.DOTALL):
         match token.group():
@@ -157,7 +156,7 @@ def _open_bracket(text: str) -> str:
 
 
 def quote(value) -> str:
-    """`value` as JSON for an error message, cut where it is long."""
+    """Return `value` as JSON for an error message, cut if it is long."""
     text = ""
     for chunk in json.JSONEncoder(indent=4, ensure_ascii=False).iterencode(value):
         text += chunk
@@ -170,14 +169,14 @@ class RowReader:
     """Reads `{"instances": [row, …]}` for a signature with one float input of known rank."""
 
     def __init__(self, signature: Signature):
-        """`usable` is False where the signature needs the general way."""
+        """`usable` is False if the signature needs `read_request`."""
         (self.alias, info), *others = signature.inputs.items() if signature.inputs else [("", None)]
         self.usable = bool(info) and not others and info.dtype in FLOATS and not info.tensor_shape.unknown_rank
         self.usable = self.usable and len(info.tensor_shape.dim) > 0
         if not self.usable:
             return
         self.dtype = FLOATS[info.dtype]
-        # Integers up to this magnitude are exact; a larger value is left to the general way to judge.
+        # Integers up to this magnitude are exact; `read_request` checks larger values.
         self.square_limit = 2.0 ** (2 * (np.finfo(self.dtype).nmant + 1))
         rows: type = float
         for _ in info.tensor_shape.dim:
@@ -190,7 +189,7 @@ class RowReader:
         ).decode
 
     def read(self, body: bytes) -> dict[str, np.ndarray] | None:
-        """Return the input by alias, or None where the request needs the general way."""
+        """Return the input by alias, or None if the request needs `read_request`."""
         if body.count(b"instances") != 1:  # twice: msgspec would take the last
             return None
         try:
@@ -209,8 +208,8 @@ class RowReader:
 def read_request(body: bytes, find_servable) -> tuple[Servable, str, dict[str, np.ndarray], bool]:
     """Return (servable, signature name, inputs by alias, whether the reply is by row).
 
-    `find_servable()` is asked only after the JSON was parsed: the order in which TensorFlow Serving
-    finds errors. Raises ServingError.
+    `find_servable()` is called only after the JSON was parsed, because TensorFlow Serving finds errors in
+    that order. Raises ServingError.
     """
     document = parse(body)
     if not isinstance(document, dict):
@@ -245,7 +244,7 @@ def read_request(body: bytes, find_servable) -> tuple[Servable, str, dict[str, n
 
 
 def _read_instances(instances: list, infos: dict) -> dict[str, np.ndarray]:
-    """Row format: every element holds one value for each input."""
+    """Read the row format: every element holds one value for each input."""
     if not isinstance(instances[0], dict) and len(infos) > 1:
         raise invalid(
             "instances is a plain list, but expecting list of objects as multiple input tensors required as per "
@@ -290,7 +289,7 @@ def is_base64(value) -> bool:
 
 
 def _read_inputs(value, infos: dict) -> dict[str, np.ndarray]:
-    """Columnar format: one value for each input."""
+    """Read the columnar format: one value for each input."""
     if not _is_named(value):
         if len(infos) > 1:
             raise invalid(
@@ -310,7 +309,7 @@ def _read_inputs(value, infos: dict) -> dict[str, np.ndarray]:
 
 
 def _shape(value) -> list[int]:
-    """The shape that the first elements suggest; all others must agree."""
+    """Return the shape of the first elements, with which all others must agree."""
     shape = []
     while isinstance(value, list):
         shape.append(len(value))
@@ -321,7 +320,7 @@ def _shape(value) -> list[int]:
 
 
 def _to_array(value, dtype: int) -> np.ndarray | None:
-    """Return the nested list `value` as an array, or None where any part of it is not as it should be."""
+    """Return the nested list `value` as an array, or None if any part of it is wrong."""
     shape = _shape(value)
     if len(shape) > MAX_RANK:
         return None
@@ -334,17 +333,17 @@ def _to_array(value, dtype: int) -> np.ndarray | None:
         converted = [_convert(item, dtype) for item in level]
     except ServingError:
         return None
-    # 300 as int8 wraps to 44, as in TensorFlow Serving; NumPy does that only between arrays.
+    # 300 as int8 wraps to 44, as in TensorFlow Serving; NumPy wraps only between arrays.
     wide = np.int64 if dtype in INTEGERS and INTEGERS[dtype][1] < 2**63 else numpy_type(dtype)
     return np.array(converted, wide).reshape(shape).astype(numpy_type(dtype), copy=False)
 
 
 def _convert(value, dtype: int):
-    """Return one JSON value as `dtype` takes it. ServingError where it does not."""
+    """Return a JSON value as a value of `dtype`. ServingError if it has another type."""
     kind = type(value)
     if dtype in FLOATS:
         if kind is float or kind is int:
-            return float(value)  # cast as C++ does: to double, then to what the tensor holds
+            return float(value)  # cast as in C++: to double, then to the tensor's type
     elif dtype in INTEGERS:
         least, most = INTEGERS[dtype]
         if kind is int and least <= value <= most:
@@ -363,7 +362,7 @@ def _convert(value, dtype: int):
 
 
 def to_bytes(text: str) -> bytes:
-    """Return a JSON string's bytes: what is not UTF-8 as it was sent, a low surrogate alone as RapidJSON encodes it."""
+    """Return a JSON string's bytes: those that are not UTF-8 as sent, a single low surrogate as RapidJSON writes it."""
     try:
         return text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -379,7 +378,7 @@ def json_type(value) -> str:
 def decode_base64(value: dict) -> bytes:
     """Return the bytes of a base64 object by the rules of Abseil's Base64Unescape.
 
-    Blanks anywhere; the padding is there as a whole, of = or dots, or not at all.
+    Blanks may be anywhere; the padding, of = or dots, is complete or missing.
     """
     if not is_base64(value):
         raise invalid(f"JSON Value: {quote(value)} not formatted correctly for base64 data")
@@ -392,7 +391,7 @@ def decode_base64(value: dict) -> bytes:
 
 
 def _check_values(value, shape: list[int], dtype: int, level: int = 0) -> int:
-    """Return the number of values in `value`; ServingError at the first that is not as `shape` and `dtype` say."""
+    """Return the number of values in `value`; ServingError at the first that contradicts `shape` or `dtype`."""
     if not isinstance(value, list):
         if level != len(shape):
             raise invalid(

@@ -40,7 +40,7 @@ def make_config_class() -> type:
 
 
 def read_metrics_path(path: Path) -> str | None:
-    """Return the URL path that the text-format MonitoringConfig file `path` asks for, None where it asks for none.
+    """Return the URL path in the text-format MonitoringConfig file `path`, None if it switches metrics off.
 
     Raises MonitoringError.
     """
@@ -59,19 +59,19 @@ def read_metrics_path(path: Path) -> str | None:
 
 class Histogram:
     def __init__(self):
-        self.counts = [0] * (len(LIMITS_US) + 1)  # of the values below each limit and not below the one before
+        self.counts = [0] * (len(LIMITS_US) + 1)  # of the values between each limit and the one before
         self.sum_us = 0.0
 
 
 class Metrics:
-    """What was asked and how long the answers took. Lives on the event loop."""
+    """Counts requests and their latencies, on the event loop."""
 
     def __init__(self):
         self.counts: collections.Counter[tuple[str, str]] = collections.Counter()
         self.latencies: collections.defaultdict[tuple[str, str, str], Histogram] = collections.defaultdict(Histogram)
 
     def record(self, model: str, api: str, entrypoint: str, status: str, seconds: float) -> None:
-        """Count one request: `api` as its interface spells it, `entrypoint` REST or GRPC, `status` a gRPC code."""
+        """Count a request; `api` in its interface's spelling, `entrypoint` REST or GRPC, `status` a gRPC code."""
         self.counts[model, status] += 1
         if status == "OK":
             histogram = self.latencies[model, api, entrypoint]
@@ -80,7 +80,7 @@ class Metrics:
             histogram.sum_us += micros
 
     def write(self) -> bytes:
-        """Return the page for Prometheus, laid out as TensorFlow Serving lays it out: no HELP lines."""
+        """Return the page for Prometheus, laid out as by TensorFlow Serving: without HELP lines."""
         name = ":tensorflow:serving:request_count"
         lines = [f"# TYPE {name} counter"]
         for (model, status), count in sorted(self.counts.items()):

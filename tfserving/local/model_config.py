@@ -1,4 +1,4 @@
-"""What to serve: models.config and the version folders. Needs no TensorFlow, so mistakes are told at once."""
+"""Read models.config and the version folders. Needs no TensorFlow, so it reports mistakes at once."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ class ConfigError(Exception):
 def read_config(path: Path, allow_labels: bool) -> model_server_config_pb2.ModelServerConfig:
     """Return the models.config in `path`. Raises ConfigError.
 
-    TensorFlow Serving reads the labels before it has loaded anything and lets a label name only a loaded
-    version. So at the start it accepts labels only with the flag that `allow_labels` stands for.
+    TensorFlow Serving reads the labels before it has loaded anything, and a label may name only a loaded
+    version. So at the start it accepts labels only with the flag that sets `allow_labels`.
     """
     try:
         config = text_format.Parse(path.read_text(), model_server_config_pb2.ModelServerConfig())
@@ -36,7 +36,7 @@ def read_config(path: Path, allow_labels: bool) -> model_server_config_pb2.Model
 
 
 def single_model_config(name: str, base_path: str) -> model_server_config_pb2.ModelServerConfig:
-    """The config that --model_name and --model_base_path stand for."""
+    """Return the config for --model_name and --model_base_path."""
     config = model_server_config_pb2.ModelServerConfig()
     config.model_config_list.config.add(name=name, base_path=base_path, model_platform="tensorflow")
     return config
@@ -52,7 +52,7 @@ def list_versions(base_path: str) -> dict[int, Path]:
 
 
 def choose_versions(model: model_server_config_pb2.ModelConfig) -> dict[int, Path]:
-    """Return the version folders that the model's version policy asks for. Default: the newest one.
+    """Return the version folders that the model's version policy selects. Default: the newest one.
 
     OSError if the folders cannot be listed.
     """

@@ -21,8 +21,8 @@ from servables import DEFAULT_SIGNATURE, Library, Servable, ServingError
 from tensorflow_serving.apis import get_model_metadata_pb2
 
 MAX_BODY_BYTES = MAX_UNZIPPED_BYTES = 100 * 2**20
-# A larger body is answered on a thread: decoding it would hold up all other requests. A small one is
-# answered at once, because handing it to a thread costs more than the answer.
+# A larger body is answered on a thread, because decoding it would delay all other requests. A small one is
+# answered at once, because passing it to a thread costs more than the answer.
 MAX_INLINE_BYTES = 64 * 2**10
 
 HTTP_STATUS = {
@@ -61,7 +61,7 @@ NOT_FOUND_PAGE = b"<html><head><title>404 Not Found</title></head><body><h1>Not 
 
 @dataclass(frozen=True)
 class Route:
-    """What a request's path asks for."""
+    """The verb and the model of a request's path."""
 
     verb: str  # predict, classify, regress, metadata, status
     name: str
@@ -71,7 +71,7 @@ class Route:
 
 @functools.lru_cache(maxsize=1024)
 def parse_route(method: str, target: str) -> Route:
-    """Return the route of a path with its query string. ServingError where there is none."""
+    """Return the route of a path with its query string. ServingError if there is none."""
     match = ROUTES[method].fullmatch(target) if method in ROUTES else None
     if not match:
         raise ServingError("INVALID_ARGUMENT", f"Malformed request: {method} {target}")
@@ -89,7 +89,7 @@ def parse_route(method: str, target: str) -> Route:
 
 
 class RestApi:
-    """The ASGI application. It holds no state of its own beside the compiled readers."""
+    """The ASGI application. Its only state are the compiled readers."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class RestApi:
         metrics: Metrics | None = None,
         metrics_path: str | None = None,
     ):
-        """`timeout_s` bounds what runs on one of the `threads`: an answer given at once cannot be interrupted."""
+        """`timeout_s` limits answers on one of the `threads`; one given on the event loop cannot be interrupted."""
         self.library = library
         self.timeout_s = timeout_s
         self.executor = ThreadPoolExecutor(threads, "rest")
@@ -116,7 +116,7 @@ class RestApi:
                 message = await receive()
                 chunks.append(message.get("body", b""))
                 size += len(chunks[-1])
-                if size > MAX_BODY_BYTES:  # the rest is read and forgotten: closing now would lose the reply
+                if size > MAX_BODY_BYTES:  # the rest is read and discarded: closing now would lose the reply
                     await send_reply(send, 413, json_replies.write_error("The body is too large"), [JSON_HEADER])
                     return
             body = b"".join(chunks)
@@ -148,9 +148,9 @@ class RestApi:
             code, reply = error.code, json_replies.write_error(error.message)
         except TimeoutError:
             code, reply = "DEADLINE_EXCEEDED", json_replies.write_error("Timed out waiting for notification")
-        except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser lets them be
+        except RecursionError:  # json_requests walks nested lists by recursion, as deep as the parser allows
             code, reply = "INVALID_ARGUMENT", json_replies.write_error("JSON Value is nested too deep")
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong is this request's error, and nobody else's
+        except Exception as error:  # noqa: BLE001 - any failure is this request's error only
             print(f"local server: {method_of(scope)}: {error!r}", file=sys.stderr, flush=True)
             code, reply = "INTERNAL", json_replies.write_error(f"Internal error: {type(error).__name__}")
         if self.metrics and route and route.verb in RUNNING_VERBS and route.name in self.library.models:
@@ -164,13 +164,13 @@ class RestApi:
             try:
                 servable = self.library.find(route.name, route.version, route.label)
             except ServingError:
-                servable = None  # what is wrong with the body comes first
+                servable = None  # an error in the body is reported first
             is_batched = servable and self.library.batching and route.verb == "predict"
             is_large, is_slow = len(body) > MAX_INLINE_BYTES, servable and servable.is_slow
             if is_large or is_slow:
                 async with asyncio.timeout(self.timeout_s):
                     in_thread = functools.partial(asyncio.get_running_loop().run_in_executor, self.executor)
-                    if is_batched and is_slow:  # a large body for a quick graph is a batch by itself
+                    if is_batched and is_slow:  # a large body for a quick graph is its own batch
                         return write(await run_batched(*await in_thread(self.read, route, body)))
                     return await in_thread(method, route, body)
             if is_batched:
@@ -223,7 +223,7 @@ class RestApi:
 async def run_batched(
     servable: Servable, signature_name: str, inputs: dict[str, np.ndarray], by_row: bool
 ) -> tuple[dict[str, np.ndarray], bool]:
-    """Return the outputs of a run that is shared with other requests, and `by_row`."""
+    """Return the outputs of a run shared with other requests, and `by_row`."""
     return await servable.predict_batched(inputs, signature_name), by_row
 
 
@@ -238,14 +238,14 @@ def method_of(scope) -> str:
 
 
 async def send_reply(send, status: int, reply: bytes, headers: list) -> None:
-    """Send one whole reply."""
+    """Send a complete reply."""
     headers = [*headers, (b"content-length", str(len(reply)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": reply})
 
 
 def unzip(body: bytes) -> bytes:
-    """Return the body unzipped; empty where it is not gzip or too large, as TensorFlow Serving has it."""
+    """Return the body unzipped; empty if it is not gzip or too large, as in TensorFlow Serving."""
     try:
         decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         unzipped = decompressor.decompress(body, MAX_UNZIPPED_BYTES)
@@ -255,7 +255,7 @@ def unzip(body: bytes) -> bytes:
 
 
 def to_json(message) -> str:
-    """A protobuf message as TensorFlow Serving prints it: one space a level, fields without a value too."""
+    """Return a protobuf message as TensorFlow Serving prints it: one space a level, also fields without a value."""
     return json_format.MessageToJson(
         message, indent=1, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )

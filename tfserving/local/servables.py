@@ -1,7 +1,7 @@
-"""The models of the local server: find version folders, load SavedModels, run them, tell their status.
+"""The local server's models: find version folders, load and run SavedModels, report their status.
 
-A servable is one loaded version of one model, TensorFlow Serving's own word. Nothing here knows of
-REST or gRPC: both ask a `Library` for a servable, call `predict`, and turn a `ServingError` into a reply.
+A servable is one loaded version of one model, in TensorFlow Serving's terms. Nothing here knows of REST or
+gRPC: both ask a `Library` for a servable, call `predict`, and turn a `ServingError` into a reply.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ SLOW_RUN_S = 0.01  # a signature whose runs take longer is run on a thread
 FLOAT = tf.float32.as_datatype_enum
 MAX_TENSOR_BYTES = 2**31  # protobuf's own limit: a larger tensor can only be a forged shape
 
-# What reading and starting a damaged SavedModel was seen to raise.
+# Raised in tests by reading and starting a damaged SavedModel.
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, DecodeError, tf.errors.OpError)
 
 
@@ -42,7 +42,7 @@ class ServingError(Exception):
 
 
 def as_serving_error(error: Exception) -> ServingError:
-    """`error` under the gRPC name of its code."""
+    """Return `error` as a ServingError with the gRPC name of its code."""
     if isinstance(error, ServingError):
         return error
     if isinstance(error, tf.errors.OpError):
@@ -53,13 +53,13 @@ def as_serving_error(error: Exception) -> ServingError:
 
 
 def type_name(dtype: int) -> str:
-    """TensorFlow's C++ name of a data type: "float", "double", "int64", "string"."""
+    """Return TensorFlow's C++ name of a data type: "float", "double", "int64", "string"."""
     name = tf.dtypes.as_dtype(dtype).name
     return {"float32": "float", "float64": "double", "float16": "half"}.get(name, name)
 
 
 def numpy_type(dtype: int) -> np.dtype:
-    """The type of an array that holds TensorFlow's `dtype`; strings are objects."""
+    """Return the type of an array that holds TensorFlow's `dtype`; strings are objects."""
     return np.dtype(tf.dtypes.as_dtype(dtype).as_numpy_dtype)
 
 
@@ -87,13 +87,13 @@ class Signature:
 
     @functools.cached_property
     def _run(self) -> Callable:
-        """Made at the first call: one signature that cannot run must not keep the others from being served."""
+        """Make the callable at the first call: a signature that cannot run must not prevent serving the others."""
         feed = [info.name for info in self.inputs.values()]
         fetch = [info.name for info in self.outputs.values()]
         return _make_callable(self._session, feed, fetch)
 
     def run(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return every output by alias. ServingError where the inputs do not fit or the graph fails."""
+        """Return every output by alias. ServingError if the inputs do not fit or the graph fails."""
         arrays = self.check(inputs)
         try:
             return dict(zip(self.outputs, self._run_timed(*arrays), strict=True))
@@ -101,7 +101,7 @@ class Signature:
             raise as_serving_error(error) from None
 
     def _run_timed(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        run = self._run  # made at its first use, which is no run
+        run = self._run  # made at its first use, which is not timed
         started_s = time.perf_counter()
         # A string without a shape comes back as Python's bytes.
         outputs = [out if isinstance(out, (np.ndarray, np.generic)) else np.array(out, object) for out in run(*arrays)]
@@ -109,7 +109,7 @@ class Signature:
         return outputs
 
     async def run_batched(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The same on the event loop, in a run that is shared with other requests, where batching is on."""
+        """Return every output as `run` does, on the event loop, in a run shared with others if batching is on."""
         arrays = self.check(inputs)
         rows = rows_of(arrays) if self.batching else None
         if rows is None:
@@ -127,7 +127,7 @@ class Signature:
             raise ServingError("FAILED_PRECONDITION", str(error)) from None
 
     def check(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """Return the input arrays in the signature's order. ServingError where they do not fit it."""
+        """Return the input arrays in the signature's order. ServingError if they do not fit it."""
         if self.defaults:
             inputs = {**self.defaults, **inputs}
         if inputs.keys() != self.inputs.keys():
@@ -166,11 +166,11 @@ class Signature:
 
 
 def _make_callable(session: tf.compat.v1.Session, feed: list[str], fetch: list[str]) -> Callable:
-    """Return a function: one array per name in `feed` → one array per name in `fetch`.
+    """Return a function from one array per name in `feed` to one array per name in `fetch`.
 
-    The way with options is TensorFlow's private one. It costs 16 µs a call where the public way costs
-    160-230, because inter_op_thread_pool -1 runs the graph on the caller's thread. Both are the same
-    DirectSession that TensorFlow Serving uses, with the same error texts.
+    The call with options is private to TensorFlow. It takes 16 µs, the public one 160-230, because
+    inter_op_thread_pool -1 runs the graph on the caller's thread. Both use the DirectSession that
+    TensorFlow Serving uses, with the same error texts.
     """
     if hasattr(session, "_make_callable_from_options"):
         options = config_pb2.CallableOptions(feed=feed, fetch=fetch)
@@ -182,22 +182,22 @@ def _make_callable(session: tf.compat.v1.Session, feed: list[str], fetch: list[s
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How versions are loaded and run: tensorflow_model_server's flags, with its default values."""
+    """The flags of tensorflow_model_server for loading and running versions, with its default values."""
 
-    batching: BatchingParameters | None = None  # lets requests share runs; None: each has its own
+    batching: BatchingParameters | None = None  # how requests share runs; None: not at all
     tags: tuple[str, ...] = (tf.saved_model.SERVING,)  # of the graph in the SavedModel
     warm_up_iterations: int = 0  # how often each recorded request is replayed, by `warm_up`
     warm_up: Callable[["Servable", Path], None] | None = None
-    checks_method_names: bool = False  # whether classify and regress refuse signatures that are made for another verb
-    max_retries: int = 5  # how often a version that failed is tried again while its files stay as they are
-    retry_interval_s: float = 60.0  # how long after a failure
+    checks_method_names: bool = False  # whether classify and regress refuse signatures for another verb
+    max_retries: int = 5  # how often a failed version is tried again while its files are unchanged
+    retry_interval_s: float = 60.0  # between two attempts
 
 
 class Servable:
     """One loaded version of one model."""
 
     def __init__(self, name: str, version: int, folder: Path, settings: LoadSettings = LoadSettings()):
-        """Load the SavedModel in `folder`, and warm it up. Raises one of LOAD_ERRORS or ServingError."""
+        """Load the SavedModel in `folder` and warm it up. Raises one of LOAD_ERRORS or ServingError."""
         self.name = name
         self.version = version
         graph = tf.Graph()
@@ -218,7 +218,7 @@ class Servable:
 
     @property
     def is_slow(self) -> bool:
-        """Whether requests should be answered on a thread, so that others need not wait for them."""
+        """Whether requests should be answered on a thread, so that others do not wait for them."""
         return any(signature.is_slow for signature in self.signatures.values())
 
     def predict(
@@ -232,13 +232,13 @@ class Servable:
     async def predict_batched(
         self, inputs: dict[str, np.ndarray], signature_name: str = "", output_filter: list[str] = ()
     ) -> dict[str, np.ndarray]:
-        """The same on the event loop, in a run that is shared with other requests, where batching is on."""
+        """Return the outputs as `predict` does, on the event loop, in a run shared with others if batching is on."""
         signature = self.choose(signature_name, output_filter)
         outputs = await signature.run_batched(inputs)
         return {alias: outputs[alias] for alias in output_filter} if output_filter else outputs
 
     def choose(self, signature_name: str, output_filter: list[str]) -> Signature:
-        """Return the signature. ServingError where it or one of the outputs in `output_filter` is unknown."""
+        """Return the signature. ServingError if it or one of the outputs in `output_filter` is unknown."""
         signature_name = signature_name or DEFAULT_SIGNATURE
         signature = self.signatures.get(signature_name)
         if signature is None:
@@ -255,7 +255,7 @@ class Servable:
         return signature
 
     def metadata(self) -> get_model_metadata_pb2.GetModelMetadataResponse:
-        """The signatures: names, types and shapes of every input and output."""
+        """Return the signatures: names, types and shapes of every input and output."""
         response = get_model_metadata_pb2.GetModelMetadataResponse()
         response.model_spec.name = self.name
         response.model_spec.version.value = self.version
@@ -268,13 +268,13 @@ class Servable:
 
 
 def read_tensors(tensors) -> dict[str, np.ndarray]:
-    """Return the arrays of a map alias → TensorProto. ServingError where a tensor contradicts itself."""
+    """Return the arrays of a map alias → TensorProto. ServingError if a tensor contradicts itself."""
     arrays = {}
     for alias, tensor in tensors.items():
         sizes = [dim.size for dim in tensor.tensor_shape.dim]
         content = tensor.tensor_content
         if tensor.dtype == FLOAT and len(content) == 4 * math.prod(sizes) > 0 and min(sizes, default=1) > 0:
-            # The usual case in a fifth of the time; a copy, because TensorFlow wants memory of its own.
+            # The usual case in a fifth of the time; a copy, because TensorFlow needs its own memory.
             arrays[alias] = np.frombuffer(content, "<f4").reshape(sizes).copy()
             continue
         try:
@@ -289,7 +289,7 @@ def read_tensors(tensors) -> dict[str, np.ndarray]:
 
 @dataclass
 class VersionStatus:
-    """What the status request tells of one version."""
+    """The status of one version."""
 
     state: str  # a ModelVersionStatus.State: LOADING, also between two attempts; AVAILABLE; END
     error_code: str = "OK"
@@ -300,14 +300,14 @@ class VersionStatus:
 class Failure:
     """The last attempt to load a version, which failed."""
 
-    folder_state: int  # what the files were like
+    folder_state: int  # of the files, see folder_state()
     retries: int  # attempts before it with the same files
-    retry_at_s: float  # when to try again though no file has changed; time.monotonic()
+    retry_at_s: float  # when to try again even if no file has changed; time.monotonic()
 
 
 @dataclass
 class Model:
-    """One configured model: its loaded versions, what became of each that was tried, and its labels.
+    """One configured model: its loaded versions, the status of each that was tried, and its labels.
 
     The dictionaries are replaced, never changed: a request may read them while another thread loads a version.
     """
@@ -317,7 +317,7 @@ class Model:
     statuses: dict[int, VersionStatus] = field(default_factory=dict)  # newest first
     labels: dict[str, int] = field(default_factory=dict)
     failures: dict[int, Failure] = field(default_factory=dict)
-    unread: str = ""  # why its folder could not be listed, the last time
+    unread: str = ""  # the reason why its folder could not be listed last time
 
     def label_version(self, label: str) -> int:
         if label not in self.labels:
@@ -329,17 +329,17 @@ class Model:
 
 
 class Library:
-    """All models, by name: what the REST and the gRPC side share."""
+    """All models by name, shared by REST and gRPC."""
 
     def __init__(self, settings: LoadSettings = LoadSettings()):
         self.models: dict[str, Model] = {}
-        self.configs: list = []  # one ModelConfig per model: what poll() serves
-        self.lock = threading.Lock()  # one thread at a time loads and retires
+        self.configs: list = []  # one ModelConfig for each model that poll() serves
+        self.lock = threading.Lock()  # held while loading and retiring
         self.settings = settings
         self.batching = settings.batching
 
     def find(self, name: str, version: int | None = None, label: str | None = None) -> Servable:
-        """Return the servable asked for, the newest loaded one where neither version nor label is given."""
+        """Return the requested servable, the newest loaded one if neither version nor label is given."""
         if not name:
             raise ServingError("INVALID_ARGUMENT", "ModelSpec has no name specified.")
         model = self.models.get(name)
@@ -357,7 +357,7 @@ class Library:
     def status(
         self, name: str, version: int | None = None, label: str | None = None
     ) -> get_model_status_pb2.GetModelStatusResponse:
-        """Return the status of every version, newest first, or of the one asked for."""
+        """Return the status of every version, newest first, or of the requested one."""
         model = self.models.get(name, Model(name))
         if not model.statuses:
             raise ServingError("NOT_FOUND", f"Could not find any versions of model {name}")
@@ -375,18 +375,18 @@ class Library:
         return response
 
     def update(self, config) -> list[str]:
-        """Load and retire versions until those are served that a ModelConfig asks for. Return what changed, in lines.
+        """Load and retire versions until exactly those of a ModelConfig are served. Return the changes as lines.
 
-        A version that fails is kept out, and tried again when its files change or, up to max_retries times, after a
-        while; until then its state is LOADING. As long as none that is asked for can be served, the present ones
-        stay: a damaged new version never replaces a good one.
+        A version that fails is tried again when its files change and, up to max_retries times, after
+        retry_interval_s; until then its state is LOADING. As long as no requested version can be served, the
+        present ones stay: a damaged new version never replaces a good one.
         """
         model = self.models.get(config.name) or Model(config.name)
         changes = []
         try:
             wanted = choose_versions(config)
             model.unread = ""
-        except OSError as error:  # a folder that cannot be listed for a moment is no empty one
+        except OSError as error:  # a folder that cannot be listed for a moment is not empty
             if model.unread == error.strerror:
                 return []
             model.unread = error.strerror
@@ -404,7 +404,7 @@ class Library:
             else:
                 retries = 0
             model.set_status(version, VersionStatus("LOADING"))
-            self.models = {**self.models, config.name: model}  # a new model's status can be asked for while it loads
+            self.models = {**self.models, config.name: model}  # makes the status available while it loads
             try:
                 servable = Servable(config.name, version, folder, self.settings)
                 model.servables = {**model.servables, version: servable}
@@ -416,11 +416,11 @@ class Library:
                 retry_at_s = time.monotonic() + self.settings.retry_interval_s
                 model.failures[version] = Failure(state, retries, retry_at_s)
                 if retries == self.settings.max_retries:
-                    # Whoever asks for the status learns no path of this machine; the log has it.
+                    # The status shows no path of this machine; the log has it.
                     told = reason.message.replace(str(folder), f"{config.name}/{version}")
                     model.set_status(version, VersionStatus("END", reason.code, told))
                 changes.append(f"{config.name} version {version} not loaded: {' '.join(reason.message.split())}")
-        for version in model.failures.keys() - wanted.keys():  # its folder has gone: nothing to try again
+        for version in model.failures.keys() - wanted.keys():  # its folder is gone: nothing to try again
             del model.failures[version]
             model.set_status(version, VersionStatus("END"))
         if not wanted or wanted.keys() & model.servables.keys():
@@ -433,15 +433,15 @@ class Library:
         return changes
 
     def poll(self) -> list[str]:
-        """Bring all models to what the configs and the folders ask for; return what changed."""
+        """Update all models to the configs and the folders; return the changes."""
         with self.lock:
             return [change for config in self.configs for change in self.update(config)]
 
     def reload(self, configs: list) -> list[str]:
-        """Serve what `configs` ask for and no other model; return what changed.
+        """Serve the models of `configs` and no other; return the changes.
 
-        ServingError, and nothing is changed, where a config repeats a model, finds no version, or labels one that
-        is not loaded and not to be found and that did not have this label already.
+        Raises ServingError and changes nothing if a config repeats a model, finds no version, or gives a new label
+        to a version that is not there or has failed to load.
         """
         names = [config.name for config in configs]
         if len(set(names)) < len(names):
@@ -471,10 +471,10 @@ class Library:
 def folder_state(folder: Path) -> int:
     """Return a number that changes with the files of a version folder: their names, sizes, times and inodes.
 
-    The times are not enough: the clock of a file system may stand still for some milliseconds.
+    The times are not enough: a file system's clock may advance only every few milliseconds.
     """
     try:
         files = [(str(path), path.stat()) for path in sorted([folder, *folder.rglob("*")])]
     except OSError:
-        return 0  # it is being removed just now
+        return 0  # it is being removed
     return hash(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in files))

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Serve SavedModels as tensorflow_model_server does, where that is not to be had.
+"""Serve SavedModels as tensorflow_model_server does, on a machine that does not have it.
 
     python local/server.py --rest_api_port=8501 --model_name=my_model \\
         --model_base_path=$PWD/models/my_model
 
-It takes tensorflow_model_server's own flags and speaks its REST and gRPC. It
+It takes tensorflow_model_server's flags and serves its REST and gRPC. It
 writes nothing, listens on 127.0.0.1 only, and ends on Ctrl-C. New version
 folders are served within a second. Not built: TFLite, the profiler, TLS.
 """
@@ -26,9 +26,9 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Read when TensorFlow is imported. oneDNN's kernels cost a small graph 22 µs a run, TensorFlow's own 12; with 1,024
 # rows they are equal. Set it to 1 yourself for large matrices.
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-MAX_CONNECTIONS = 512  # over REST; beyond them 503, so that nobody waits long
-GRACE_S = 5.0  # what running requests get when the server is told to stop
-# Flags of tensorflow_model_server 2.21 whose effect the local server does not have: refused, not ignored.
+MAX_CONNECTIONS = 512  # over REST; beyond them 503, so that no client waits long
+GRACE_S = 5.0  # for open requests when the server is told to stop
+# Flags of tensorflow_model_server 2.21 that the local server does not implement: refused, not ignored.
 UNSUPPORTED = (
     "enable_grpc_healthcheck_service enable_per_model_batching_parameters enable_profiler "
     "enable_serialization_as_string enable_signature_method_name_check flush_filesystem_caches "
@@ -50,7 +50,7 @@ def parse_bool(text: str) -> bool:
 
 
 def parse_channel_arguments(text: str) -> list[tuple[str, int | str]]:
-    """Return the options of "key=value,key=value"; values that are integers as such."""
+    """Return the options in "key=value,key=value", integer values as int."""
     options = []
     for argument in filter(None, text.split(",")):
         key, equals, value = argument.partition("=")
@@ -77,12 +77,12 @@ def parse_arguments() -> argparse.Namespace:
         )  # fmt: skip
 
     add("port", 8500, "gRPC port, 0 for none")
-    add("grpc_socket_path", "", "a unix socket for gRPC beside the port", str, "none")
+    add("grpc_socket_path", "", "a Unix socket for gRPC in addition to the port", str, "none")
     add("grpc_channel_arguments", [], "gRPC's own options, key=value,key=value", parse_channel_arguments, "none")
     add("rest_api_port", 0, "REST port, 0 for none")
     threads = 4 * (os.cpu_count() or 1)
     add("rest_api_num_threads", threads, "threads for large REST requests and slow graphs")
-    add("rest_api_timeout_in_ms", 30_000, "the longest that a REST request may take on one of them, 0 for ever")
+    add("rest_api_timeout_in_ms", 30_000, "the longest that a REST request may take on one of them, 0 for no limit")
     add("model_name", "default", "the model's name", str)
     add("model_base_path", None, "the folder that holds the version folders", str, "none")
     add("model_config_file", None, "a models.config instead of the two above", Path, "none")
@@ -90,13 +90,13 @@ def parse_arguments() -> argparse.Namespace:
     add_switch("allow_version_labels_for_unavailable_models", False, "accept labels in the config at the start")
     add("file_system_poll_wait_seconds", 1, "how often the base paths are searched for versions, 0 for never", float)
     add("max_num_load_retries", 5, "how often a version that failed to load is tried again")
-    add("load_retry_interval_micros", 60_000_000, "how long after a failure, if no file has changed before")
+    add("load_retry_interval_micros", 60_000_000, "time between two attempts, if no file has changed before")
     add("saved_model_tags", "serve", "tags of the graph to load, separated by commas", str)
     add_switch("enable_signature_method_name_check", False, "classify and regress refuse signatures of another verb")
     add_switch("enable_model_warmup", True, "replay assets.extra/tf_serving_warmup_requests at load")
-    add("num_request_iterations_for_warmup", 1, "how often each of them")
+    add("num_request_iterations_for_warmup", 1, "how often each of them is replayed")
     add_switch("enable_batching", False, "let concurrent requests share a run of the graph")
-    add("batching_parameters_file", None, "how they share it, see batching.config", Path, "none")
+    add("batching_parameters_file", None, "parameters of batching, see batching.config", Path, "none")
     add("monitoring_config_file", None, "serve Prometheus metrics, see monitoring.config", Path, "none")
     parser.add_argument("--version", action="store_true", help="print the version of TensorFlow and end")
 
@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def free_socket_path(path: Path) -> None:
-    """Make way for a unix socket: as with gRPC, a new server takes the path over. Exits where a file has it."""
+    """Remove an existing Unix socket: as with gRPC, a new server takes the path over. Exits if it is a file."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -137,7 +137,7 @@ def free_socket_path(path: Path) -> None:
 
 
 def bind(flag: str, port: int) -> socket.socket:
-    """Return a socket bound to `port`, not yet listening. Exits where the port is taken."""
+    """Return a socket bound to `port`, not yet listening. Exits if the port is taken."""
     bound = socket.socket()
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -149,7 +149,7 @@ def bind(flag: str, port: int) -> socket.socket:
 
 
 def read_if_there(path: Path | None) -> bytes | None:
-    """Return the file's content, None where there is none."""
+    """Return the file's content, None if there is no file."""
     try:
         return path.read_bytes() if path else None
     except OSError:
@@ -157,7 +157,7 @@ def read_if_there(path: Path | None) -> bytes | None:
 
 
 def read_models(arguments: argparse.Namespace) -> list:
-    """Return one ModelConfig per model. Exits where the config is wrong or there is no version of any model."""
+    """Return one ModelConfig per model. Exits if the config is wrong or no model has a version."""
     from model_config import ConfigError, choose_versions, read_config, single_model_config
 
     if arguments.model_config_file:
@@ -176,7 +176,7 @@ def read_models(arguments: argparse.Namespace) -> list:
 
 
 def read_batching(arguments: argparse.Namespace):
-    """Return the parameters of batching, None where it is off. Exits where the file is wrong."""
+    """Return the parameters of batching, None if it is off. Exits if the file is wrong."""
     from batching import BatchingError, BatchingParameters, read_parameters
 
     if not arguments.enable_batching:
@@ -189,7 +189,7 @@ def read_batching(arguments: argparse.Namespace):
 
 
 def read_metrics(arguments: argparse.Namespace) -> str | None:
-    """Return the URL path for the metrics, None where there are none. Exits where the file is wrong."""
+    """Return the URL path for the metrics, None if they are off. Exits if the file is wrong."""
     from metrics import MonitoringError, read_metrics_path
 
     if not arguments.monitoring_config_file:
@@ -201,7 +201,7 @@ def read_metrics(arguments: argparse.Namespace) -> str | None:
 
 
 def load_library(models: list, batching, arguments: argparse.Namespace):
-    """Load all models. A version that fails is told on stderr; exits where every one fails."""
+    """Load all models. A version that fails is reported on stderr; exits if every one fails."""
     from servables import Library, LoadSettings
     from warm_up import warm_up
 
@@ -225,7 +225,7 @@ def load_library(models: list, batching, arguments: argparse.Namespace):
 
 
 async def watch_folders(library, interval_s: float) -> None:
-    """Load new versions and retire removed ones, for ever."""
+    """Load new versions and retire removed ones until cancelled."""
     while True:
         await asyncio.sleep(interval_s)
         for change in await asyncio.to_thread(library.poll):
@@ -233,26 +233,26 @@ async def watch_folders(library, interval_s: float) -> None:
 
 
 async def watch_config(library, path: Path, taken: bytes | None, interval_s: float) -> None:
-    """Serve what the config file asks for whenever it is not `taken`, for ever. A wrong one is told once and left.
+    """Apply the config file whenever it differs from `taken`, until cancelled. A wrong one is reported once.
 
-    One that asks for a version which is not there yet is tried again each time, until it is.
+    One that names a missing version is tried again each time until the version is there.
     """
     from model_config import ConfigError, read_config
     from servables import ServingError
 
     def reload() -> tuple[bool, list[str]]:
-        """Return whether this content is done with, and what there is to tell."""
+        """Return whether this content needs no further attempt, and the lines to print."""
         try:
             return True, library.reload(list(read_config(path, allow_labels=True).model_config_list.config))
         except ConfigError as error:
             return True, [str(error)]
         except ServingError as error:
-            return False, [f"{path} not taken up: {error.message}"]
+            return False, [f"{path} not applied: {error.message}"]
 
     tried, is_done, told = taken, True, []
     while True:
         await asyncio.sleep(interval_s)
-        with contextlib.suppress(OSError):  # it is being replaced just now
+        with contextlib.suppress(OSError):  # it is being replaced
             content = await asyncio.to_thread(path.read_bytes)
             if content == tried and is_done:
                 continue
@@ -316,7 +316,7 @@ async def serve(
                 limit_concurrency=MAX_CONNECTIONS,
                 server_header=False,
                 date_header=False,
-                timeout_keep_alive=75,  # uvicorn's 5 s would close connections that a client thinks are open
+                timeout_keep_alive=75,  # uvicorn's 5 s would close connections that clients still use
                 timeout_graceful_shutdown=int(GRACE_S),
             )
             rest_server = RestServer(settings)
@@ -351,17 +351,17 @@ def main() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: sys.exit(0))  # until serve() handles them
 
-    # The ports first: importing TensorFlow takes seconds, and a taken port should not cost them.
+    # The ports first: importing TensorFlow takes seconds, too long for the error of a taken port.
     rest_socket = bind("rest_api_port", arguments.rest_api_port) if arguments.rest_api_port else None
     if arguments.port:
         bind("port", arguments.port).close()  # gRPC binds by itself
     if arguments.grpc_socket_path:
         free_socket_path(Path(arguments.grpc_socket_path))
     metrics_path = read_metrics(arguments)
-    config = read_if_there(arguments.model_config_file)  # before it is parsed: what changes later is seen
+    config = read_if_there(arguments.model_config_file)  # read before it is parsed, so that a later change is noticed
     library = load_library(read_models(arguments), read_batching(arguments), arguments)
     gc.collect()
-    gc.freeze()  # what is loaded stays loaded: the garbage collector need not walk it again
+    gc.freeze()  # loaded models stay: the garbage collector need not walk them again
     import uvloop
 
     try:

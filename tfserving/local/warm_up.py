@@ -1,7 +1,7 @@
-"""Replay the requests that a SavedModel brings along, so that no client waits for what the first calls cost.
+"""Replay the warm-up requests of a SavedModel, so that no client waits for the slow first calls.
 
-They lie in assets.extra/tf_serving_warmup_requests, a TFRecord of PredictionLog messages (TensorFlow Serving's
-saved_model_warmup.md). Of their kinds only SessionRunLog is refused, as there.
+They are in assets.extra/tf_serving_warmup_requests, a TFRecord of PredictionLog messages (TensorFlow Serving's
+saved_model_warmup.md). Only the kind SessionRunLog is refused, as in TensorFlow Serving.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ MAX_RECORDS = 1000  # TensorFlow Serving refuses more
 
 
 def warm_up(servable: Servable, folder: Path) -> None:
-    """Replay the requests of the version in `folder`. ServingError where one fails."""
+    """Replay the requests of the version in `folder`. ServingError if one fails."""
     path = folder / "assets.extra" / "tf_serving_warmup_requests"
     if not path.exists():
         return
@@ -26,7 +26,7 @@ def warm_up(servable: Servable, folder: Path) -> None:
 
 
 def replay(servable: Servable, log: prediction_log_pb2.PredictionLog, place: str) -> None:
-    """Answer one recorded request, whatever model and version it names; ServingError where that fails."""
+    """Answer one recorded request, ignoring the model and version that it names. ServingError if that fails."""
     match log.WhichOneof("log_type"):
         case "predict_log":
             request = log.predict_log.request
