@@ -1,4 +1,4 @@
-"""What `bentoml serve` lacks for the bodies of requests: their type, their size, their compression."""
+"""Check the type, size and compression of requests' bodies, which `bentoml serve` does not."""
 
 import zlib
 
@@ -9,7 +9,7 @@ CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, 8.4.1
 
 
 class Refusal(Exception):
-    """A body that is not taken: the reply's status and its message."""
+    """A refused body: the reply's status and message."""
 
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
         super().__init__(message)
@@ -17,7 +17,10 @@ class Refusal(Exception):
 
 
 def decompress(body: bytes, encodings: str) -> bytes:
-    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
+    """Return the decompressed body; `encodings` is its Content-Encoding, codings in the order of their application.
+
+    Raises Refusal.
+    """
     for word in reversed(encodings.lower().split(",")):
         if (word := word.strip()) in ("", "identity"):
             continue
@@ -28,7 +31,7 @@ def decompress(body: bytes, encodings: str) -> bytes:
         is_raw = word == "deflate" and not has_zlib_header  # some clients send none
         rest, body, members = body, b"", 0
         while rest or not members:  # gzip may have several members: RFC 1952, 2.2
-            decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
+            decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, detected from the first bytes
             try:
                 body += decoder.decompress(rest, MAX_BODY_BYTES + 1 - len(body))
             except zlib.error:
@@ -42,10 +45,10 @@ def decompress(body: bytes, encodings: str) -> bytes:
 
 
 class JsonOnly:
-    """ASGI middleware: decompress a body, and refuse one that does not call itself JSON or is too large.
+    """ASGI middleware: decompress a body, and refuse one that is too large or whose Content-Type is not JSON.
 
-    BentoML would read what is no JSON as JSON all the same, or as a form, and a malformed form is answered with 500;
-    it has no limit for the size, and takes a compressed body for malformed JSON.
+    BentoML reads other types as JSON or as a form, and answers a malformed form with 500. It has no limit for the
+    size, and takes a compressed body for malformed JSON.
     """
 
     def __init__(self, app):
@@ -71,14 +74,14 @@ class JsonOnly:
         await self.app(scope, receive_again, send)
 
     async def read(self, headers: list[tuple[bytes, bytes]], receive) -> bytes:
-        """Return the whole body; Refusal says why it is not taken."""
+        """Return the whole body. Raises Refusal."""
         content_type = dict(headers).get(b"content-type", b"application/json")
         if content_type.split(b";")[0].strip().lower() != b"application/json":
             raise Refusal(415, "the request's Content-Type is not application/json")
         body, more_body = b"", True
         while more_body:
             message = await receive()
-            if message["type"] != "http.request":  # the client has gone; BentoML would wait for a reply for 60 s
+            if message["type"] != "http.request":  # the client has left; BentoML would wait 60 s for a reply
                 raise Refusal(400, "the body ended early")
             body += message.get("body", b"")
             more_body = message.get("more_body", False)

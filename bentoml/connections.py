@@ -1,19 +1,18 @@
-"""What uvicorn lacks for unknown clients. The same file is in bentoml/ and tfserving/local/.
+"""Make uvicorn safe for unknown clients. bentoml/ and tfserving/local/ hold the same file.
 
-uvloop accepts one new connection a turn of its event loop, and a turn answers every connection that has a request.
-With 500 to 1,000 of them busy and as many new ones waiting, a new user waited 7 to 10 s to be heard at all; with up
-to 16 a turn 0.6 to 1.5 s (tests/test_reliability.py). Only while many are connected: a server that is not busy would
-lose a tenth of its speed for clients that connect anew for each request.
+Accepting: uvloop accepts one new connection a turn of its event loop, and a turn answers every connection that has a
+request. With 500 to 1,000 busy connections and as many new ones waiting, a new user waited 7 to 10 s to be accepted;
+with up to 16 a turn 0.6 to 1.5 s (tests/test_reliability.py). This is on only while many are connected: otherwise it
+costs a tenth of the speed for clients that open a connection for each request.
 
-uvicorn that is told to end closes the connections on which nothing happens at once, and with them the requests that
-are on their way there: of 1,000 some were lost.
+Ending: uvicorn closes idle connections at once, and loses the requests that are on their way there, a few of 1,000.
 
-uvicorn sends a reply's head and its body each by themselves. A process that is killed between the two leaves a reply
-that is cut, and no gateway can ask another server for the rest.
+Replies: uvicorn sends a reply's head and body separately. A process that is killed between the two leaves half a
+reply, and no gateway can ask another server for the rest.
 
-uvicorn waits for ever for a head or a body that does not come, and holds any amount of a head in memory. It drops the
-body of a request that asks for another protocol, as each of Java's HttpClient does (Upgrade: h2c), and takes what
-comes later for a request. Its refusals are plain text.
+Requests: uvicorn waits without limit for the rest of a head or body, and keeps any amount of a head in memory. It drops
+the body of a request that asks for another protocol, as each of Java's HttpClient does (Upgrade: h2c), and then reads
+that body as a request. Its refusals are plain text.
 """
 
 import asyncio
@@ -27,30 +26,30 @@ import httptools
 import uvicorn
 from uvicorn.protocols.http import httptools_impl
 
-BUSY_CONNECTIONS = 64  # with more than these, new ones are taken together
-ACCEPTS_A_TURN = 15  # beside the one that uvloop takes
+BUSY_CONNECTIONS = 64  # with more than these, several new ones are accepted a turn
+ACCEPTS_A_TURN = 15  # in addition to uvloop's one
 HEAD_TIMEOUT_S = 10.0  # for a request's first bytes on a new connection, and for the rest of its head
 BODY_TIMEOUT_S = 30.0
-LEAVE_S = 0.5  # in which a server that ends still answers, one request a connection
-LINGER_S = 2.0  # for a refused client to read that; closing with bytes unread would reset the connection
+LEAVE_S = 0.5  # for which an ending server still answers, one request a connection
+LINGER_S = 2.0  # for a refused client to read the reply; closing with unread bytes would reset the connection
 MAX_HEAD_BYTES = 65_536
 FRAMING = (b"content-length", b"transfer-encoding")
 FINAL_HEADS = tuple(b"HTTP/1.1 %d" % first for first in (2, 3, 4, 5))  # of a reply that is not 100 Continue
 
 
 class Protocol(httptools_impl.HttpToolsProtocol):
-    """One connection. Waits for its client have an end, an upgrade is ignored, and refusals are JSON."""
+    """One connection, with limits for the client's pauses, upgrades ignored, and refusals as JSON."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self.transport = Joined(transport, self.loop)
         self.wait_for("head")
         self.head_bytes = 0
-        self.refusal: tuple[HTTPStatus, str] | None = None  # once the request before it is answered
+        self.refusal: tuple[HTTPStatus, str] | None = None  # sent when the request before it is answered
         self.is_leaving = False
 
     def wait_for(self, part: str) -> None:
-        """Begin to wait for a request's "head" or "body", or for the "end" of a refused client; "": for nothing."""
+        """Start to wait for a request's "head" or "body", or for a refused client's "end"; "" ends the wait."""
         self.awaited, self.since_s = part, time.monotonic()
 
     def data_received(self, data: bytes) -> None:
@@ -84,7 +83,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self.cycle.keep_alive = False
 
     def leave(self) -> None:
-        """Answer what is under way or comes next, tell the client that it was the last, and close then."""
+        """Answer the present or next request, announce that it is the last one, and close the connection."""
         self.is_leaving = True
         if self.cycle and not self.cycle.response_complete:
             self.cycle.keep_alive = False
@@ -99,9 +98,9 @@ class Protocol(httptools_impl.HttpToolsProtocol):
         return False
 
     def ignore_upgrade(self) -> None:
-        """Go on with a request that asks for another protocol: that is ignored (RFC 9110, 7.8), its body is not.
+        """Continue a request that asks for another protocol: the wish is ignored (RFC 9110, 7.8), the body is read.
 
-        Another parser is told how the body is framed, and reads on.
+        A new parser gets the headers that frame the body, and reads it.
         """
         framing = [name + b": " + value for name, value in self.headers if name in FRAMING]
         resumed = Resumed(self)
@@ -115,8 +114,8 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self.refuse(*self.refusal)
 
     def check_time(self) -> None:
-        """End a wait for the client that has taken too long."""
-        if self.flow.read_paused:  # it is the client that waits
+        """End a wait for the client that has lasted too long."""
+        if self.flow.read_paused:  # the client waits for us
             self.wait_for(self.awaited)
         limit_s = {"head": HEAD_TIMEOUT_S, "body": BODY_TIMEOUT_S, "end": LINGER_S}.get(self.awaited)
         if limit_s is None or time.monotonic() - self.since_s <= limit_s:
@@ -127,8 +126,8 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self.refuse(HTTPStatus.REQUEST_TIMEOUT, f"the {self.awaited} did not arrive within {limit_s:g} s")
 
     def refuse(self, status: HTTPStatus, message: str) -> None:
-        """Answer with an error, after the reply that is due, and close once the client has."""
-        if self.awaited == "body" and self.cycle.response_started:  # it has its answer
+        """Answer with an error, after any reply that is due, and close when the client has closed."""
+        if self.awaited == "body" and self.cycle.response_started:  # the client has its answer
             self.transport.close()
             return
         if self.awaited != "body" and self.cycle and not self.cycle.response_complete:
@@ -148,7 +147,7 @@ class Protocol(httptools_impl.HttpToolsProtocol):
 
 
 class Joined:
-    """A transport that sends a reply's head with what follows it in the same turn of the event loop."""
+    """A transport that sends a reply's head together with the data that follow in the same turn of the event loop."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop):
         self.transport, self.loop, self.head = transport, loop, b""
@@ -175,20 +174,20 @@ class Joined:
 
 
 class Resumed:
-    """What httptools calls for a request whose head is known: see Protocol.ignore_upgrade."""
+    """The callbacks of httptools for a request whose head is known, see Protocol.ignore_upgrade."""
 
     def __init__(self, protocol: Protocol):
         self.protocol, self.has_begun = protocol, False
 
     def __getattr__(self, name: str):
-        method = getattr(self.protocol, name)  # AttributeError: httptools does not call it
+        method = getattr(self.protocol, name)  # on AttributeError httptools does not call it
         if name in ("on_body", "on_message_complete"):
             return method
         return lambda *arguments: method(*arguments) if self.has_begun else None
 
 
 async def refuse_connection(_scope, receive, send) -> None:
-    """Answer a client beyond `limit_concurrency`, and let it send the rest of its body before it is closed; ASGI."""
+    """Refuse a client beyond `limit_concurrency`, and read the rest of its body before closing; ASGI."""
     body = b'{"error": "too many connections; try again"}'
     headers = [
         (b"content-type", b"application/json"),
@@ -196,7 +195,7 @@ async def refuse_connection(_scope, receive, send) -> None:
         (b"connection", b"close"),
     ]
     await send({"type": "http.response.start", "status": 503, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": True})  # all of it; only then it is closed
+    await send({"type": "http.response.body", "body": body, "more_body": True})  # whole; closed only later
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body"):
@@ -208,7 +207,7 @@ httptools_impl.service_unavailable = refuse_connection
 
 
 class Server(uvicorn.Server):
-    """Serves like uvicorn.Server; asked to serve without `sockets`, just like it."""
+    """A uvicorn.Server with the changes above; without `sockets` it accepts like uvicorn's."""
 
     listeners: tuple[socket.socket, ...] = ()
     watched: tuple[socket.socket, ...] = ()
@@ -226,7 +225,7 @@ class Server(uvicorn.Server):
             listener.setblocking(False)
 
     async def on_tick(self, counter: int) -> bool:
-        """Watch the listeners, or stop watching them, and look at the clients; uvicorn calls this every 0.1 s."""
+        """Start or stop watching the listeners, and check the clients' time; uvicorn calls this every 0.1 s."""
         connections = self.server_state.connections
         self.watch(self.listeners if len(connections) > BUSY_CONNECTIONS else ())
         if counter % 10 == 0:
@@ -235,7 +234,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
     def watch(self, listeners: tuple[socket.socket, ...]) -> None:
-        """Accept from `listeners`, and from no other, beside what uvloop does."""
+        """Accept from exactly these `listeners`, in addition to uvloop."""
         loop = asyncio.get_running_loop()
         for listener in set(self.watched) - set(listeners):
             loop.remove_reader(listener)
@@ -244,9 +243,9 @@ class Server(uvicorn.Server):
         self.watched = listeners
 
     def accept(self, listener: socket.socket) -> None:
-        """Take up to ACCEPTS_A_TURN of the connections that wait at `listener`."""
+        """Accept up to ACCEPTS_A_TURN of the connections that wait at `listener`."""
         loop = asyncio.get_running_loop()
-        with contextlib.suppress(OSError):  # mostly BlockingIOError: none is left
+        with contextlib.suppress(OSError):  # mostly BlockingIOError: none is waiting
             for _ in range(ACCEPTS_A_TURN):
                 connection, _ = listener.accept()
                 task = loop.create_task(loop.connect_accepted_socket(self.make_protocol, connection))
@@ -254,13 +253,13 @@ class Server(uvicorn.Server):
                 task.add_done_callback(self.accepting.discard)
 
     def make_protocol(self) -> asyncio.Protocol:
-        """What uvicorn's startup makes for each connection."""
+        """Return the protocol that uvicorn's startup makes for each connection."""
         return self.config.http_protocol_class(
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state
         )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End as uvicorn does. It closes the connections that it has; one that came after that would hold it up."""
+        """Stop accepting, let each connection get its last answer, then end as uvicorn does."""
         self.watch(())
         for listener in (*self.listeners, *self.servers, *(sockets or ())):
             listener.close()

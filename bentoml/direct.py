@@ -1,4 +1,4 @@
-"""The fast way to /predict: answer ahead of BentoML, and compute requests that arrive together at once."""
+"""Answer /predict before BentoML does, with one call of the model for requests that arrive together."""
 
 import asyncio
 import gc
@@ -18,8 +18,8 @@ MAX_BATCH_ROWS = 1024
 class Batcher:
     """Rows of requests that arrive in the same turns of the event loop share one call of the model.
 
-    scikit-learn checks its input and walks through its pipeline in 0.2 ms, for one row as for a hundred. The first
-    request asks for a flush one turn later; the others have joined by then. Nobody waits on a clock.
+    scikit-learn needs 0.2 ms to check its input and walk through its pipeline, for one row as for a hundred. The first
+    request schedules a flush one turn later; the others have joined by then. No request waits for a clock.
     """
 
     def __init__(self, model: Pipeline):
@@ -36,7 +36,7 @@ class Batcher:
         return future
 
     def flush(self) -> None:
-        """Compute what waits, at most some MAX_BATCH_ROWS rows at once."""
+        """Compute the waiting requests, about MAX_BATCH_ROWS rows at once."""
         while self.waiting:
             batch, count = [], 0
             while self.waiting and count < MAX_BATCH_ROWS:
@@ -44,27 +44,27 @@ class Batcher:
                 count += len(batch[-1][0])
             try:
                 answers = self.model.predict_proba(np.array([row for rows, _ in batch for row in rows], np.float64))
-            except Exception as error:  # noqa: BLE001 - it becomes each request's own error, which BentoML reports
+            except Exception as error:  # noqa: BLE001 - it becomes each request's error, which BentoML reports
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
             start = 0
             for rows, future in batch:
-                if not future.done():  # done: cancelled, its client has gone
+                if not future.done():  # done means cancelled: its client has left
                     future.set_result(answers[start : start + len(rows)])
                 start += len(rows)
 
 
 class DirectPredict(JsonOnly):
-    """Answers a right request to /predict itself; every other one goes on to BentoML, which words the refusals."""
+    """Answers correct requests to /predict; all others go on to BentoML, which words the refusals."""
 
     def __init__(self, app):
         super().__init__(app)
         gc.collect()
-        gc.freeze()  # 170,000 objects of imported packages stay: a collection that looks through them takes 0.1 s
+        gc.freeze()  # the 170,000 objects of imported packages stay, and a collection that walks them takes 0.1 s
         self.batchers = {version: Batcher(model) for version, model in load_models().items()}
-        # BLAS starts a thread for each core; those of two workers are in each other's way (README.md, step 6).
+        # BLAS starts a thread for each core, and those of two workers compete (REFERENCE.md, "More cores").
         threadpool_limits(limits=1)
 
     async def answer(self, scope: dict, body: bytes, send) -> bool:
@@ -76,7 +76,7 @@ class DirectPredict(JsonOnly):
                 return False
             features = check_features(request["features"])
             version = check_version(request.get("version", VERSIONS[-1]))
-        except (ValueError, AttributeError):  # not JSON, no object, or a value that is refused
+        except (ValueError, AttributeError):  # not JSON, not an object, or a refused value
             return False
         one_row = not isinstance(features[0], list)
         probabilities = await self.batchers[version].add([features] if one_row else features)

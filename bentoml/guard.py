@@ -1,11 +1,9 @@
-"""What `bentoml serve` leaves to us: refuse a taken port in one line, end with the terminal or the supervisor, refuse
-what is too much, and let go of a request that is answered.
+"""Guard `bentoml serve`: against a taken port, a lost terminal or supervisor, too many clients, and kept timers.
 
-BentoML starts a supervisor (circus), which opens the port and starts the workers that serve. Seen
-with BentoML 1.4.39: on a taken port it shows a traceback; when its terminal closes (SIGHUP) it
-restarts the workers and stays; when it is killed with -9 the workers go on serving, without it; its
-`traffic.max_concurrency` refuses nobody, see `limit_connections`; and a worker keeps every request's timer,
-and all that hangs on it, for 60 s.
+BentoML starts a supervisor (circus), which opens the port and starts the workers that serve. Observed with BentoML
+1.4.39: on a taken port it prints a traceback; when its terminal closes (SIGHUP) it restarts the workers and stays;
+when it is killed with -9 the workers go on serving without it; its `traffic.max_concurrency` refuses no client, see
+`limit_connections`; and a worker keeps the timer of every request, and the objects that it refers to, for 60 s.
 """
 
 import asyncio
@@ -28,7 +26,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def refuse_taken_port(default_host: str, default_port: int) -> None:
-    """Raise BentoMLException where the address that `bentoml serve` was asked to open is in use."""
+    """Raise BentoMLException if the address that `bentoml serve` must open is in use."""
     context = click.get_current_context(silent=True)
     given = context.params if context else {}  # on the command line, or in BENTOML_HOST and BENTOML_PORT
     host = default_host if given.get("host") is None else given["host"]
@@ -46,42 +44,42 @@ def refuse_taken_port(default_host: str, default_port: int) -> None:
 
 
 def stop_on_hangup() -> None:
-    """Make the supervisor take SIGHUP as it takes SIGTERM; its own way is to restart the workers."""
+    """Make the supervisor end on SIGHUP as on SIGTERM; by default it restarts the workers."""
     SysHandler.handle_hup = SysHandler.handle_term
 
 
 def end_with_supervisor() -> None:
-    """Have the kernel send this worker SIGTERM when its supervisor ends; Linux only, elsewhere nothing happens."""
+    """Have the kernel send this worker SIGTERM when its supervisor ends; does nothing except on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def limit_connections(limit: int) -> None:
-    """Make a worker answer 503 while it has `limit` connections or more, and close the one that asked.
+    """Make a worker with `limit` connections or more answer 503 and close the connection.
 
-    `traffic.max_concurrency` counts requests between their first and last `await`. A model that is asked without
-    any is never counted twice, however many wait for the event loop: 1,200 connections waited 4.6 s each for their
-    replies, and none was refused. BentoML hands no option of this kind on to uvicorn, so it becomes the default.
+    `traffic.max_concurrency` counts requests between their first and last `await`. A method without any `await` never
+    counts more than one, however many wait for the event loop: 1,200 connections waited 4.6 s each for their replies,
+    and none was refused. BentoML passes no such option to uvicorn, so this changes uvicorn's default.
     """
     uvicorn.Config.__init__ = functools.partialmethod(uvicorn.Config.__init__, limit_concurrency=limit)
 
 
 def accept_faster() -> None:
-    """Make a worker, which is about to start uvicorn, take more new connections at once while it is busy."""
+    """Make a worker that is about to start uvicorn accept several new connections at once while it is busy."""
     uvicorn.Server = connections.Server
 
 
 def cancel_timers() -> None:
     """Make BentoML cancel a request's timer (`traffic.timeout`) when the reply begins.
 
-    Its own stays until it is due and keeps what the request left: 24 objects, for 60 s. At 5,000 requests/s that
-    is seven million, and each full garbage collection walks through them and stops the server for as long.
+    BentoML keeps it, and with it 24 objects of the request, for 60 s. At 5,000 requests/s these are seven million
+    objects, and each full garbage collection walks through them while the server stands.
     """
     TimeoutMiddleware.__call__ = answer_in_time
 
 
 async def answer_in_time(middleware: TimeoutMiddleware, scope, receive, send) -> None:
-    """Answer by the application, or with 504 where it has not begun to within the time; ASGI."""
+    """Answer by the application, or with 504 if it has not started to in time; ASGI."""
     if scope["type"] != "http":
         await middleware.app(scope, receive, send)
         return

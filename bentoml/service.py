@@ -4,8 +4,8 @@
 
 POST /predict takes {"features": [f1, …, f5]} for one row or {"features": [[…], …]} for many, and
 optionally "version". The reply is nested as the request was:
-{"version": "v2.0.0", "prediction": 1, "probability": [P(malignant), P(benign)]}. POST /predict_ab takes the
-features alone and lets chance choose the version; POST /predict_batched shares a call of the model between
+{"version": "v2.0.0", "prediction": 1, "probability": [P(malignant), P(benign)]}. POST /predict_ab takes only
+the features and lets chance choose the version; POST /predict_batched shares a call of the model between
 requests.
 """
 
@@ -26,11 +26,11 @@ from sklearn.pipeline import Pipeline
 MODEL_NAME = "my_model"
 VERSIONS = ["v1.0.0", "v2.0.0"]  # as in bentofile.yaml; the last one answers when a request names none
 if only_version := os.environ.get("ONLY_VERSION"):
-    VERSIONS = [only_version]  # one of the servers behind a gateway that splits requests between versions
+    VERSIONS = [only_version]  # for one of the servers behind a gateway that splits requests between versions
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
-MAX_CONNECTIONS = 512  # to one worker; beyond them 503, so that nobody waits long
+MAX_CONNECTIONS = 512  # to one worker; beyond them 503, so that no client waits long
 SHARE_OF_V2 = 0.5  # of the requests to /predict_ab
-MONITOR = os.environ.get("MONITOR", "")  # the name of a log of all features and predictions; empty: none is written
+MONITOR = os.environ.get("MONITOR", "")  # the name of a log of all features and predictions; empty: no log
 HOST, PORT = "127.0.0.1", 3000  # in a container: --host 0.0.0.0 or BENTOML_HOST=0.0.0.0
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -40,7 +40,7 @@ JSON_NAMES = {str: "a string", bool: "a boolean", type(None): "null", list: "an 
 def check_features(value: Any) -> list[float] | list[list[float]]:
     """Return `value`, as parsed from JSON, if it is one row of numbers or a list of such rows; else raise.
 
-    Strict where pydantic and NumPy convert: "1.5", true and null are no numbers here.
+    Strict, unlike pydantic and NumPy: "1.5", true and null are not numbers here.
     """
     if not isinstance(value, list):
         raise refusal(f"features is {name_type(value)}; send 5 numbers, or a list of rows of 5 numbers")
@@ -54,7 +54,7 @@ def check_features(value: Any) -> list[float] | list[list[float]]:
         for name, number in zip(FEATURES, row, strict=True):
             if type(number) not in (int, float):
                 raise refusal(f"row {i}: {name} is {name_type(number)}, not a number")
-            if not abs(number) <= FLOAT32_MAX:  # true of NaN, too
+            if not abs(number) <= FLOAT32_MAX:  # also true for NaN
                 raise refusal(f"row {i}: {name} is not finite, or beyond the range of float32")
     return value
 
@@ -62,7 +62,7 @@ def check_features(value: Any) -> list[float] | list[list[float]]:
 def check_rows(value: Any) -> np.ndarray:
     """Return `value` as an array (n, 5) if it is a list of rows; else raise.
 
-    Each request is checked before it joins others: one bad row would fail the call that they share.
+    Each request is checked before it joins others: one bad row would fail their shared call.
     """
     features = check_features(value)
     if not isinstance(features[0], list):
@@ -71,14 +71,14 @@ def check_rows(value: Any) -> np.ndarray:
 
 
 def check_version(value: Any) -> str:
-    """Return `value` if it is a version that is served; else raise."""
+    """Return `value` if it is a served version; else raise."""
     if value not in VERSIONS:
         raise refusal(f"version is not one that is served: {', '.join(VERSIONS)}")
     return value
 
 
 def refusal(message: str) -> PydanticCustomError:
-    """The error that BentoML answers with status 400, `message` being its "detail"."""
+    """Return the error that BentoML answers with status 400 and `message` as its "detail"."""
     return PydanticCustomError("bad_request", message)
 
 
@@ -92,7 +92,7 @@ FEATURES_SCHEMA = {"anyOf": [ROW_SCHEMA, ROWS_SCHEMA]}
 
 
 class PredictInput(bentoml.IODescriptor):
-    """The request's body. An unknown key is an error: a misspelt "version" must not get the default's answer."""
+    """The request's body. An unknown key is an error: a misspelt "version" must not get the default version."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -109,12 +109,12 @@ class PredictAbInput(bentoml.IODescriptor):
 
 
 class PredictOutput(bentoml.IODescriptor):
-    """The reply's body: for n rows lists of n, for one unnested row its own values.
+    """The reply's body: for n rows lists of n, for one unnested row single values.
 
-    A model and no plain dict, for which BentoML would derive a JSON schema anew with every reply.
+    A model, not a plain dict, for which BentoML would derive a JSON schema at every reply.
     """
 
-    version: str  # the one that answered
+    version: str  # that answered
     prediction: int | list[int]  # 0 malignant, 1 benign
     probability: list[float] | list[list[float]]  # [P(malignant), P(benign)], per row
 
@@ -127,9 +127,9 @@ class Classifier:
 
     @bentoml.on_deployment
     def check_before_serving() -> None:
-        """Runs once, in the supervisor, before any worker starts: what it raises is shown as one line.
+        """Check port and models once, in the supervisor, before any worker starts; an error is shown as one line.
 
-        A worker cannot do that: when it fails, the supervisor starts another, again and again.
+        A worker cannot do that: when it fails, the supervisor keeps starting others.
         """
         guard.refuse_taken_port(HOST, PORT)
         guard.stop_on_hangup()
@@ -143,8 +143,8 @@ class Classifier:
     async def predict(self, features: list, version: str) -> PredictOutput:
         """Classify one row or many.
 
-        `async`, though nothing is awaited: BentoML runs a plain method in a thread, and handing over
-        takes as long as this model does.
+        `async`, though nothing is awaited: BentoML runs a plain method in a thread, and the handover
+        takes as long as this model.
         """
         one_row = not isinstance(features[0], list)
         rows = np.array([features] if one_row else features, dtype=np.float64)  # (n, 5)
@@ -160,9 +160,9 @@ class Classifier:
 
     @bentoml.api(input_spec=PredictAbInput, output_spec=PredictOutput)
     async def predict_ab(self, features: list) -> PredictOutput:
-        """Classify by a version that chance chooses; the reply's "version" says which.
+        """Classify by a random version; the reply's "version" says which.
 
-        The same user may meet both: for a test that can be judged put the choice in front, by user.
+        The same user may meet both. A valid A/B test chooses by user, in front of the server.
         """
         return await self.predict(features, VERSIONS[-1] if random.random() < SHARE_OF_V2 else VERSIONS[0])
 
@@ -170,12 +170,12 @@ class Classifier:
     async def predict_batched(
         self, rows: Annotated[np.ndarray, PlainValidator(check_rows), WithJsonSchema(ROWS_SCHEMA)]
     ) -> list:
-        """Return the probabilities (n, 2) of rows (n, 5) by the newest version; near requests share a call."""
+        """Return the probabilities (n, 2) of rows (n, 5) by the newest version; requests close in time share a call."""
         return self.models[VERSIONS[-1]].predict_proba(rows).tolist()
 
 
 def log_predictions(rows: np.ndarray, version: str, probabilities: np.ndarray) -> None:
-    """Write a line of JSON for each row (n, 5) to monitoring/<MONITOR>/data, as bentoml.monitor does it."""
+    """Write a line of JSON for each row (n, 5) to monitoring/<MONITOR>/data with bentoml.monitor."""
     with bentoml.monitor(MONITOR) as monitor:
         for name, column in zip(FEATURES, rows.T.tolist(), strict=True):
             monitor.log_batch(column, name, "feature", "numerical")
@@ -185,12 +185,12 @@ def log_predictions(rows: np.ndarray, version: str, probabilities: np.ndarray) -
 
 @functools.cache
 def load_models() -> dict[str, Pipeline]:
-    """Load every version, once in a process."""
+    """Load every version, once for each process."""
     return {version: load_model(f"{MODEL_NAME}:{version}") for version in VERSIONS}
 
 
 def load_model(tag: str) -> Pipeline:
-    """Load `tag` from the model store and try it; raise BentoMLException, in one line, where that fails."""
+    """Load `tag` from the model store and try it; raise BentoMLException with one line if that fails."""
     remedy = "run python train_and_save.py, with the same BENTOML_HOME"
     try:
         model = bentoml.sklearn.load_model(tag)
@@ -203,9 +203,9 @@ def load_model(tag: str) -> Pipeline:
 
 
 def make_service(middleware: type) -> bentoml.Service:
-    """Return the service behind `middleware`, JsonOnly or a class made of it."""
-    # Not `@bentoml.service` on the class with `svc = Classifier` below it: the module would hold the same
-    # service under two names, and `bentoml build` would not know which to take.
+    """Return the service behind `middleware`, JsonOnly or a subclass."""
+    # Not `@bentoml.service` on the class with `svc = Classifier` below: the module would hold the same service
+    # under two names, and `bentoml build` refuses to choose.
     service = bentoml.service(name="my_model_service", http={"host": HOST, "port": PORT})(Classifier)
     service.add_asgi_middleware(middleware)
     guard.limit_connections(MAX_CONNECTIONS)

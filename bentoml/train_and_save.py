@@ -4,8 +4,8 @@
 
 Reads train.csv, test.csv, recipe.json and initial_weights.json from ../data.
 Writes the tags my_model:v1.0.0 and my_model:v2.0.0 (which becomes
-my_model:latest) to BentoML's model store: the folder that the environment
-variable BENTOML_HOME names, or ~/bentoml. A tag that is there is replaced.
+my_model:latest) to BentoML's model store: the folder in the environment
+variable BENTOML_HOME, or ~/bentoml. An existing tag is replaced.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"train_and_save: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
-if TYPE_CHECKING:  # the functions import it: that takes seconds, which a wrong command line should not cost
+if TYPE_CHECKING:  # the functions import it: that takes seconds, too long for the error of a mistyped option
     from sklearn.pipeline import Pipeline
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
-SCIKIT_LEARN_SEED = 0  # draws only weights that are overwritten, and the order of rows in a batch that holds them all
+SCIKIT_LEARN_SEED = 0  # only for weights that are overwritten, and the order of rows in a batch of all rows
 
 
 def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -44,15 +44,15 @@ def load_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict], epochs: int) -> Pipeline:
     """Return standardisation and network, fitted to raw `rows` (n, 5), from the initial weights in `layers`.
 
-    scikit-learn has no argument for initial weights. One `partial_fit` makes the arrays, which are
-    then overwritten; `warm_start` makes `fit` go on from there, with a new, empty momentum.
+    scikit-learn has no argument for initial weights. One `partial_fit` makes the arrays, which are then
+    overwritten; with `warm_start`, `fit` continues from there, with zero momentum.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler
 
-    scaler = StandardScaler()  # mean and population standard deviation, as the recipe has them
+    scaler = StandardScaler()  # mean and population standard deviation, as in the recipe
     network = MLPClassifier(
         hidden_layer_sizes=recipe["hidden_units"],
         solver="sgd",
@@ -72,8 +72,8 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
     network.coefs_ = [np.array(layer["weights"]) for layer in layers]  # (5, 64), (64, 32), (32, 1)
     network.intercepts_ = [np.array(layer["bias"]) for layer in layers]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe ends before convergence, on purpose
-        # `fit` takes Ctrl-C for the end of the training: it warns, and returns a half-trained network.
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the recipe ends before convergence deliberately
+        # On Ctrl-C `fit` only warns, and returns a half-trained network.
         warnings.filterwarnings("error", "Training interrupted by user")
         try:
             network.fit(standardised, labels)
@@ -83,7 +83,7 @@ def train(rows: np.ndarray, labels: np.ndarray, recipe: dict, layers: list[dict]
 
 
 def save(tag: str, model: Pipeline, metadata: dict) -> None:
-    """Save `model` as `tag` in the model store; an older one goes only now, when the new one is ready."""
+    """Save `model` as `tag` in the model store, replacing an older one."""
     import bentoml
 
     with contextlib.suppress(bentoml.exceptions.NotFound):
@@ -99,7 +99,7 @@ def save(tag: str, model: Pipeline, metadata: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="where the data is (default: ../data)")
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="data folder (default: ../data)")
     data_dir = parser.parse_args().data_dir
     try:
         recipe = json.loads((data_dir / "recipe.json").read_text())
@@ -120,7 +120,7 @@ def main() -> None:
             probabilities = model.predict_proba(test_rows)  # (n, 2)
             accuracy = accuracy_score(test_labels, probabilities.argmax(axis=1))
             loss = log_loss(test_labels, probabilities)
-            status.stop()  # else the spinner would be drawn over the line
+            status.stop()  # otherwise the spinner would overwrite the line
             print(f"version {version}: test accuracy {accuracy:.4f}, log loss {loss:.4f}", flush=True)
             status.start()
             tags.append(f"{recipe['model_name']}:v{version}.0.0")

@@ -1,8 +1,9 @@
-"""The service of service.py, made fast for a small model under load.
+"""Serve the service of service.py, tuned for a small model under load.
 
     BENTOML_CONFIG=tuned.yaml bentoml serve tuned_service:svc
 
-The same paths, models and refusals. What it gives up: no access log, no tracing, no request ids; see README.md.
+Paths, models and refusals are the same. It has no access log, no tracing and no request ids; see REFERENCE.md,
+"Tuning".
 """
 
 import guard
@@ -10,7 +11,7 @@ import sklearn
 from direct import DirectPredict
 from service import make_service
 
-# service.py has checked the rows already, and nobody changes the parameters of a trained model.
+# service.py has already checked the rows, and the parameters of a trained model do not change.
 sklearn.set_config(assume_finite=True, skip_parameter_validation=True)
 guard.cancel_timers()
 
