@@ -73,7 +73,7 @@ def cancel_timers() -> None:
     """Make BentoML cancel a request's timer (`traffic.timeout`) when the reply begins.
 
     BentoML keeps it, and with it 24 objects of the request, for 60 s. At 5,000 requests/s these are seven million
-    objects, and each full garbage collection walks through them while the server stands.
+    objects, and each full garbage collection walks through them and halts the server.
     """
     TimeoutMiddleware.__call__ = answer_in_time
 

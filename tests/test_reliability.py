@@ -217,7 +217,7 @@ def test_two_requests_sent_at_once_on_one_connection_get_both_right_answers(serv
                 assert b" 200" in stream.readline()
                 headers = http.client.parse_headers(stream)
                 answers.append(server.endpoint.decode(stream.read(int(headers["content-length"]))))
-    if server.endpoint.name == "torchserve":  # its replies come as its workers finish, see torchserve/README.md
+    if server.endpoint.name == "torchserve":  # its replies come as its workers finish, see torchserve/REFERENCE.md
         answers.sort(key=lambda answer: answer[0, 0])  # of these two rows the first is the smaller
     assert np.abs(np.concatenate(answers) - load_expected("1")[:2]).max() <= TOLERANCE
 

@@ -3,8 +3,8 @@
     python archive.py
 
 Runs torch-model-archiver on models/1.0/model.pth and models/2.0/model.pth, as
-the README's command does for model.pth, and writes model_store/model_v1.mar and
-model_store/model_v2.mar. Both say "my_model" in their manifest, so that
+the command in README.md does on model.pth, and writes model_store/model_v1.mar
+and model_store/model_v2.mar. Both manifests name the model "my_model", so
 TorchServe takes them for versions 1.0 and 2.0 of one model.
 """
 
@@ -21,15 +21,15 @@ ARCHIVES = {"1.0": "model_v1.mar", "2.0": "model_v2.mar"}
 
 
 def archive(version: str, archive_path: Path) -> None:
-    """Pack `version` into `archive_path`; SystemExit with one line where that fails."""
+    """Pack `version` into `archive_path`; SystemExit with one line if that fails."""
     state_dict_path = FOLDER / "models" / version / "model.pth"
     if not state_dict_path.is_file():
         sys.exit(f"archive: {state_dict_path} not found; run python train_model.py")
     archiver = Path(sys.executable).parent / "torch-model-archiver"
     if not archiver.is_file():
         sys.exit(f"archive: {archiver} not found; run `source ../.venv/bin/activate` first")
-    # The archiver names the file after the model and gathers its parts in $TMPDIR/my_model, deleting
-    # what is there. A folder of its own keeps it from both, and the last step puts a whole file in place.
+    # The archiver names the file after the model and collects its parts in $TMPDIR/my_model, which it empties
+    # first. A temporary folder protects both places, and the last step moves the finished file into place.
     with tempfile.TemporaryDirectory(dir=archive_path.parent, prefix=".archive-") as scratch:
         command = [str(archiver), "--model-name", MODEL_NAME, "--version", version]
         command += ["--model-file", "model.py", "--serialized-file", str(state_dict_path)]

@@ -4,8 +4,8 @@
     python grpc_client.py 13.82 24.49 0.1162 0.1357 0.2275
 
 Sends one row of five raw features to both versions and prints their
-probabilities; writes nothing. Where serve.py has left keys/8080.json, the
-server wants tokens, and gets one.
+probabilities; writes nothing. If serve.py has made keys/8080.json, the server
+requires a key, and each request carries it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 KEYS_PATH = Path(__file__).resolve().parent / "keys" / "8080.json"
 SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
 
-# Compiles the .proto file here and now; it is looked up by its name on the import path.
+# This compiles the .proto file, which gRPC looks up by name on the import path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 messages, services = grpc.protos_and_services("inference.proto")
 
@@ -31,7 +31,7 @@ def predict(channel: grpc.Channel, rows: list, version: str = "", key: str = "")
 
     `key` is the inference key of a server with tokens.
 
-    Raises ValueError where the handler refuses the rows, grpc.RpcError where TorchServe refuses the request.
+    Raises ValueError if the handler refuses the rows, grpc.RpcError if TorchServe refuses the request.
     """
     request = messages.PredictionsRequest(
         model_name="my_model", model_version=version, input={"data": json.dumps(rows).encode()}
@@ -39,7 +39,7 @@ def predict(channel: grpc.Channel, rows: list, version: str = "", key: str = "")
     metadata = [("authorization", f"Bearer {key}")] if key else []
     call = services.InferenceAPIsServiceStub(channel).Predictions
     reply = json.loads(call(request, timeout=30, metadata=metadata).prediction)
-    # The gRPC status is OK even then: over gRPC, TorchServe drops the status that a handler sets.
+    # The gRPC status is OK even for a refusal: TorchServe drops the status that a handler sets.
     if isinstance(reply, dict):
         raise ValueError(reply["message"])
     return reply
@@ -48,9 +48,9 @@ def predict(channel: grpc.Channel, rows: list, version: str = "", key: str = "")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", type=float, nargs="*", default=SAMPLE_ROW, help="raw features (default: a test row)")
-    parser.add_argument("--address", default="127.0.0.1:7070", help="where TorchServe is (default: 127.0.0.1:7070)")
+    parser.add_argument("--address", default="127.0.0.1:7070", help="TorchServe's address (default: 127.0.0.1:7070)")
     parser.add_argument(
-        "--keys", type=Path, default=KEYS_PATH, help="the server's keys, if it wants any (default: keys/8080.json here)"
+        "--keys", type=Path, default=KEYS_PATH, help="the server's keys, if it needs any (default: keys/8080.json here)"
     )
     arguments = parser.parse_args()
     key = json.loads(arguments.keys.read_text())["inference"]["key"] if arguments.keys.is_file() else ""

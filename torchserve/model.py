@@ -1,7 +1,7 @@
-"""The classifier, as PyTorch sees it: raw features in, probabilities out.
+"""The classifier as a PyTorch module: raw features in, probabilities out.
 
-TorchServe imports this file from the archive and makes one object of the one class in it, so there must be
-exactly one class here. The `.pth` beside it holds that object's state dict: the weights and the two buffers.
+TorchServe imports this file from the archive and creates an instance of its class, so there must be exactly
+one class here. The `.pth` in the archive holds the instance's state dict: the weights and the two buffers.
 """
 
 import torch
@@ -15,7 +15,7 @@ class Classifier(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # Buffers travel in the state dict but are not trained: clients may send raw features.
+        # Buffers are stored in the state dict but not trained; with them clients can send raw features.
         self.register_buffer("mean", torch.zeros(FEATURES))
         self.register_buffer("scale", torch.ones(FEATURES))
         self.layers = nn.Sequential(
@@ -27,10 +27,10 @@ class Classifier(nn.Module):
         )
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
-        """The log-odds of benign (n,) for raw features (n, 5); the training loss wants these."""
+        """Return the log-odds of benign (n,) for raw features (n, 5); the training loss takes these."""
         return self.layers((rows - self.mean) / self.scale).squeeze(1)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The probabilities (n, 2), [P(malignant), P(benign)], for raw features (n, 5)."""
+        """Return the probabilities (n, 2), [P(malignant), P(benign)], for raw features (n, 5)."""
         logits = self.logits(rows)  # (n,)
         return torch.stack([torch.sigmoid(-logits), torch.sigmoid(logits)], dim=1)  # (n, 2)

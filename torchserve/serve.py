@@ -5,10 +5,10 @@
         --log-config log4j2-tuned.xml
 
 Reads model_store/model_v1.mar, model_store/model_v2.mar and config.properties;
-requests that name no version get 2.0. This TorchServe has a temporary folder of
-its own, so it never meets another one on the machine. Where the configuration
-asks for tokens, keys/8080.json (after the REST port) leads to them while it
-runs; nothing else is written here.
+requests that name no version get 2.0. Its pid file, sockets and logs lie in a
+temporary folder, so that several servers can run on one machine. If the
+configuration turns tokens on, keys/8080.json (named after the REST port) links
+to them while the server runs; nothing else is written here.
 """
 
 import argparse
@@ -38,8 +38,8 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
 POLL_INTERVAL_S = 0.1
 
-# Waits until serve.py closes the pipe or is gone, even by kill -9, then ends the server's process group and removes
-# what it had written.
+# Waits until serve.py closes the pipe or ends, even by kill -9, then ends the server's process group and removes
+# its files.
 GUARDIAN = """
 import contextlib, os, pathlib, shutil, signal, sys, time
 group, folder, keys_link = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
@@ -60,7 +60,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers that a stop was asked for. Nothing is raised in the handler, so nothing is left half done."""
+    """Records that a stop was requested. The handler raises nothing, so nothing is left half done."""
 
     def __init__(self):
         self.received = False
@@ -72,7 +72,7 @@ class Signals:
         self.received = True
 
     def wait(self) -> None:
-        """Sleep for one poll interval; Interrupted where a signal has come."""
+        """Sleep for one poll interval; raise Interrupted if a signal has come."""
         if not self.received:
             time.sleep(POLL_INTERVAL_S)
         if self.received:
@@ -80,7 +80,7 @@ class Signals:
 
 
 def read_config(path: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """Return the keys and values of config.properties, and the ports in it by the name of their option."""
+    """Return the keys and values of a configuration, and its ports by the name of their option."""
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
         pairs = [line.split("=", 1) for line in lines if "=" in line and not line.startswith("#")]
@@ -109,7 +109,7 @@ def port_number(text: str) -> int:
 
 
 def check_archives(model_store: Path, archives: dict[str, str]) -> None:
-    """SystemExit with one line unless all archives are whole zip files."""
+    """Raise SystemExit with one line unless all archives are complete zip files."""
     for name in archives.values():
         path = model_store / name
         if not path.is_file():
@@ -124,7 +124,7 @@ def check_archives(model_store: Path, archives: dict[str, str]) -> None:
 
 
 def check_ports(host: str, ports: dict[str, int]) -> None:
-    """SystemExit with one line where two ports are the same or another program holds one."""
+    """Raise SystemExit with one line if two ports are equal or another program holds one."""
     for role, port in ports.items():
         if list(ports.values()).count(port) > 1:
             sys.exit(f"serve: port {port} ({role}) is given twice; choose another with --{role}-port")
@@ -137,12 +137,12 @@ def check_ports(host: str, ports: dict[str, int]) -> None:
 
 
 def has_tokens(config: dict[str, str]) -> bool:
-    """Whether TorchServe will want tokens: it does unless told otherwise."""
+    """Return whether TorchServe will require tokens, as it does by default."""
     return config.get("disable_token_authorization", "").lower() != "true"
 
 
 def make_folder(path: Path, remedy: str) -> None:
-    """Make a folder; SystemExit with one line where that fails."""
+    """Make a folder; raise SystemExit with one line if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,13 +150,13 @@ def make_folder(path: Path, remedy: str) -> None:
 
 
 def check_installed() -> None:
-    """SystemExit with one line where this Python has no TorchServe."""
+    """Raise SystemExit with one line if TorchServe is not installed in this Python."""
     if not importlib.util.find_spec("ts"):
         sys.exit("serve: TorchServe is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 
 def find_java_home() -> str | None:
-    """Return the JAVA_HOME to run with, None where `java` on the PATH will do; SystemExit where there is no Java."""
+    """Return the JAVA_HOME to run with, None if `java` on the PATH works; raise SystemExit if there is no Java."""
     java_home = os.environ.get("JAVA_HOME")
     if java_home and runs(f"{java_home}/bin/java"):
         return java_home
@@ -170,14 +170,14 @@ def find_java_home() -> str | None:
 
 
 def runs(java: str) -> bool:
-    """Whether `java` is there and works: macOS has a /usr/bin/java that only says that there is none."""
+    """Return whether `java` works: the /usr/bin/java of macOS only reports that there is none."""
     with contextlib.suppress(OSError):
         return subprocess.run([java, "-version"], capture_output=True, check=False).returncode == 0
     return False
 
 
 class TorchServe:
-    """One TorchServe in its own session, with a folder of its own for its pid file, sockets, logs and models."""
+    """One TorchServe in its own session, with a temporary folder for its pid file, sockets, logs and models."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class TorchServe:
         log_config: Path | None,
     ):
         self.archives = archives
-        # Short, because the path of a Unix socket may have 107 bytes at most.
+        # Short, because a Unix socket's path has at most 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="torchserve-"))
         self.log_dir = log_dir or self.folder / "logs"
         self.log_dir.mkdir(exist_ok=True)
@@ -198,7 +198,7 @@ class TorchServe:
         self.keys_link = KEYS_DIR / f"{self.rest_address.port}.json"
         self.keys_link.unlink(missing_ok=True)
         if has_tokens(config):
-            self.keys_link.symlink_to(self.folder / "key_file.json")  # TorchServe writes that one
+            self.keys_link.symlink_to(self.folder / "key_file.json")  # TorchServe will write that file
         config_path = self.folder / "config.properties"
         config_path.write_text("".join(f"{key}={value}\n" for key, value in config.items()))
 
@@ -213,7 +213,7 @@ class TorchServe:
             "TEMP": str(self.folder),  # its workers' sockets and the unpacked archives
             "LOG_LOCATION": str(self.log_dir),
             "METRICS_LOCATION": str(self.log_dir),
-            "ORT_DISABLE_TELEMETRY": environment.get("ORT_DISABLE_TELEMETRY", "1"),  # as handlers/ says
+            "ORT_DISABLE_TELEMETRY": environment.get("ORT_DISABLE_TELEMETRY", "1"),  # see the handler
         }
         if java_home:
             environment["JAVA_HOME"] = java_home
@@ -234,10 +234,10 @@ class TorchServe:
         )
 
     def check(self) -> None:
-        """Raise RuntimeError where the server has ended, or a worker could not load its model."""
+        """Raise RuntimeError if the server has ended, or a worker could not load its model."""
         if self.process.poll() is not None:
             raise RuntimeError("TorchServe has ended by itself")
-        # TorchServe would start the worker again and again for five minutes.
+        # TorchServe itself would restart the worker for five minutes.
         log = self.console.read_text(errors="replace")
         failed = re.search(rf" W-\d+-{MODEL_NAME}_(\S+) .*Load model failed", log)
         if failed:
@@ -252,7 +252,7 @@ class TorchServe:
             )
 
     def predicts(self, version: str) -> bool:
-        """Whether `version` answers one real row with two probabilities."""
+        """Return whether `version` answers one real row with two probabilities."""
         connection = http.client.HTTPConnection("127.0.0.1", self.rest_address.port, timeout=1)
         headers = {"Content-Type": "application/json"}
         try:
@@ -262,30 +262,30 @@ class TorchServe:
             connection.request("POST", f"/predictions/{MODEL_NAME}/{version}", body, headers)
             reply = connection.getresponse()
             return reply.status == 200 and abs(sum(json.loads(reply.read())[0]) - 1) < 1e-5
-        except (OSError, http.client.HTTPException, json.JSONDecodeError):  # not yet up, or a file half written
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):  # not yet up, or a key file half written
             return False
         finally:
             connection.close()
 
     def stop(self) -> None:
-        """End the JVM and its workers: politely, then by force."""
+        """End the JVM and its workers: first by SIGTERM, then by SIGKILL."""
         group = self.process.pid
         deadline_s = time.monotonic() + STOP_TIMEOUT_S
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, signal.SIGTERM)
             while time.monotonic() < deadline_s:
-                self.process.poll()  # collects the exit status: until then the process counts as a member
+                self.process.poll()  # collects the exit status; until then the group has a member
                 os.killpg(group, 0)
                 time.sleep(POLL_INTERVAL_S / 2)
             os.killpg(group, signal.SIGKILL)
         self.process.wait()
-        self.guardian.kill()  # before its pipe closes: its work is done
+        self.guardian.kill()  # before its pipe closes: nothing is left for it to do
         self.guardian.wait()
         self.keys_link.unlink(missing_ok=True)
 
 
 def serve(server: TorchServe, signals: Signals) -> None:
-    """Watch `server` until a signal comes; RuntimeError where it fails."""
+    """Watch `server` until a signal comes; raise RuntimeError if it fails."""
     deadline_s = time.monotonic() + START_TIMEOUT_S
     waiting = list(server.archives)
     while waiting:
@@ -307,7 +307,7 @@ def serve(server: TorchServe, signals: Signals) -> None:
 
 
 def main() -> None:
-    first = argparse.ArgumentParser(add_help=False)  # the ports' defaults stand in the configuration
+    first = argparse.ArgumentParser(add_help=False)  # the ports' defaults come from the configuration
     first.add_argument(
         "--config",
         type=Path,
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument(
         "--management-host",
         default="127.0.0.1",
-        help="the same for management, which runs whatever model it is given (default: 127.0.0.1)",
+        help="address of the management API, whose callers can run any code (default: 127.0.0.1)",
     )
     parser.add_argument(
         "--model-store", type=Path, default=FOLDER / "model_store", help="the archives (default: model_store here)"
@@ -336,12 +336,12 @@ def main() -> None:
     parser.add_argument(
         "--only-version",
         choices=sorted(ARCHIVES),
-        help="serve this version and no other, as behind a gateway (default: both)",
+        help="serve only this version, as behind a gateway (default: both)",
     )
     parser.add_argument(
         "--no-tokens",
         action="store_true",
-        help="want no tokens, whatever the configuration says: for replicas behind a gateway (default: as configured)",
+        help="turn tokens off, for replicas behind a gateway (default: as configured)",
     )
     parser.add_argument(
         "--log-config",
@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument(
         "--log-dir",
         type=Path,
-        help="where to keep the logs (default: a temporary folder, deleted after a stop, kept after a failure)",
+        help="folder of the logs (default: a temporary one, deleted after a stop, kept after a failure)",
     )
     arguments = parser.parse_args()
     ports = {role: getattr(arguments, f"{role.replace('-', '_')}_port") for role in ports}
@@ -366,7 +366,7 @@ def main() -> None:
     if arguments.log_dir:
         make_folder(arguments.log_dir, "choose another folder with --log-dir")
     if has_tokens(config):
-        make_folder(KEYS_DIR, "the tokens need a place that you may write to")
+        make_folder(KEYS_DIR, "the tokens need a folder that you may write to")
     java_home = find_java_home()
     config |= {
         "inference_address": f"http://{arguments.host}:{ports['rest']}",
@@ -377,7 +377,7 @@ def main() -> None:
         "grpc_management_address": arguments.management_host,
         "grpc_management_port": str(ports["grpc-management"]),
     }
-    # The server runs in another folder, so its paths must be whole.
+    # The server runs in another folder, so its paths must be absolute.
     log_dir = arguments.log_dir and arguments.log_dir.resolve()
     log_config = arguments.log_config and arguments.log_config.resolve()
     if log_config and not log_config.is_file():

@@ -4,7 +4,7 @@
 
 Reads recipe.json, initial_weights.json, train.csv and test.csv of ../data.
 Writes models/1.0/model.pth, models/2.0/model.pth, and model.pth, a copy of
-version 1.0, which the archiver command of the README reads.
+version 1.0, which the archiver's command in README.md reads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"train_model: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
-if TYPE_CHECKING:  # the functions import PyTorch: that takes seconds, which a wrong command line should not cost
+if TYPE_CHECKING:  # the functions import PyTorch: that takes seconds, too long for a mistyped option
     import torch
     from model import Classifier
 
@@ -88,8 +88,8 @@ def evaluate(classifier: Classifier, rows: torch.Tensor, labels: torch.Tensor) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=FOLDER.parent / "data", help="what to read (default: ../data)")
-    parser.add_argument("--output-dir", type=Path, default=FOLDER, help="where to write (default: this folder)")
+    parser.add_argument("--data-dir", type=Path, default=FOLDER.parent / "data", help="data folder (default: ../data)")
+    parser.add_argument("--output-dir", type=Path, default=FOLDER, help="folder to write to (default: this one)")
     arguments = parser.parse_args()
 
     try:
@@ -98,7 +98,7 @@ def main() -> None:
         train_table = read_table(arguments.data_dir / "train.csv")
         test_table = read_table(arguments.data_dir / "test.csv")
     except FileNotFoundError as error:
-        sys.exit(f"train_model: {error.filename} not found; copy the data folder beside this one or give --data-dir")
+        sys.exit(f"train_model: {error.filename} not found; copy the data folder next to this one or give --data-dir")
 
     models_dir = arguments.output_dir / "models"
     with Console(stderr=True).status("importing PyTorch") as status:
@@ -115,7 +115,7 @@ def main() -> None:
             path = models_dir / f"{version}.0" / "model.pth"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(classifier.state_dict(), path)
-            status.stop()  # else the spinner would be drawn over the line
+            status.stop()  # otherwise the spinner would overwrite the line
             print(f"version {version}.0: test accuracy {accuracy:.4f}, log loss {log_loss:.4f}", flush=True)
             status.start()
         shutil.copyfile(models_dir / "1.0" / "model.pth", arguments.output_dir / "model.pth")

@@ -1,18 +1,17 @@
-"""What a TorchServe worker does with requests: JSON in, one forward pass for all of them, JSON out.
+"""Answer a TorchServe worker's requests: JSON in, one forward pass for the whole batch, JSON out.
 
-The worker calls `handle` with a list: as many requests as TorchServe batched together, from different
-clients, one by default. Each is answered on its own, in the same order; a bad one gets a 400 that says
-what is wrong with it, and must not fail the others.
+The worker calls `handle` with a batch, a list of requests from different clients (by default of one). The
+replies are in the same order. A bad request gets a 400 that names the problem, and must not fail the others.
 
 Over REST a request is `{"data": rows}`; over gRPC, or in a form, `rows` come in the field `data`.
-There must be exactly one class in this file: TorchServe makes one object of it.
+There must be exactly one class in this file: TorchServe creates an instance of it.
 """
 
 import json
 import os
 import zlib
 
-# TorchServe imports ONNX Runtime where it is installed, and that writes to ~/.cache and reports to Microsoft.
+# TorchServe imports ONNX Runtime if it is installed, which writes to ~/.cache and reports to Microsoft.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import torch
 from ts.metrics.dimension import Dimension
@@ -21,7 +20,7 @@ from ts.torch_handler.base_handler import BaseHandler
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
 CLASSES = ["malignant", "benign"]
 CODINGS = ("gzip", "x-gzip", "deflate")  # RFC 9110, 8.4.1
-MAX_BODY_BYTES = 6_553_500  # decompressed; TorchServe's own limit before that (max_request_size)
+MAX_BODY_BYTES = 6_553_500  # decompressed; TorchServe's limit for the body as sent (max_request_size)
 PHRASES = {400: "Bad Request", 413: "Content Too Large", 415: "Unsupported Media Type"}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -29,23 +28,23 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 class CustomClassifier(BaseHandler):
     """`BaseHandler.initialize` loads model.py and the state dict; the rest is here.
 
-    Every step takes and returns one entry per request. An entry is what the step is about or, once
-    something is wrong with that request, the ValueError that says so: a message, and a status if it is not 400.
+    Each step takes and returns one entry per request: a tensor or, if the request is bad, a ValueError with a
+    message, and with a status if that is not 400.
     """
 
     def handle(self, requests: list[dict], context) -> list[str]:
         """Return one JSON reply per request, and set its HTTP status and content type in `context`."""
-        # Not BaseHandler.handle: there an `explain` or `describe` header of one client decides for the whole batch.
+        # Not BaseHandler.handle: there one client's `explain` or `describe` header decides for the whole batch.
         self.context = context
         if requests == [{}] and context.get_request_header(0, "describe") == "True":
-            # GET /models/my_model?customized=true on the management address shows this.
+            # GET /models/my_model?customized=true of the management API shows this.
             return [json.dumps({"features": FEATURES, "classes": CLASSES})]
         entries = self.inference(self.preprocess(requests))
         self.count(entries)
         return self.postprocess(entries)
 
     def preprocess(self, requests: list[dict]) -> list[torch.Tensor | ValueError]:
-        """Return per request its rows, float32 (rows, 5)."""
+        """Return the rows of each request, float32 (rows, 5)."""
         entries = []
         for index, request in enumerate(requests):
             try:
@@ -56,7 +55,7 @@ class CustomClassifier(BaseHandler):
         return entries
 
     def inference(self, entries: list) -> list:
-        """Return per request its probabilities (rows, 2); all good requests share one forward pass."""
+        """Return the probabilities of each request, (rows, 2); all good requests share one forward pass."""
         good = [entry for entry in entries if not isinstance(entry, ValueError)]
         if not good:
             return entries
@@ -69,7 +68,7 @@ class CustomClassifier(BaseHandler):
         """Add to the metrics `predicted_rows` by likelier class, and `refused_requests`."""
         good = [entry for entry in entries if not isinstance(entry, ValueError)]
         counts = torch.cat(good).argmax(1).bincount(minlength=len(CLASSES)).tolist() if good else [0, 0]
-        # A metric is a line on the worker's output, which TorchServe reads: once a batch, and only what has changed.
+        # A metric is a line on the worker's output, which TorchServe parses: so one a batch, and only for a change.
         for name, count in zip(CLASSES, counts, strict=True):
             if count:
                 self.add("predicted_rows", count, Dimension("Class", name))
@@ -82,7 +81,7 @@ class CustomClassifier(BaseHandler):
         self.context.metrics.add_counter(name, count, dimensions=[version, *dimensions])
 
     def postprocess(self, entries: list) -> list[str]:
-        """Return per request the body of its reply."""
+        """Return the body of each reply."""
         replies = []
         for index, entry in enumerate(entries):
             self.context.set_response_content_type(index, "application/json")
@@ -95,18 +94,18 @@ class CustomClassifier(BaseHandler):
                 reply = {"code": status, "type": "BadRequestException", "message": message}
             else:
                 reply = entry.tolist()
-            replies.append(json.dumps(reply) + "\n")  # TorchServe's own replies end their line, too
+            replies.append(json.dumps(reply) + "\n")  # TorchServe's own replies end with a newline, too
         return replies
 
 
 def read_rows(request: dict, headers: dict) -> list[list[float]]:
-    """Return the rows of one request, n lists of 5 numbers; ValueError says what is wrong with them.
+    """Return the rows of one request, n lists of 5 numbers; raise ValueError with the problem of a bad request.
 
     `request` maps field names to values: `body` is a REST body, `data` a gRPC or form field. TorchServe
-    has already decoded a body of type application/json, unless it is malformed: then it is bytes still.
+    has already decoded a body of type application/json, unless it is malformed: then it is still bytes.
     """
     if "body" in request:
-        part = headers.get("body")  # a client's header of that name would stand here in its place
+        part = headers.get("body")  # a str if the client sent a header named "body"
         content_type = part["content-type"] if isinstance(part, dict) else ""
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise ValueError("the content type must be application/json")
@@ -126,19 +125,19 @@ def read_rows(request: dict, headers: dict) -> list[list[float]]:
 
 
 def decompress(body, encodings: str) -> bytes:
-    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
+    """Return the decompressed body; `encodings` is its Content-Encoding, codings in the order of their application."""
     for word in reversed(encodings.lower().split(",")):
         if (word := word.strip()) in ("", "identity"):
             continue
         if word not in CODINGS:
             raise ValueError(f"the Content-Encoding {word!r} is not known; gzip and deflate are", 415)
-        if not isinstance(body, (bytes, bytearray)):  # TorchServe has read it as JSON
+        if not isinstance(body, (bytes, bytearray)):  # TorchServe has parsed it as JSON
             raise ValueError(f"the body is not {word}, as its Content-Encoding says")
         has_zlib_header = body[:1] and body[0] & 15 == 8 and int.from_bytes(body[:2]) % 31 == 0  # RFC 1950, 2.2
         is_raw = word == "deflate" and not has_zlib_header  # some clients send none
         rest, body, members = bytes(body), b"", 0
         while rest or not members:  # gzip may have several members: RFC 1952, 2.2
-            decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
+            decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, detected from the first bytes
             try:
                 body += decoder.decompress(rest, MAX_BODY_BYTES + 1 - len(body))
             except zlib.error:
@@ -152,7 +151,7 @@ def decompress(body, encodings: str) -> bytes:
 
 
 def parse_json(value):
-    """Return the JSON value in `value` where it is still text or bytes."""
+    """Return the JSON value in `value` if that is text or bytes, else `value`."""
     if not isinstance(value, (bytes, bytearray, str)):
         return value
     if not value:
@@ -186,7 +185,7 @@ def check_rows(rows) -> None:
 
 
 def describe(value) -> str:
-    """Name a JSON value, as JSON does, for an error message."""
+    """Name a JSON value in JSON's terms, for an error message."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, (int, float)):
