@@ -1,12 +1,34 @@
 """Shared by seal.py and unseal.py: the release note, the places of versions, and the exchange of folders."""
 
 import ctypes
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from model_signing import hashing
+
+class Postponed(importlib.abc.MetaPathFinder):
+    """Finds modules that Python loads when something in them is used, and not when they are imported.
+
+    Only keys sign and verify here. What model-signing imports for sigstore's online service, an HTTP client and much
+    more, would double the time that unseal.py takes to start.
+    """
+
+    NAMES = ("model_signing._signing.sign_sigstore", "model_signing._signing.sign_certificate")
+
+    def find_spec(self, name, path, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name in self.NAMES else None
+        if spec and spec.loader:
+            spec.loader = importlib.util.LazyLoader(spec.loader)
+        return spec
+
+
+sys.meta_path.insert(0, Postponed())
+from model_signing import hashing, signing, verifying  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent
 NOTE, SIGNATURE, SUFFIX = "release.json", "model.sig", ".age"
@@ -50,6 +72,18 @@ def find_place(server: str, model: str, version: str) -> Path:
 def strict_hashing() -> hashing.Config:
     """Return the settings for signing and verifying all files; the defaults skip .git/, .github/ and .gitignore."""
     return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
+
+
+def sign(folder: Path, signature: Path, key: Path) -> None:
+    """Write the signature of all files in a folder, outside of it, with a private key in PEM."""
+    signer = signing.Config().use_elliptic_key_signer(private_key=key)
+    signer.set_hashing_config(strict_hashing()).sign(folder, signature)
+
+
+def verify(folder: Path, signature: Path, key: Path) -> None:
+    """Return if the public key in PEM has signed exactly these files; else raise any exception."""
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    verifier.set_hashing_config(strict_hashing()).verify(folder, signature)
 
 
 def put(source: Path, target: Path) -> None:

@@ -25,9 +25,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pyrage
-from model_signing import signing
 
-from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, strict_hashing
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, sign
 
 
 def read_files(place: Path) -> dict[str, bytes]:
@@ -61,8 +60,7 @@ def seal(
             (folder / f"{path}{SUFFIX}").write_bytes(pyrage.encrypt(content, recipients))
         note = json.dumps(asdict(release), indent=2) + "\n"
         (folder / NOTE).write_text(note)
-        signer = signing.Config().use_elliptic_key_signer(private_key=key)
-        signer.set_hashing_config(strict_hashing()).sign(folder, signature)
+        sign(folder, signature, key)
         signature.rename(folder / SIGNATURE)
         put(folder, target)
     return hashlib.sha256(note.encode()).hexdigest()

@@ -4,10 +4,10 @@
     python unseal.py onnx --to /dev/shm/models --watch
     python unseal.py onnx --to /dev/shm/models --watch -- COMMAND
 
-Reads sealed/SERVER/<model>/<version>/, keys/trusted/, keys/identities/SERVER/
-and policy.toml, and keeps state/state.json, all in --home. Copies each version
-into memory, verifies the copy, checks it against policy and state, decrypts it,
-and moves it in one step to its place below DIR. Prints a line if a version is
+Reads sealed/SERVER/<model>/<version>/, keys/trusted/*.pub,
+keys/identities/SERVER/*.txt and policy.toml, and keeps state/state.json, all in
+--home. Copies each version into memory, verifies the copy, checks it against
+policy and state, decrypts it, and moves it in one step to its place below DIR. Prints a line if a version is
 refused; a version that was let in before stays. --watch looks again every
 second until Ctrl-C or SIGTERM, and drops versions that are no longer trusted.
 A COMMAND is started when the models are open, and DIR is removed after it.
@@ -42,9 +42,8 @@ from itertools import islice
 from pathlib import Path
 
 import pyrage
-from model_signing import verifying
 
-from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, strict_hashing
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, verify
 
 POLL_S = 1.0
 MAX_FILES = 1_000  # of a version
@@ -97,7 +96,7 @@ def read_trust(home: Path, server: str) -> Trust:
     """Return policy and keys, without comments; raise UnsealError if they cannot be used."""
     try:
         keys = [path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))]
-        texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*"))]
+        texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*.txt"))]
         identities = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
         return Trust(keys, identities, **tomllib.loads((home / "policy.toml").read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -136,8 +135,7 @@ def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
     for key in keys:
         public.write_bytes(key)
         try:
-            verifier = verifying.Config().use_elliptic_key_verifier(public_key=public)
-            verifier.set_hashing_config(strict_hashing()).verify(folder, signature)
+            verify(folder, signature, public)
             return key
         except Exception as error:  # noqa: BLE001 - an attacker's signature can raise anything
             reason = f"{type(error).__name__}: {str(error)[:60]}"

@@ -544,6 +544,25 @@ def test_the_identity_of_one_server_does_not_open_another_servers_models(home, m
     assert Look(home, memory).versions == []
 
 
+def test_an_identity_is_read_from_a_secret_of_kubernetes_and_again_when_that_changes(home, memory):
+    """Its folder holds a link for each file, over ..data to a folder ..<time>, and a change exchanges ..data."""
+    folder = home / "keys/identities/onnx"
+    given = (folder / "first.txt").rename(home / "first.txt")
+
+    def publish(time: str, content: str) -> None:
+        (folder / f"..{time}").mkdir()
+        (folder / f"..{time}" / "identity.txt").write_text(content)
+        (folder / "..data_tmp").symlink_to(f"..{time}")
+        (folder / "..data_tmp").replace(folder / "..data")
+
+    publish("2026_11_29_01", (home / "keys/identities/tfserving/first.txt").read_text())
+    (folder / "identity.txt").symlink_to("..data/identity.txt")
+    look = Look(home, memory)
+    assert look.versions == [] and "DecryptError" in look.said["onnx/my_model/1"]
+    publish("2026_11_29_02", given.read_text())
+    assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"]
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"junk", b"\xff", b"-----BEGIN PUBLIC KEY-----\nMFkw\n-----END PUBLIC KEY-----\n"]
 )
@@ -1047,6 +1066,14 @@ def test_what_it_costs_at_a_reload(home, memory, tmp_path, capsys):
         print(f"\nopened: {', '.join(seconds)}; a look at nothing new: {(time.perf_counter() - start_s) * 1e3:.1f} ms")
 
 
+def test_a_start_imports_nothing_of_sigstores_service():
+    """It is half of what unseal.py imports, and nothing here uses it: release.py postpones it."""
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import unseal; print(*sys.modules)"
+    modules = run_python("-c", program, SEALING_DIR, check=True).stdout.split()
+    assert "model_signing.verifying" in modules
+    assert not {"sigstore", "requests", "OpenSSL"} & set(modules)
+
+
 # The command.
 
 
@@ -1158,7 +1185,6 @@ def test_model_signings_own_command_verifies_what_is_sealed(home):
     assert CliRunner().invoke(model_signing_cli.main, command).exit_code != 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("age") is None, reason="no age on PATH: apt-get install age")
 def test_age_opens_what_is_sealed_and_what_age_seals_is_opened(home, memory, tmp_path):
     identity, recipient = home / "keys/identities/onnx/first.txt", home / "keys/recipients/onnx/first.txt"

@@ -18,7 +18,8 @@ from helpers import REPOSITORY_DIR, call_main, load_together, run, wait_until
 from test_containers import FORBIDDEN, needs_compose
 
 SEALING_DIR = REPOSITORY_DIR / "sealing"
-keys, seal = load_together(SEALING_DIR, "keys", "seal")
+release, keys, seal = load_together(SEALING_DIR, "release", "keys", "seal")
+SERVERS = tuple(release.PLACES)
 FILES = ("--file", "docker-compose.yml", "--file", "sealing/docker-compose.yml")
 USER = 10001  # of the images
 
@@ -27,7 +28,7 @@ USER = 10001  # of the images
 def test_what_opens_models_has_no_network_and_a_server_can_only_read_them():
     done = run(find_compose(), *FILES, "config", "--format", "json", check=True)
     config = json.loads(done.stdout)
-    for server in ("onnx", "tfserving"):
+    for server in SERVERS:
         service = config["services"][f"unseal-{server}"]
         assert service["network_mode"] == "none" and service["read_only"] and service["cap_drop"] == ["ALL"]
         assert service["security_opt"] == ["no-new-privileges:true"] and int(service["mem_limit"]) > 0
