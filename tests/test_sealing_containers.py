@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from client.ask import ask
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from engine import Engine, build_settings, find_compose, find_obstacle, make_base
+from engine import Engine, build_settings, find_compose, find_obstacle, make_base, make_tfserving_stand_in
 from helpers import REPOSITORY_DIR, call_main, load_together, run, wait_until
 from test_containers import FORBIDDEN, needs_compose
 
@@ -56,59 +57,82 @@ def engine():
         pytest.skip(f"this machine lets no engine start: {error}")
 
 
+@pytest.fixture(scope="module")
+def built(engine, tmp_path_factory):
+    """The engine with the images of all four servers and of unseal.py."""
+    make_tfserving_stand_in(engine)
+    with build_settings(tmp_path_factory.mktemp("build")) as settings:
+        engine.environment |= settings
+        engine.run("make", "docker-build", timeout_s=1200)
+        engine.run("docker", "compose", *FILES, "build", "unseal-onnx", timeout_s=1200)
+    return engine
+
+
+def copy_marked(server: str, folder: Path, mark: str) -> Path:
+    """Return a copy of a server's models in whose version 2 the mark lies, which no other copy of them has."""
+    models = shutil.copytree(REPOSITORY_DIR / release.PLACES[server][0], folder / "models")
+    place = models / release.find_place(server, "my_model", "2")
+    if place.is_dir():
+        (place / "mark.txt").write_text(mark)
+    else:
+        with zipfile.ZipFile(place, "a") as archive:
+            archive.writestr("mark.txt", mark)
+    return models
+
+
 @pytest.mark.containers
-def test_a_sealed_model_is_opened_in_memory_served_and_kept_when_its_file_is_changed(engine, tmp_path):
+@pytest.mark.parametrize("server", SERVERS)
+def test_sealed_models_are_opened_in_memory_served_and_kept_when_a_file_is_changed(built, server, tmp_path):
     """The image holds models, too; what is served are those of the volume, as the mark in their folder shows."""
-    home, models, mark = tmp_path / "home", tmp_path / "models", os.urandom(16).hex()
-    shutil.copytree(REPOSITORY_DIR / "onnx/models", models)
-    (models / "my_model/2/mark.txt").write_text(mark)
+    home, mark = tmp_path / "home", os.urandom(16).hex()
+    models = copy_marked(server, tmp_path, mark)
     home.mkdir()
     shutil.copy(SEALING_DIR / "policy.toml", home)
-    assert call_main(keys, "first", "signing", "onnx", "--home", home).returncode == 0
-    assert call_main(seal, "onnx", "--from", models, "--home", home).returncode == 0
-    (models / "my_model/2/mark.txt").unlink()
+    assert call_main(keys, "first", "signing", server, "--home", home).returncode == 0
+    assert call_main(seal, server, "--from", models, "--home", home).returncode == 0
+    shutil.rmtree(models)
     for folder in (tmp_path, *tmp_path.parents):
         if Path(tempfile.gettempdir()) in folder.parents:
             folder.chmod(0o755)
     for path in (home / "keys/identities").rglob("*"):
         os.chown(path, USER, USER)
-    endpoint = load_endpoints()["onnx"].on_free_ports()
-    variables = {
-        "SEALING_HOME": str(home),
-        "ONNX_PORT": str(endpoint.ports["rest"]),
-        "ONNX_GRPC_PORT": str(endpoint.ports["grpc"]),
-    }
+    endpoint = load_endpoints()[server].on_free_ports()
+    variables = {"SEALING_HOME": str(home), f"{server.upper()}_PORT": str(endpoint.ports["rest"])}
+    if "grpc" in endpoint.ports:
+        variables[f"{server.upper()}_GRPC_PORT"] = str(endpoint.ports["grpc"])
     rows, _ = load_test_rows()
-    path = home / "sealed/onnx/my_model/2/model.onnx.age"
+    path = next(iter(sorted((home / f"sealed/{server}/my_model/2").rglob("*.age"))))
     whole = path.read_bytes()
+    opener = f"unseal-{server}"
 
-    def compose(*arguments: str):
-        return engine.run("docker", "compose", *FILES, *arguments, timeout_s=1200, **variables)
+    def compose(*arguments: str) -> str:
+        return built.run("docker", "compose", *FILES, *arguments, timeout_s=1200, **variables).stdout
 
     def read_log() -> str:
-        return compose("logs", "--no-color", "unseal-onnx").stdout
+        return compose("logs", "--no-color", opener)
 
-    with build_settings(tmp_path) as settings:
-        variables |= settings
-        compose("build", "onnx", "unseal-onnx")
+    def difference(version: str) -> float:
+        return float(np.abs(ask(endpoint, rows, version) - load_expected(version)).max())
+
+    config = json.loads(compose("config", "--format", "json"))
+    (target,) = [one["target"] for one in config["services"][server]["volumes"] if one["type"] == "volume"]
     try:
-        compose("up", "--detach", "--wait", "onnx")
-        for version in ("1", "2"):
-            assert np.abs(ask(endpoint, rows, version) - load_expected(version)).max() <= TOLERANCE
-        held = compose("exec", "-T", "onnx", "cat", "/srv/models/my_model/2/mark.txt").stdout
-        assert held == mark
-        mounts = compose("exec", "-T", "onnx", "cat", "/proc/mounts").stdout
-        (mounted,) = [line.split() for line in mounts.splitlines() if line.split()[1] == "/srv/models"]
+        compose("up", "--detach", "--wait", server)
+        assert max(difference("1"), difference("2")) <= TOLERANCE
+        assert compose("exec", "-T", server, "grep", "-rl", mark, target).startswith(target), "the mark is served"
+        mounts = compose("exec", "-T", server, "cat", "/proc/mounts")
+        (mounted,) = [line.split() for line in mounts.splitlines() if line.split()[1] == target]
         assert mounted[2] == "tmpfs" and "ro" in mounted[3].split(",")
-        assert find_on_disk(mark.encode(), engine.folder) == []
+        assert find_on_disk(mark.encode(), built.folder) == []
 
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        wait_until(lambda: "onnx/my_model/2: refused: " in read_log(), read_log)
-        assert np.abs(ask(endpoint, rows, "2") - load_expected("2")).max() <= TOLERANCE
-        compose("restart", "unseal-onnx")
-        wait_until(lambda: read_log().count("onnx/my_model/1: serial 1 is let in") == 2, read_log)
-        wait_until(lambda: "my_model version 2 is gone" in compose("logs", "onnx").stdout, read_log)
-        assert np.abs(ask(endpoint, rows, "1") - load_expected("1")).max() <= TOLERANCE
+        wait_until(lambda: f"{server}/my_model/2: refused: " in read_log(), read_log)
+        assert difference("2") <= TOLERANCE
+        compose("restart", opener)
+        wait_until(lambda: read_log().count(f"{server}/my_model/1: serial 1 is let in") == 2, read_log)
+        if server == "onnx":  # sees at once that version 2 is gone
+            wait_until(lambda: "my_model version 2 is gone" in compose("logs", server), read_log)
+        assert difference("1") <= TOLERANCE
     finally:
         compose("down", "--volumes")
 
