@@ -36,7 +36,7 @@ def test_haproxy_is_found_or_its_installation_is_named(monkeypatch, tmp_path):
 
 
 def test_the_readmes_ask_nothing_of_curl_that_an_older_one_lacks():
-    text = "\n".join(path.read_text() for path in [*REPOSITORY_DIR.glob("*.md"), *REPOSITORY_DIR.glob("*/README.md")])
+    text = "\n".join(path.read_text() for path in [*REPOSITORY_DIR.glob("*.md"), *REPOSITORY_DIR.glob("*/*.md")])
     commands = "\n".join(COMMANDS.findall(text))
     newer = {
         "%header{": (7, 83),
@@ -48,8 +48,9 @@ def test_the_readmes_ask_nothing_of_curl_that_an_older_one_lacks():
 
 
 @pytest.mark.parametrize("folder", [*FRAMEWORKS, "gateway"])
-def test_it_looks_at_every_port_of_a_folders_readme(folder):
-    text = "\n".join(COMMANDS.findall((REPOSITORY_DIR / folder / "README.md").read_text()))
+def test_it_looks_at_every_port_of_a_folders_pages(folder):
+    pages = [path.read_text() for path in (REPOSITORY_DIR / folder).glob("*.md")]
+    text = "\n".join(COMMANDS.findall("\n".join(pages)))
     named = {int(port) for ports in PORT.findall(text) for port in ports.split()}
     assert named
     assert named <= set(doctor.PORTS[folder])
