@@ -19,10 +19,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import kubernetes_validate
-import rules
-import to_kserve
-from manifests import FOLDER, Manifest, ManifestError, kustomize, render
+try:
+    import kubernetes_validate
+    import rules
+    import to_kserve
+    from manifests import FOLDER, Manifest, ManifestError, kustomize, render
+except ModuleNotFoundError as error:
+    sys.exit(f"check: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 RENDERINGS = ("overlays/production", "overlays/local", "kserve")
 VERSIONS = ("1.34", "1.35", "1.36", "1.37")

@@ -15,9 +15,12 @@ import subprocess
 import sys
 import tomllib
 
-import rules
-import yaml
-from manifests import FOLDER, ManifestError, render
+try:
+    import rules
+    import yaml
+    from manifests import FOLDER, ManifestError, render
+except ModuleNotFoundError as error:
+    sys.exit(f"size: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 OBJECTIVE_PATH = FOLDER / "objective.toml"
 CAPACITY = FOLDER.parent / "benchmarks" / "capacity.py"

@@ -17,11 +17,14 @@ import os
 import sys
 from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization as pem
-from cryptography.hazmat.primitives.asymmetric import ec
-from pyrage import x25519
+try:
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from pyrage import x25519
 
-from release import FOLDER, PLACES
+    from release import FOLDER, PLACES
+except ModuleNotFoundError as error:
+    sys.exit(f"keys: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 
 def make_signing_key() -> tuple[bytes, bytes]:

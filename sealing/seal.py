@@ -24,9 +24,12 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-import pyrage
+try:
+    import pyrage
 
-from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, sign
+    from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, sign
+except ModuleNotFoundError as error:
+    sys.exit(f"seal: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 
 def read_files(place: Path) -> dict[str, bytes]:

@@ -41,9 +41,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import pyrage
+try:
+    import pyrage
 
-from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, verify
+    from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, verify
+except ModuleNotFoundError as error:
+    sys.exit(f"unseal: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 POLL_S = 1.0
 MAX_FILES = 1_000  # of a version

@@ -24,6 +24,11 @@ SCRIPTS = {
     "onnx/onnx_inference.py": [],
     "gateway/gateway.py": ["--state", "{folder}/state", "serve"],
     "gateway/shadow.py": [],
+    "sealing/keys.py": [],
+    "sealing/seal.py": [],
+    "sealing/unseal.py": ["onnx", "--to", "{folder}/models"],
+    "kubernetes/check.py": [],
+    "kubernetes/size.py": [],
     **{f"benchmarks/{path.name}": [] for path in sorted((REPOSITORY_DIR / "benchmarks").glob("*.py"))},
 }
 
