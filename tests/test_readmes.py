@@ -413,6 +413,30 @@ def test_a_readme_says_where_its_first_cd_starts(readme):
     assert not commands.startswith("cd ") or re.search(r"\bfrom the (repository's )?root\b", prose)
 
 
+def list_anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them, and those that it sets itself."""
+    text = FENCE.sub("", page.read_text())
+    titles = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)
+    ]
+    numbered = [
+        title if (seen := titles[:at].count(title)) == 0 else f"{title}-{seen}" for at, title in enumerate(titles)
+    ]
+    return {*numbered, *re.findall(r'<a (?:id|name)="([^"]+)"', text)}
+
+
+@pytest.mark.parametrize("page", list_pages())
+def test_every_link_of_a_page_leads_somewhere(page):
+    text = FENCE.sub("", (REPOSITORY_DIR / page).read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", text)):
+        if re.match(r"https?:|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (REPOSITORY_DIR / page).parent / path if path else REPOSITORY_DIR / page
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in list_anchors(target), f"{page}: no heading for {link}"
+
+
 def test_every_readme_is_read_by_a_test():
     assert {str(Path(readme).parent) for readme in list_readmes()} == {".", "benchmarks", *FOLDERS}
 
