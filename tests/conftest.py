@@ -4,6 +4,7 @@
 once; the groups that take longest come first. Each worker has its own free ports.
 """
 
+import contextlib
 import os
 import signal
 import socket
@@ -117,3 +118,27 @@ def onnx_server():
 def null_server():
     with start("null") as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def built_engine(tmp_path_factory):
+    """A Docker engine that holds the images of `make docker-build`, of which nothing is left afterwards."""
+    import engine  # what it imports is for the few tests that need it
+    from helpers import wait_until
+
+    if obstacle := engine.find_obstacle():
+        pytest.skip(f"no engine can be started here: {obstacle}")
+    before = engine.list_traces()
+    with contextlib.ExitStack() as stack:
+        try:
+            built = stack.enter_context(engine.Engine())
+        except RuntimeError as error:
+            if not engine.FORBIDDEN.search(str(error)):
+                raise
+            pytest.skip(f"this machine lets no engine start: {error}")
+        built.environment |= stack.enter_context(engine.build_settings(tmp_path_factory.mktemp("build")))
+        engine.make_base(built)
+        engine.make_tfserving_stand_in(built)
+        built.run("make", "docker-build", timeout_s=1200)
+        yield built
+    wait_until(lambda: engine.list_traces() <= before, lambda: f"left behind: {engine.list_traces() - before}")

@@ -32,6 +32,7 @@ TFSERVING_IMAGE = "tensorflow/serving:2.21.0"
 BASE_PATH = REPOSITORY_DIR / ".venv" / "base-image.tar"  # kept between runs: debootstrap takes minutes
 DEBIAN_DOCKER = "/usr/bin/docker"  # can build with BuildKit by itself, where newer ones want a plugin
 DEBIAN_MIRROR = "http://deb.debian.org/debian"
+FORBIDDEN = re.compile("permission denied|not permitted|not supported", re.IGNORECASE)  # dockerd's words for it
 PACKAGES = "python3,python3-pip,python3-venv,ca-certificates"
 CA_PATH = Path("/etc/ssl/certs/ca-certificates.crt")
 SETTINGS = {
@@ -149,24 +150,27 @@ class Engine:
         return json.loads(self.run("docker", "inspect", *names).stdout)
 
 
-def list_traces() -> dict:
-    """What engines could leave: interfaces, namespaces, firewall rules, forwarding, mounts, processes."""
+def list_traces() -> set[tuple[str, str]]:
+    """What engines could leave, each with its kind: interfaces, namespaces, firewall rules, mounts, processes."""
     rules = (
         subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
         if shutil.which("iptables-save")
         else ""
     )
     names = ("docker-proxy", "containerd-shim", "docker-registry")
-    return {
-        "interfaces": sorted(path.name for path in Path("/sys/class/net").iterdir()),
-        "namespaces": sorted(path.name for path in Path("/run/netns").glob("*")),
-        "rules": [line for line in rules.splitlines() if line.startswith("-A")],
-        "forwarding": Path("/proc/sys/net/ipv4/ip_forward").read_text(),
-        "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if "engine-" in line],
-        "processes": [
-            name for process in psutil.process_iter(["name"]) if (name := process.info["name"] or "").startswith(names)
+    traces = {
+        "interface": [path.name for path in Path("/sys/class/net").iterdir()],
+        "namespace": [path.name for path in Path("/run/netns").glob("*")],
+        "rule": [line for line in rules.splitlines() if line.startswith("-A")],
+        "forwarding": [Path("/proc/sys/net/ipv4/ip_forward").read_text()],
+        "mount": [line for line in Path("/proc/self/mounts").read_text().splitlines() if "engine-" in line],
+        "process": [
+            f"{process.pid} {process.info['name']}"
+            for process in psutil.process_iter(["name"])
+            if (process.info["name"] or "").startswith(names)
         ],
     }
+    return {(kind, trace) for kind, found in traces.items() for trace in found}
 
 
 def make_base(engine: Engine) -> None:

