@@ -25,7 +25,7 @@ from conftest import refuse_taken_ports
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from engine import Engine, find_compose
-from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, run, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, load_together, run, wait_until
 from pods import PodServer
 from servers.containers import list_container_endpoints
 
@@ -281,18 +281,35 @@ def test_every_container_ends_within_its_grace_period(engine):
     engine.run("make", "docker-up")
 
 
+@pytest.fixture(scope="session")
+def sealed_keys(built_engine, tmp_path_factory) -> Path:
+    """The folder of the keys that open the models in the image my_model-sealed."""
+    home = tmp_path_factory.mktemp("sealed")
+    _, *scripts = load_together(REPOSITORY_DIR / "sealing", "release", "keys", "seal")
+    for script in scripts:
+        done = call_main(script, "--home", home)
+        assert done.returncode == 0, done.stderr
+    files = ("--file", "docker-compose.yml", "--file", "sealing/docker-compose.yml")
+    built_engine.run("docker", "compose", *files, "build", "unseal-onnx", timeout_s=1200)
+    built_engine.run("docker", "build", "--file=kubernetes/sealed.Dockerfile", "--tag=my_model-sealed", str(home))
+    return home / "keys"
+
+
 @pytest.mark.containers
 @pytest.mark.parametrize("service", SERVICES)
-def test_a_server_of_kubernetes_serves_as_its_manifest_says(built_engine, service, tmp_path):
-    """Its container: what a cluster adds, the scheduler, the network and the sidecar, is not here."""
+def test_a_pod_of_kubernetes_opens_its_models_and_serves_as_its_manifest_says(
+    built_engine, service, sealed_keys, tmp_path
+):
+    """Its two containers: what a cluster adds, the scheduler and the network, is not here."""
     (manifests,) = load_together(REPOSITORY_DIR / "kubernetes", "manifests")
     tmp_path.chmod(0o755)
-    with PodServer(built_engine, service, manifests.render("overlays/local"), tmp_path) as server:
-        server.wait_until_started()
-        assert max(server.differences()) <= TOLERANCE
-        assert server.status_of_liveness() == 200
-        stopped = server.stop()
-    assert stopped["ExitCode"] not in (137, 1) and not stopped["OOMKilled"], stopped
+    with PodServer(built_engine, service, manifests.render("overlays/local"), sealed_keys, tmp_path) as pod:
+        pod.wait_until_started()
+        assert max(pod.differences()) <= TOLERANCE
+        assert pod.status_of_liveness() == 200
+        states = pod.stop()
+    for stopped in states:
+        assert stopped["ExitCode"] not in (137, 1) and not stopped["OOMKilled"], stopped
 
 
 @pytest.mark.containers
