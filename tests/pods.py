@@ -52,8 +52,7 @@ class PodServer:
         self.models = Path(tempfile.mkdtemp(prefix="pod-", dir="/dev/shm"))
         self.namespace: list[str] = []
         try:
-            os.chown(self.models, 0, self.pod["securityContext"]["fsGroup"])
-            self.models.chmod(0o2777)
+            self._make_empty(self.models)
             if self.pod.get("shareProcessNamespace"):  # the first process is the pod's, and no container's
                 image = self._image(self.container)
                 self.namespace = [
@@ -108,19 +107,27 @@ class PodServer:
         path, read_only = mount["mountPath"], ",readonly" * bool(mount.get("readOnly"))
         if volume["name"] == "models":
             source = self.models
-        elif "emptyDir" in volume:  # of one container only
+        elif volume.get("emptyDir", {}).get("medium") == "Memory":  # of one container only
             size = int(volume["emptyDir"]["sizeLimit"].removesuffix("Mi")) << 20
             return f"--mount=type=tmpfs,destination={path},tmpfs-size={size},tmpfs-mode=1777"
         else:
             source = self.folder / volume["name"]
             if not source.exists():
-                self._publish(source, volume)
+                self._make_empty(source)
+                if "emptyDir" not in volume:
+                    self._publish(source, volume)
         return f"--mount=type=bind,source={source / mount.get('subPath', '')},target={path}{read_only}"
+
+    def _make_empty(self, folder: Path) -> None:
+        """Make a folder as a kubelet does: the root's, and its group's that all containers of the pod belong to."""
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, 0, self.pod["securityContext"]["fsGroup"])
+        folder.chmod(0o2777)
 
     def _publish(self, source: Path, volume: dict) -> None:
         """Write a ConfigMap's or Secret's files as a kubelet does: links over ..data, which a change exchanges."""
         secret = volume.get("secret", {})
-        (source / "..2026_11_29").mkdir(parents=True)
+        (source / "..2026_11_29").mkdir()
         (source / "..data").symlink_to("..2026_11_29")
         for name, text in self.texts[secret.get("secretName") or volume["configMap"]["name"]].items():
             path = source / "..2026_11_29" / name
@@ -128,8 +135,7 @@ class PodServer:
             os.chown(path, 0, self.pod["securityContext"]["fsGroup"])
             path.chmod(secret.get("defaultMode", 0o644))
             (source / name).symlink_to(f"..data/{name}")
-        for path in (source, source / "..2026_11_29"):
-            path.chmod(0o755)
+        (source / "..2026_11_29").chmod(0o755)
 
     def look(self, identifier: str) -> dict:
         (found,) = self.engine.inspect(identifier)

@@ -1,5 +1,6 @@
 """BentoML: the model store, the service's answers and refusals, the Bento, and how it starts and ends."""
 
+import ast
 import contextlib
 import http.client
 import json
@@ -21,6 +22,7 @@ from bad_requests import GOOD_ROW, bad_requests
 from client.ask import ask, send
 from endpoints.base import REPOSITORY_DIR, Request, load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
+from engine import list_package_folders
 from helpers import DEADLINE_S, assert_ends_whole, call_main, load_script, post, run, start, wait_until
 from servers.process import ServerProcess
 
@@ -266,6 +268,21 @@ def test_the_pins_of_the_bento_are_those_of_the_repository():
     pins = re.findall(r"^[\w-]+==\S+", (REPOSITORY_DIR / "requirements.txt").read_text(), re.MULTILINE)
     packages = yaml.safe_load((FOLDER / "bentofile.yaml").read_text())["python"]["packages"]
     assert set(packages) <= set(pins)
+
+
+def test_the_bento_installs_all_that_its_modules_import():
+    bentofile = yaml.safe_load((FOLDER / "bentofile.yaml").read_text())
+    paths = [FOLDER / name.lstrip("/") for name in bentofile["include"] if name.endswith(".py")]
+    imported = set()
+    for node in (node for path in paths for node in ast.walk(ast.parse(path.read_text()))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.partition(".")[0])
+    names = [package.partition("==")[0] for package in bentofile["python"]["packages"]]
+    installed = {Path(name).stem for name in list_package_folders("bentoml", *names)}
+    assert imported >= {"bentoml", "numpy", "httptools"}
+    assert imported <= installed | sys.stdlib_module_names | {path.stem for path in paths}
 
 
 def test_a_missing_model_is_one_line(tmp_path):
