@@ -18,15 +18,15 @@ import signal
 import sys
 import threading
 import time
-from bisect import bisect_right
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import chain
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from drift import Reference, Watch
 from prediction_log import Count, LogError, PredictionLog, open_view, utc_now
@@ -41,14 +41,21 @@ BUCKETS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0,
     5.0, 10.0, 30.0,
 )  # fmt: skip
-LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 5.0, 60.0
+EDGES = [*map(str, BUCKETS_S), "+Inf"]
+CODES = ("2xx", "4xx", "5xx")  # from 0 on: Prometheus sees no increase in a number's first value
+COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 0.25, 1.0, 5.0, 60.0
+MOST_UNCOUNTED = 1000  # records
 WATCHDOG_SILENCE_S = 180.0
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
 
 
 class Collector:
-    """Log, metrics and detectors. HTTP threads call `collect`, `take_alerts` and `reset`; one thread calls the rest."""
+    """What one record, one label and one alert changes.
+
+    A record is written into the log at once, and counted and watched with others, up to COUNT_EVERY_S later: that takes
+    a tenth of the time. Prometheus sees the same, for `render` counts first.
+    """
 
     def __init__(self, state: Path, keep_days: int):
         self.state = state
@@ -57,13 +64,16 @@ class Collector:
         self.labels_dir.mkdir(exist_ok=True, mode=0o700)
         self.records = Count(state / "records.count")
         self.reference = Reference.read(DATA_DIR)
-        self.deciles = np.quantile(self.reference.features, np.arange(1, 10) / 10, axis=1).T.tolist()  # (5, 9)
+        self.deciles = np.quantile(self.reference.features, np.arange(1, 10) / 10, axis=1).T  # (5, 9)
         self.watches: dict[tuple[str, str], Watch] = {}
         self.offsets: dict[str, int] = {}  # bytes read of each file of labels
         self.labelled: OrderedDict[tuple[str, int], None] = OrderedDict()
         self.alerts: dict[str, str] = {}  # status by fingerprint
-        self.watchdog_s = 0.0  # when the last Watchdog came; 0: none has come
-        self.lock = threading.Lock()  # around the watches: the HTTP thread reads and resets them
+        self.watchdog_s = 0.0  # when Alertmanager last said that it is there; 0: not yet
+        self.uncounted: list[Record] = []
+        self.durations: dict[tuple[str, str, str], np.ndarray] = {}  # by server, version, code: requests by bucket
+        self.seconds: dict[tuple[str, str, str], float] = {}  # the same: the sum
+        self.lock = threading.Lock()  # around records, counts and watches: the HTTP thread counts and resets, too
         self._children: dict = {}
         self._log_works = True
         self._make_metrics()
@@ -72,10 +82,6 @@ class Collector:
     def _make_metrics(self) -> None:
         self.registry = CollectorRegistry()
         of, by = {"registry": self.registry}, ["server", "version"]
-        self.seconds = Histogram(
-            "gateway_request_seconds", "From the request to the end of its reply, as its user sees it",
-            [*by, "code"], buckets=BUCKETS_S, **of,
-        )  # fmt: skip
         self.rows = Counter("gateway_rows", "Predicted rows by the class that they were given", [*by, "class"], **of)
         self.deciles_seen = Counter(
             "gateway_rows_by_decile", "Rows by the decile of train.csv that a feature lies in: a tenth each",
@@ -92,15 +98,27 @@ class Collector:
         self.write_errors = Counter("gateway_log_write_errors", "Records that the disk did not take", **of)
         self.registry.register(self)
 
+    def render(self) -> bytes:
+        """Return all metrics as Prometheus reads them."""
+        with self.lock:
+            self.count()
+        return generate_latest(self.registry)
+
     def collect(self):
-        """Return the metrics that prometheus_client does not count itself: records and detectors."""
+        """Return what is counted here, for prometheus_client: the records, their times, and what the watches know."""
         total = CounterMetricFamily("gateway_records", "Requests in the prediction log, also before a restart")
         total.add_metric([], self.records.value)
+        histogram = HistogramMetricFamily(
+            "gateway_request_seconds", "From the request to the end of its reply, as its user sees it",
+            labels=["server", "version", "code"],
+        )  # fmt: skip
         by = ["server", "version", "kind"]
         alarm = GaugeMetricFamily("drift_alarm", "1 from an alarm until the reset", labels=[*by, "statistic"])
         progress = GaugeMetricFamily("drift_progress", "Evidence, logarithmic: 0 none, 1 an alarm", labels=by)
         seen = CounterMetricFamily("drift_observations", "Requests, or labels, that were watched", labels=by)
         with self.lock:
+            for key, counts in self.durations.items():
+                histogram.add_metric(key, list(zip(EDGES, counts.cumsum().tolist(), strict=True)), self.seconds[key])
             for key, watch in self.watches.items():
                 for kind, detectors in watch.detectors.items():
                     seen.add_metric([*key, kind], detectors.observations)
@@ -109,7 +127,7 @@ class Collector:
                         alarm.add_metric([*key, kind, name], 1)
                     if not watch.alarms[kind]:
                         alarm.add_metric([*key, kind, "none"], 0)
-        return [total, alarm, progress, seen]
+        return [total, histogram, alarm, progress, seen]
 
     def _of(self, metric, *labels: str):
         """Return a metric with these labels, from a cache that is faster than the library's."""
@@ -119,7 +137,7 @@ class Collector:
         return child
 
     def take(self, lines: list[bytes]) -> None:
-        """Write the gateway's lines into the log, then count them."""
+        """Take the gateway's lines: write them into the log, and keep them to be counted."""
         records, written = [], []
         for line in lines:
             try:
@@ -130,18 +148,18 @@ class Collector:
             records.append(record)
             if record.is_prediction:
                 written.append(record.lines())
-        try:
-            if written:
-                self.log.append("".join(written), utc_now())
-            self.records.add(len(records))
-            self._tell_about_the_disk(None)
-        except OSError as error:
-            self.write_errors.inc(len(records))
-            self._tell_about_the_disk(error)
         with self.lock:
-            for record in records:
-                if record.is_prediction:
-                    self._count(record)
+            try:
+                if written:
+                    self.log.append(b"".join(written), utc_now())
+                self.records.add(len(records))
+                self._tell_about_the_disk(None)
+            except OSError as error:
+                self.write_errors.inc(len(records))
+                self._tell_about_the_disk(error)
+            self.uncounted += [record for record in records if record.is_prediction]
+            if len(self.uncounted) >= MOST_UNCOUNTED:
+                self.count()
 
     def _tell_about_the_disk(self, error: OSError | None) -> None:
         if self._log_works == (error is not None):
@@ -149,30 +167,51 @@ class Collector:
             say("the prediction log is written again" if error is None else
                 f"the prediction log cannot be written ({error.strerror}): rows are lost until it can")  # fmt: skip
 
-    def _count(self, record: Record) -> None:
-        key = record.server, record.version
-        if (self.seconds, *key, "5xx") not in self._children:
-            for code in ("2xx", "4xx", "5xx"):  # from 0: Prometheus sees no increase in a series' first value
-                self._of(self.seconds, *key, code)
-        self._of(self.seconds, *key, record.code).observe(record.seconds)
-        if record.wanted != record.version:
-            self._of(self.fallbacks, *key, record.wanted).inc()
-        if not record.probabilities:
-            return
-        benign = np.array(record.probabilities)[:, 1]  # (n,)
+    def count(self) -> None:
+        """Count and watch the records that were taken; the caller holds the lock."""
+        groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+        for record in self.uncounted:
+            groups[record.server, record.version].append(record)
+        self.uncounted = []
+        for (server, version), records in groups.items():
+            self._count_durations(server, version, records)
+            for record in records:
+                if record.wanted != version:
+                    self._of(self.fallbacks, server, version, record.wanted).inc()
+            if answered := [record for record in records if record.probabilities]:
+                self._count_rows(server, version, answered)
+
+    def _count_durations(self, server: str, version: str, records: list[Record]) -> None:
+        by_code: dict[str, list[float]] = {code: [] for code in CODES}
+        for record in records:
+            by_code.setdefault(record.code, []).append(record.seconds)
+        for code, seconds in by_code.items():
+            counts = np.bincount(np.searchsorted(BUCKETS_S, seconds), minlength=len(EDGES))
+            key = server, version, code
+            self.durations[key] = self.durations.get(key, 0) + counts
+            self.seconds[key] = self.seconds.get(key, 0.0) + sum(seconds)
+
+    def _count_rows(self, server: str, version: str, records: list[Record]) -> None:
+        """Count and watch the rows of requests that were answered."""
+        key = server, version
+        benign = np.array([pair[1] for record in records for pair in record.probabilities])
         positive = int((benign >= 0.5).sum())
-        for name, count in (("benign", positive), ("malignant", len(benign) - positive)):
-            if count:
-                self._of(self.rows, *key, name).inc(count)
+        self._of(self.rows, *key, "benign").inc(positive)
+        self._of(self.rows, *key, "malignant").inc(len(benign) - positive)
         self._of(self.expected_right, *key).inc(float(np.maximum(benign, 1 - benign).sum()))
-        if not record.rows:
+        read = [record for record in records if record.rows]
+        if not read:
             return
-        rows = np.array(record.rows)  # (n, 5)
-        for row in record.rows:
-            for name, value, edges in zip(FEATURES, row, self.deciles, strict=True):
-                self._of(self.deciles_seen, *key, name, str(bisect_right(edges, value) + 1)).inc()
-        for kind, statistic in self._watch(*key).observe(rows, benign):
-            say(f"drift: {record.server} version {record.version}, {kind}: {statistic}")
+        if len(read) < len(records):
+            benign = np.array([pair[1] for record in read for pair in record.probabilities])
+        rows = np.array(list(chain.from_iterable(record.rows for record in read)))  # (rows, 5)
+        for name, values, edges in zip(FEATURES, rows.T, self.deciles, strict=True):
+            counts = np.bincount(np.searchsorted(edges, values, "right"))
+            for decile in np.flatnonzero(counts).tolist():
+                self._of(self.deciles_seen, *key, name, str(decile + 1)).inc(int(counts[decile]))
+        starts = np.cumsum([0] + [len(record.rows) for record in read[:-1]])
+        for kind, statistic in self._watch(*key).observe(rows, benign, starts):
+            say(f"drift: {server} version {version}, {kind}: {statistic}")
 
     def _watch(self, server: str, version: str) -> Watch:
         if (watch := self.watches.get((server, version))) is None:
@@ -213,16 +252,21 @@ class Collector:
 
     def count_labels(self, found: list[tuple[str, str, int]], asked: int) -> None:
         self.unknown_labels.inc(asked - len(found))
+        groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for server, version, is_error in found:
+            groups[server, version].append(is_error)
         with self.lock:
-            for server, version, is_error in found:
-                self._of(self.labels, server, version, "no" if is_error else "yes").inc()
+            for (server, version), errors in groups.items():
+                self._of(self.labels, server, version, "no").inc(sum(errors))
+                self._of(self.labels, server, version, "yes").inc(len(errors) - sum(errors))
                 self._of(self.last_label, server, version).set(time.time())
-                for kind, statistic in self._watch(server, version).observe_label(is_error):
+                for kind, statistic in self._watch(server, version).observe_labels(np.array(errors)):
                     say(f"drift: {server} version {version}, {kind}: {statistic}")
 
     def reset(self, server: str, version: str) -> int:
         """Reset the detectors of a server's version, an empty name meaning all; return how many were reset."""
         with self.lock:
+            self.count()
             chosen = [w for (s, v), w in self.watches.items() if server in ("", s) and version in ("", v)]
             for watch in chosen:
                 watch.reset()
@@ -316,7 +360,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if urlsplit(self.path).path != "/metrics":
             return self._answer(404, "there are /metrics, and POST /alerts, /watchdog, /reset\n")
-        return self._answer(200, generate_latest(self.collector.registry).decode())
+        return self._answer(200, self.collector.render().decode())
 
     def do_POST(self) -> None:
         target = urlsplit(self.path)
@@ -373,6 +417,10 @@ async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.
             except Exception as error:  # noqa: BLE001  # whatever fails, records must be taken
                 say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
 
+    async def count() -> None:
+        with collector.lock:
+            collector.count()
+
     async def look_for_labels() -> None:
         collector.check_watchdog()
         if labels := collector.read_new_labels():
@@ -387,8 +435,9 @@ async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.
 
     async with server:
         await asyncio.gather(
-            every(LABELS_EVERY_S, look_for_labels), every(KEEP_EVERY_S, keep), every(TIDY_EVERY_S, tidy)
-        )
+            every(COUNT_EVERY_S, count), every(LABELS_EVERY_S, look_for_labels), every(KEEP_EVERY_S, keep),
+            every(TIDY_EVERY_S, tidy),
+        )  # fmt: skip
 
 
 def say(text: str) -> None:

@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from email.parser import BytesParser
 from email.policy import HTTP
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 from urllib.parse import parse_qs, unquote
@@ -96,6 +97,7 @@ def read_probabilities(path: str, headers: Headers, body: bytes) -> Rows:
     return choose_probabilities([[value] if is_row(value) else value])
 
 
+@lru_cache(maxsize=1024)
 def find_form(path: str) -> str:
     """Return which server's form the bodies of a request to `path` have, a key of PATHS."""
     path = unquote(path.partition("?")[0])

@@ -91,14 +91,13 @@ class PredictionLog:
         self._lock.write(f"{os.getpid()}\n")
         self._lock.flush()
 
-    def append(self, lines: str, now: datetime) -> None:
-        """Append complete lines; raise OSError if the disk does not take them."""
+    def append(self, lines: bytes, now: datetime) -> None:
+        """Append whole lines. OSError where the disk does not take them."""
         hour = f"{now:date=%Y-%m-%d/%H.jsonl}"
         if hour != self._hour or not os.fstat(self._file).st_nlink:  # else the file has been deleted
             self._open(hour)
-        data = lines.encode()
-        written = os.write(self._file, data)
-        if written < len(data):  # the disk is full: the next line must not join this one
+        written = os.write(self._file, lines)
+        if written < len(lines):  # the disk is full: what is cut must not join the next line
             with contextlib.suppress(OSError):
                 os.write(self._file, b"\n")
             raise OSError(28, "No space left on device")

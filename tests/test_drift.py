@@ -15,19 +15,27 @@ REFERENCE = drift.Reference.read(REPOSITORY_DIR / "data")
 
 def test_the_evidence_is_the_papers_formula():
     limits = np.array([0.55, 0.112])
-    detectors = drift.Detectors(limits, 1e6)
     rng = np.random.default_rng(1)
     m = [[0.0] * len(drift.BETS) for _ in limits]
-    for z in rng.random((300, 2)):
-        detectors.observe(z)
+    observed = rng.random((300, 2)) ** 0.3  # high enough that the threshold is reached on the way
+    reached = []
+    for z in observed:
         for k, limit in enumerate(limits):
             for j, bet in enumerate(drift.BETS):
                 m[k][j] = (m[k][j] + 1) * (1 + bet / limit * (z[k] - limit))
-    assert np.allclose(detectors.evidence, m, rtol=1e-9)
+        reached.append([np.mean(each) >= 2e6 for each in m])
+    assert not reached[0][0] and reached[-1][0]
+    for sizes in ([300], [1] * 300, [7, 64, 65, 128, 36]):  # however they are put together
+        detectors, parts, start = drift.Detectors(limits, 1e6), [], 0
+        for size in sizes:
+            parts.append(detectors.observe(observed[start : start + size]))
+            start += size
+        assert np.allclose(detectors.evidence, m, rtol=1e-9)
+        assert np.array_equal(np.concatenate(parts), reached)
+        assert detectors.observations == 300
     assert detectors.threshold == 2e6
     many = drift_table.ManyDetectors(3, limits)
-    rng = np.random.default_rng(1)
-    for z in rng.random((300, 2)):
+    for z in observed:
         largest = many.observe(np.tile(z, (3, 1)))
     assert np.allclose(largest, detectors.evidence.mean(axis=1).max() / 2)
 
@@ -55,8 +63,13 @@ def test_ranks_and_bounds_are_those_of_scipy():
 def test_one_request_of_many_rows_is_one_observation():
     watch = drift.Watch(REFERENCE, "1")
     rows = np.repeat([[column[-1] for column in REFERENCE.features]], 2000, axis=0)  # the largest of everything
-    assert watch.observe(rows, np.full(2000, 0.5)) == []
+    assert watch.observe(rows, np.full(2000, 0.5), np.array([0])) == []
     assert watch.detectors["input"].observations == 1
+    assert np.allclose(watch.detectors["input"].evidence[0], 1 + drift.BETS / 0.55 * (1 - 0.5 / 455 - 0.55))
+    u = np.random.default_rng(1).random((6, 5))
+    means = drift.spread_out(u, np.array([0, 1, 4]))
+    assert np.allclose(means[1], np.concatenate([u[1:4], 1 - u[1:4], np.abs(2 * u[1:4] - 1)], axis=1).mean(axis=0))
+    assert means.shape == (3, 15)
 
 
 def watch_patients(shift: dict[str, float], requests: int, seed: int = 1, quiet: int = 0) -> tuple[drift.Watch, list]:
@@ -66,7 +79,8 @@ def watch_patients(shift: dict[str, float], requests: int, seed: int = 1, quiet:
     benign = REFERENCE.benign["1"][0]
     for number in range(quiet + requests):
         rows, _ = (plain if number < quiet else population).draw(1, rng)
-        alarms += [(number - quiet, *alarm) for alarm in watch.observe(rows, rng.choice(benign, 1))]
+        found = watch.observe(rows, rng.choice(benign, 1), np.array([0]))
+        alarms += [(number - quiet, *alarm) for alarm in found]
     return watch, alarms
 
 
@@ -82,18 +96,17 @@ def test_patients_without_drift_raise_no_alarm_and_changed_ones_do_by_the_featur
 def test_the_ab_tests_users_raise_no_alarm_though_they_draw_114_rows_again_and_again():
     rows = np.loadtxt(REPOSITORY_DIR / "data" / "test.csv", delimiter=",", skiprows=1)[:, :5]
     watch, rng = drift.Watch(REFERENCE, "2"), np.random.default_rng(3)
-    z = [drift.spread_out(u[None]) for u in drift.rank(rows, REFERENCE.features)]
+    z = drift.spread_out(drift.rank(rows, REFERENCE.features), np.arange(114))
     detectors = watch.detectors["input"]
-    for place in rng.integers(114, size=20_000):
-        assert not detectors.observe(z[place]).any()
+    assert not detectors.observe(z[rng.integers(114, size=20_000)]).any()
     assert detectors.progress.max() < 0.8
 
 
 @pytest.mark.parametrize(("error", "least", "most"), [(7 / 114, None, None), (0.3, 20, 400), (0.5, 8, 100)])
 def test_errors_are_an_alarm_when_there_are_more_than_the_reference_allows(error, least, most):
     watch, rng = drift.Watch(REFERENCE, "1"), np.random.default_rng(4)
-    alarms = [n for n, wrong in enumerate(rng.random(3000) < error, 1) if watch.observe_label(float(wrong))]
-    assert (alarms == []) if least is None else (least <= alarms[0] <= most)
+    assert watch.observe_labels(rng.random(3000) < error) == ([] if least is None else [("accuracy", "errors")])
+    assert least is None or least <= watch.alarms["accuracy"]["errors"] <= most
 
 
 def test_an_alarm_stays_until_the_reset_and_survives_a_restart():
@@ -103,8 +116,7 @@ def test_an_alarm_stays_until_the_reset_and_survives_a_restart():
     again.load(json.loads(json.dumps(watch.dump())))
     assert again.alarms == watch.alarms
     assert np.allclose(again.detectors["input"].evidence, watch.detectors["input"].evidence)
-    for _ in range(200):
-        again.observe(np.median(REFERENCE.features, axis=1)[None], np.array([0.9]))
+    again.observe(np.tile(np.median(REFERENCE.features, axis=1), (200, 1)), np.full(200, 0.9), np.arange(200))
     assert again.alarms["input"].keys() >= watch.alarms["input"].keys()
     again.reset()
     assert not any(again.alarms.values())
@@ -116,8 +128,8 @@ def test_an_alarm_stays_until_the_reset_and_survives_a_restart():
 def test_a_version_without_a_reference_is_watched_by_its_inputs():
     watch = drift.Watch(REFERENCE, "default")
     assert watch.detectors.keys() == {"input"}
-    assert watch.observe(np.array(REFERENCE.features).T[:3], np.array([0.1, 0.2, 0.3])) == []
-    assert watch.observe_label(1.0) == []
+    assert watch.observe(np.array(REFERENCE.features).T[:3], np.array([0.1, 0.2, 0.3]), np.arange(3)) == []
+    assert watch.observe_labels(np.array([1])) == []
 
 
 def test_patients_are_like_those_of_the_files_but_none_twice():

@@ -409,7 +409,7 @@ def test_the_log_of_an_hour_becomes_parquet_with_the_same_rows(tmp_path, collect
     key = ask(gateway, "onnx", toy_rows(5))[0]
     wait_until(lambda: len(collector.ask(f"SELECT id FROM predictions WHERE id = '{key}'")) == 5, collector.log)
     [lines] = list((collector.state / "predictions").glob("date=*/*.jsonl"))[:1]
-    text = lines.read_text()
+    text = lines.read_bytes()
     log = prediction_log.PredictionLog(tmp_path / "predictions", keep_days=7)
     now = prediction_log.utc_now()
     log.append(text, now - prediction_log.timedelta(hours=2))
@@ -437,9 +437,9 @@ def test_the_log_of_an_hour_becomes_parquet_with_the_same_rows(tmp_path, collect
 
 def test_a_deleted_day_is_gone_and_what_comes_later_is_kept(tmp_path):
     log, now = prediction_log.PredictionLog(tmp_path / "predictions"), prediction_log.utc_now()
-    log.append('{"id": "00000000-0000-0000-0000-000000000001"}\n', now)
+    log.append(b'{"id": "00000000-0000-0000-0000-000000000001"}\n', now)
     shutil.rmtree(log.folder / f"{now:date=%Y-%m-%d}")
-    log.append('{"id": "00000000-0000-0000-0000-000000000002"}\n', now)
+    log.append(b'{"id": "00000000-0000-0000-0000-000000000002"}\n', now)
     with prediction_log.open_view(log.folder) as connection:
         assert [str(key) for (key,) in connection.execute("SELECT id FROM predictions").fetchall()] == [
             "00000000-0000-0000-0000-000000000002"
@@ -452,7 +452,7 @@ def test_a_full_disk_loses_rows_says_so_and_goes_on(tmp_path):
         pytest.skip("no /dev/full on this system")
     collector = load_together(MONITORING, "collect")[0].Collector(tmp_path / "state", 30)
     line = next(iter(make_records(1)))
-    collector.log.append("", prediction_log.utc_now())
+    collector.log.append(b"", prediction_log.utc_now())
     working, collector.log._file = collector.log._file, os.open("/dev/full", os.O_WRONLY)
     collector.take([line])
     assert (collector.records.value, collector.write_errors._value.get()) == (0, 1)
@@ -496,6 +496,47 @@ def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
         assert collector.records.value == 50
         with prediction_log.open_view(collector.log.folder) as connection:
             assert connection.execute("SELECT count(*), count(DISTINCT id) FROM predictions").fetchall() == [(50, 50)]
+
+
+@pytest.mark.parametrize("path", ["/predict", "/predict/2", "/predictions/my_model", "/v1/models/my_model:predict"])
+def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
+    """Numbers under each name, and what is almost that: both read the same, or both refuse."""
+
+    def read(way, *arguments):
+        try:
+            return [list(map(float, row)) for row in way(*arguments)]
+        except exchanges.Unreadable:
+            return None
+
+    bodies = [
+        "[[0.25, 0.75]]",
+        "[]",
+        "[0.25, 0.75]",
+        "{}",
+        "[[0.25, 1.5]]",
+        "[[NaN, 1]]",
+        "[[1, 2, 3]]",
+        "\ufeff[[0, 1]]",
+        "[[0, 1]",
+    ]
+    for name in ("data", "features", "rows", "instances", "predictions", "probability", "other"):
+        for value in (
+            "[[1, 2.5, 3e-3, 4, 5]]", "[[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]", "[1, 2, 3, 4, 5]", "[[1, 2]]", "[[]]",
+            "[]", "null", '[[1, 2, 3, 4, "5"]]', "[[1, 2, 3, 4, true]]", "[[1, 2, 3, 4, NaN]]", "[[1, 2, 3, 4, 1e999]]",
+            "[[0.25, 0.75]]", "[[1, 0], [0, 1]]", "[[0.5, 1.0000001]]", "[0.25, 0.75]",
+            "[[1, 2, 3, 4, 9007199254740993]]", f"[[1, 2, 3, 4, 1{'0' * 40}]]",
+        ):  # fmt: skip
+            bodies += [f'{{"{name}": {value}}}', f'{{"{name}": [[9, 8, 7, 6, 5]], "x": [{{}}], "{name}": {value}}}',
+                       f'{{"{name}": {value}, "data": [[1, 1, 1, 1, 1]], "predictions": [[0, 1]]}}']  # fmt: skip
+    sent = dict.fromkeys(records.SENT, records.ABSENT) | {"type": records.JSON}
+    fast = 0
+    for body in (text.encode() for text in bodies):
+        headers = {"content-type": "application/json"}
+        assert read(records._read_rows, path, sent, body) == read(exchanges.read_rows, path, headers, body), body
+        answered = read(exchanges.read_probabilities, path, {}, body)
+        assert read(records._read_probabilities, path, sent, body) == answered, body
+        fast += answered is not None
+    assert fast > 5
 
 
 def send_many(gateway: Gateway, count: int, connections: int = 4) -> tuple[int, float]:
