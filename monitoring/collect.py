@@ -10,11 +10,12 @@ Prometheus and Alertmanager.
 """
 
 import argparse
-import asyncio
 import contextlib
+import gc
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -43,8 +44,11 @@ BUCKETS_S = (
 )  # fmt: skip
 EDGES = [*map(str, BUCKETS_S), "+Inf"]
 CODES = ("2xx", "4xx", "5xx")  # from 0 on: Prometheus sees no increase in a number's first value
-COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 0.25, 1.0, 5.0, 60.0
+COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 1.0, 5.0, 60.0
 MOST_UNCOUNTED = 1000  # records
+# After each read: a reader that sleeps is not woken for every record, which would cost the user's next request time.
+READ_EVERY_S = 0.001
+STOP_TIMEOUT_S = 5.0
 WATCHDOG_SILENCE_S = 180.0
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
@@ -320,17 +324,15 @@ class Collector:
             say(f"no Watchdog for {WATCHDOG_SILENCE_S:.0f} s: Prometheus or Alertmanager fails, and no alert can come")
 
 
-class Intake(asyncio.Protocol):
+class Intake:
     """One connection of HAProxy: records, each after its length (RFC 6587, octet counting)."""
 
     def __init__(self, collector: Collector):
         self.collector = collector
         self.unread = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
-
-    def data_received(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> bool:
+        """Take the bytes that came next; return whether more can follow: after nonsense no record begins anywhere."""
         data = self.unread + data if self.unread else data
         lines, position = [], 0
         while (end := data.find(b" ", position, position + 7)) >= 0:
@@ -346,7 +348,46 @@ class Intake(asyncio.Protocol):
         size, is_whole, _ = self.unread[:7].partition(b" ")
         if size and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
             self.collector.unreadable.inc()
-            self.transport.abort()  # the next record cannot be found; HAProxy reconnects
+            return False
+        return True
+
+
+class Listener:
+    """Takes HAProxy's connections, and reads each in a thread of its own."""
+
+    def __init__(self, collector: Collector, address: tuple[str, int]):
+        """OSError where the address is taken."""
+        self.collector = collector
+        self.socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        self.threads: dict[socket.socket, threading.Thread] = {}
+        self.is_open = True
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while self.is_open:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:  # closed, or no more files may be open
+                time.sleep(0.1)
+                continue
+            self.threads[connection] = threading.Thread(target=self._read, args=(connection,), daemon=True)
+            self.threads[connection].start()
+
+    def _read(self, connection: socket.socket) -> None:
+        intake = Intake(self.collector)
+        with connection, contextlib.suppress(OSError):
+            while (data := connection.recv(1 << 16)) and intake.feed(data):
+                time.sleep(READ_EVERY_S)
+        self.threads.pop(connection, None)
+
+    def close(self) -> None:
+        """Take no more connections, and of each what has come."""
+        self.is_open = False
+        self.socket.close()
+        for connection, thread in list(self.threads.items()):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RD)  # what has come can still be read
+            thread.join(STOP_TIMEOUT_S)
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -402,47 +443,37 @@ class HttpServer(ThreadingHTTPServer):
         """Ignore a client that disconnects."""
 
 
-async def collect(collector: Collector, records: tuple[str, int], stop: asyncio.Event) -> None:
-    """Take records and labels, and maintain the files, until `stop`."""
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Intake(collector), *records)
-    say(f"collector: records on {join(records)}, metrics on http://{join(Handler.address)}/metrics")
+def work(collector: Collector, stop: threading.Event) -> None:
+    """Count, look for labels and take care of the files until `stop`."""
 
-    async def every(seconds: float, work) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), seconds)
-            try:
-                await work()
-            except Exception as error:  # noqa: BLE001  # whatever fails, records must be taken
-                say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-
-    async def count() -> None:
+    def count() -> None:
         with collector.lock:
             collector.count()
 
-    async def look_for_labels() -> None:
+    def look_for_labels() -> None:
         collector.check_watchdog()
         if labels := collector.read_new_labels():
-            collector.count_labels(await asyncio.to_thread(collector.find_predictions, labels), len(labels))
+            collector.count_labels(collector.find_predictions(labels), len(labels))
 
-    async def keep() -> None:
-        collector.keep()
-
-    async def tidy() -> None:
-        for line in await asyncio.to_thread(collector.log.tidy, utc_now()):
+    def tidy() -> None:
+        for line in collector.log.tidy(utc_now()):
             say(f"prediction log: {line}")
 
-    async with server:
-        await asyncio.gather(
-            every(COUNT_EVERY_S, count), every(LABELS_EVERY_S, look_for_labels), every(KEEP_EVERY_S, keep),
-            every(TIDY_EVERY_S, tidy),
-        )  # fmt: skip
+    every = {count: COUNT_EVERY_S, look_for_labels: LABELS_EVERY_S, collector.keep: KEEP_EVERY_S, tidy: TIDY_EVERY_S}
+    due = {task: time.monotonic() + seconds for task, seconds in every.items()}
+    while not stop.wait(max(0.0, min(due.values()) - time.monotonic())):
+        task = min(due, key=due.get)
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001  # whatever it is, the others must be done
+            say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        due[task] = time.monotonic() + every[task]
 
 
 def say(text: str) -> None:
     printable = "".join(character if character.isprintable() else "?" for character in text)
-    print(f"{time.strftime('%H:%M:%S')} {printable}", flush=True)
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {printable}\n")  # in one piece: several threads say something
+    sys.stdout.flush()
 
 
 def join(address: tuple[str, int]) -> str:
@@ -484,20 +515,25 @@ def main() -> None:
         sys.exit(
             f"collect: {join(arguments.http)}: {error.strerror}; stop what listens there, or choose another --http"
         )
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-
-    async def run() -> None:
-        stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        await collect(collector, arguments.records, stop)
-
     try:
-        asyncio.run(run())
+        listener = Listener(collector, arguments.records)
     except OSError as error:
-        where, reason = join(arguments.records), os.strerror(error.errno or 0)  # asyncio's message is longer
-        sys.exit(f"collect: {where}: {reason}; stop what listens there, or choose another --records")
+        sys.exit(
+            f"collect: {join(arguments.records)}: {os.strerror(error.errno or 0)}; stop what listens there, or choose "
+            "another --records"
+        )
+    gc.freeze()  # what is there by now stays: no collection of garbage need look at it
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    say(f"collector: records on {join(arguments.records)}, metrics on http://{join(Handler.address)}/metrics")
+    try:
+        work(collector, stop)
     finally:
+        listener.close()
+        with collector.lock:
+            collector.count()
         collector.keep()
         collector.log.close()
         http.shutdown()

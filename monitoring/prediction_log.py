@@ -93,8 +93,8 @@ class PredictionLog:
 
     def append(self, lines: bytes, now: datetime) -> None:
         """Append whole lines. OSError where the disk does not take them."""
-        hour = f"{now:date=%Y-%m-%d/%H.jsonl}"
-        if hour != self._hour or not os.fstat(self._file).st_nlink:  # else the file has been deleted
+        hour = f"date={now.year}-{now.month:02}-{now.day:02}/{now.hour:02}.jsonl"
+        if hour != self._hour or not os.fstat(self._file).st_nlink:  # else somebody has deleted the file
             self._open(hour)
         written = os.write(self._file, lines)
         if written < len(lines):  # the disk is full: what is cut must not join the next line

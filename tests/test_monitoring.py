@@ -492,7 +492,7 @@ def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
         collector = collect.Collector(tmp_path / str(size), 30)
         intake = collect.Intake(collector)
         for start in range(0, len(stream), size):
-            intake.data_received(stream[start : start + size])
+            assert intake.feed(stream[start : start + size])
         assert collector.records.value == 50
         with prediction_log.open_view(collector.log.folder) as connection:
             assert connection.execute("SELECT count(*), count(DISTINCT id) FROM predictions").fetchall() == [(50, 50)]
