@@ -23,7 +23,8 @@ INPUT_BOUND, PREDICTION_BOUND, ACCURACY_BOUND = 1e8, 1e8, 1e5
 INPUT_TOLERANCE, PREDICTION_TOLERANCE = 0.05, 0.10
 # Bets as fractions of the largest that keeps M above 0: the small ones find small changes, the large ones large ones.
 BETS = np.array([0.03, 0.06, 0.12, 0.24, 0.42, 0.62, 0.82])
-ERROR_BETS = np.array([0.03, 0.045, 0.06, 0.08, 0.11, 0.16, 0.25])  # the limit is low, so the best bets are, too
+# Of errors the limit is low, and so are the best bets. 0.09, the best where errors have doubled, weighs three times.
+ERROR_BETS = np.array([0.04, 0.09, 0.09, 0.09, 0.22])
 CONFIDENCE = 0.95  # of the bound on the error that the reference's own errors allow
 LARGEST = 1e250  # beyond the alarm evidence grows without an end
 BLOCK = 64  # observations at once: 64 factors of 0.18 to 3 multiply to numbers that a double holds

@@ -185,6 +185,5 @@ def test_the_table_of_the_readme_holds():
     assert p90(ours["delays"]) <= 630
     assert p90(found["+1 sd in one feature"]["delays"]) <= 130
     assert p90(found["+0.5 sd from the first request on"]["delays"]) <= 630
-    # The best single bet, of somebody who knows the new error, takes up to 400 labels; a mixture takes a tenth more.
-    assert p90(found["errors 0.200"]["delays"]) <= 440
+    assert p90(found["errors 0.200"]["delays"]) <= 400
     assert not np.isfinite(found["errors 0.061"]["delays"]).any()
