@@ -12,7 +12,9 @@ FROM predictions GROUP BY ALL ORDER BY ALL;
 -- name: newest
 -- the ten newest predictions
 SELECT strftime(time, '%H:%M:%S') AS time, id, row, server, version, status, round(ms::DOUBLE, 2) AS ms, round(benign, 4) AS benign, note
-FROM predictions ORDER BY predictions.time DESC, row LIMIT 10;
+FROM predictions  -- first from when on they are: of millions of rows that reads the times only
+WHERE predictions.time >= (SELECT min(time) FROM (SELECT time FROM predictions ORDER BY time DESC LIMIT 10))
+ORDER BY predictions.time DESC, row LIMIT 10;
 
 -- name: failures
 -- requests without a prediction, by reason

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -159,6 +160,19 @@ class Toys:
         )  # fmt: skip
         return done.stdout
 
+    def when(self, text: str) -> float:
+        """Return on the clock of `wait_for_alert` when the monitor printed a line, to the second."""
+        self.monitor.wait_for(text)
+        [line] = [line for line in self.monitor.log().splitlines() if text in line][:1]
+        hours, minutes, seconds = map(int, line.split()[0].split(":"))
+        now = time.localtime()
+        ago = (now.tm_hour - hours) * 3600 + (now.tm_min - minutes) * 60 + now.tm_sec - seconds
+        return time.monotonic() - ago % 86400
+
+    def wait_for_alert(self, text: str, since_s: float) -> None:
+        """Wait for a line of the monitor, and print how many seconds after `since_s` it came."""
+        print(f"\n{self.when(text) - since_s:5.0f} s until {text.strip()[:60]}")
+
     def stop(self) -> None:
         try:
             self.monitor.end()
@@ -184,12 +198,13 @@ def toys(tmp_path):
 def test_a_dead_replica_is_told_in_the_terminal_and_so_is_its_return(toys):
     monitor = toys.monitor
     wait_until(lambda: len(monitor.ask('up{job="gateway"} == 1')) == 1, monitor.log)
+    start_s = time.monotonic()
     toys.programs["2"].end(signal.SIGKILL)
-    monitor.wait_for(
-        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/REFERENCE.md#replicadown"
+    toys.wait_for_alert(
+        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/README.md#replicadown", start_s
     )
     toys.start("2")
-    monitor.wait_for(" resolved page ReplicaDown: onnx v2-1 does not answer")
+    toys.wait_for_alert(" resolved page ReplicaDown: onnx v2-1 does not answer", time.monotonic())
     assert toys.gateway.ask()[0] == 200
     wait_until(lambda: monitor.ask('gateway_request_seconds_count{server="onnx"} > 0'), monitor.log)
     assert monitor.end() == 0
@@ -205,22 +220,33 @@ def test_failures_drift_and_wrong_labels_each_come_as_an_alert_and_end(toys):
     # Prometheus sees no increase in a number's first value: it must have seen the 0.
     wait_until(lambda: monitor.ask('gateway_request_seconds_count{code="5xx"} == 0'), monitor.log)
     body = json.dumps({"fail": 500}).encode()
+    start_s = time.monotonic()
     for _ in range(30):
         assert gateway.ask(body=body)[0] == 500
-    monitor.wait_for(" FIRING page ErrorBudgetBurn: onnx version 1:")
+    toys.wait_for_alert(" FIRING page ErrorBudgetBurn: onnx version 1:", start_s)
+    start_s = time.monotonic()
+    toys.patients("--count", "3000", "--rate", "500")  # of all requests of 5 minutes less than 1.44 % have failed now
+    toys.wait_for_alert(" resolved page ErrorBudgetBurn: onnx version 1:", start_s)
 
     toys.patients("--count", "1500", "--rate", "150", "--drift", "mean texture=+1sd")
-    monitor.wait_for(
-        " FIRING ticket InputDrift: onnx version 1: the inputs are no longer those of train.csv (mean texture higher)"
+    # The detector's own line comes with the request that was enough.
+    toys.wait_for_alert(
+        " FIRING ticket InputDrift: onnx version 1: the inputs are no longer those of train.csv (mean texture higher)",
+        toys.when("drift: onnx version 1, input: mean texture higher"),
     )
     toys.patients("--count", "400", "--rate", "100", "--labels-after", "2", "--wrong-labels", "0.5")
-    monitor.wait_for(" FIRING page AccuracyDrift: onnx version 1: more errors than test.csv allows")
+    toys.wait_for_alert(
+        " FIRING page AccuracyDrift: onnx version 1: more errors than test.csv allows",
+        toys.when("drift: onnx version 1, accuracy: errors"),
+    )
     wait_until(lambda: monitor.ask("sum(gateway_labels_total) == 400"), monitor.log)  # or the next would alarm again
     url = f"http://127.0.0.1:{monitor.ports['collector']}/reset?server=onnx&version=1"
+    start_s = time.monotonic()
     with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=DEADLINE_S) as reply:
         assert reply.read() == b"1 reset\n"
     for name in ("InputDrift", "AccuracyDrift"):
-        monitor.wait_for(f" resolved {'page' if name == 'AccuracyDrift' else 'ticket'} {name}: onnx version 1:")
+        severity = "page" if name == "AccuracyDrift" else "ticket"
+        toys.wait_for_alert(f" resolved {severity} {name}: onnx version 1:", start_s)
 
 
 @needs_both
