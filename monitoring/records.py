@@ -102,6 +102,7 @@ KEYS = {"predict": ("data", "features", "rows"), "torchserve": ("data",), "tfser
 REPLY_KEYS = {"predict": ("predictions", "probability"), "tfserving": ("predictions",)}
 JSON = b"YXBwbGljYXRpb24vanNvbg=="  # application/json: TorchServe takes forms, too
 
+NO_TABLE = (msgspec.DecodeError, RecursionError)
 read_said = msgspec.json.Decoder(Said).decode
 read_asked = msgspec.json.Decoder(Asked).decode
 read_answered = msgspec.json.Decoder(Answered).decode
@@ -250,8 +251,8 @@ ANSWERED = {"content-encoding": "reply_coding", "inference-header-content-length
 
 
 def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
-    if sent["coding"] == ABSENT and sent["type"] == JSON:
-        with suppress(msgspec.DecodeError):
+    if sent["coding"] == ABSENT and sent["type"] == JSON and body.isascii():  # msgspec skips text unseen
+        with suppress(*NO_TABLE):
             asked = read_asked(body)
             for key in KEYS.get(exchanges.find_form(path), ()):
                 if (table := getattr(asked, key)) is not UNSET:
@@ -261,8 +262,8 @@ def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
 
 def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows:
     form = exchanges.find_form(path)
-    if sent["reply_coding"] == ABSENT:
-        with suppress(msgspec.DecodeError):
+    if sent["reply_coding"] == ABSENT and reply.isascii():
+        with suppress(*NO_TABLE):
             if form != "inference" and reply.startswith(b"["):
                 return read_pairs(reply)
             answered = read_answered(reply)

@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+from bisect import bisect_left
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,20 @@ import pytest
 import yaml
 
 from endpoints.base import load_endpoints
-from helpers import DEADLINE_S, load_script, run, skip_without_haproxy, wait_until
+from helpers import DEADLINE_S, load_script, load_together, needs, run, skip_without_haproxy, wait_until
 from machine.free_ports import find_free_ports
 from test_gateway import ROWS, Gateway
-from test_monitoring import MONITORING, TOY, Collector, Program, gateway_ready, listens, prediction_log
+from test_monitoring import (
+    MONITORING,
+    TOY,
+    Collector,
+    Program,
+    ask_grpc,
+    ask_with_wrk,
+    gateway_ready,
+    listens,
+    prediction_log,
+)  # fmt: skip
 
 SERVERS = ("onnx", "bentoml", "tfserving", "torchserve")
 ALWAYS = {"Watchdog"}  # never silent
@@ -348,6 +359,78 @@ def test_ten_thousand_requests_to_the_real_servers_are_each_logged_once_with_the
     assert largest <= 1e-9
     assert len(seen) == sum(len(rows) for _, _, rows, _ in sent.values())
     print(f"\n{len(sent):,} requests, {len(seen):,} rows, each once, largest difference {largest:g}")
+
+
+@pytest.mark.slow
+@needs_both
+def test_grpc_requests_to_the_real_servers_are_logged_with_their_values(four_servers):
+    gateway, monitor = four_servers
+    sent = {}
+    for number in range(400):
+        name, version = ("tfserving", "torchserve")[number % 2], "12"[number // 2 % 2]
+        rows = [ROWS[(number + i) % len(ROWS)] for i in range(1 + number % 3)]
+        key, answered, probabilities = ask_grpc(gateway, name, rows, version)
+        assert answered == version
+        sent[key] = (name, version, rows, probabilities)
+    with prediction_log.open_view(monitor.state / "predictions") as connection:
+        newest = "SELECT count(*) FROM predictions WHERE id = ?"
+        wait_until(lambda: connection.execute(newest, [key]).fetchone()[0], "the last request is in the log")
+        kept = connection.execute("SELECT * FROM predictions WHERE protocol = 'gRPC'").fetchall()
+    seen, largest = set(), 0.0
+    for _, key, row, _, server, version, *_, status, _, r0, r1, r2, r3, r4, malignant, benign, note in kept:
+        name, asked, rows, probabilities = sent[str(key)]
+        assert (server, version, status, note) == (name, asked, 200, "")
+        assert (key, row) not in seen
+        seen.add((key, row))
+        expected = np.array([*rows[row], *probabilities[row]])
+        largest = max(largest, (np.abs([r0, r1, r2, r3, r4, malignant, benign] - expected) / np.abs(expected)).max())
+    assert len(seen) == sum(len(rows) for _, _, rows, _ in sent.values())
+    assert largest <= 1e-6  # over gRPC both are float32
+    print(f"\n{len(sent)} requests over gRPC, {len(seen)} rows, each once, largest relative difference {largest:.1g}")
+
+
+@pytest.mark.slow
+@needs_both
+@needs("wrk")
+def test_the_gateways_histogram_says_what_the_users_clocks_say(four_servers, tmp_path):
+    """Prints p50 and p99 by the client's clock, by the gateway's buckets, and the server's own p99."""
+    gateway, monitor = four_servers
+    edges = load_together(MONITORING, "collect")[0].EDGES
+    gateway.command("set", "my_model", "v2=0")
+
+    def read_counts(name: str) -> np.ndarray:
+        series = monitor.ask(f'sum by (le) (gateway_request_seconds_bucket{{server="{name}", code="2xx"}})')
+        found = {float(s["metric"]["le"]): float(s["value"][1]) for s in series}
+        return np.array([found.get(float(edge), 0.0) for edge in edges])
+
+    own = {
+        "onnx": "onnx_server_request_latency_seconds_bucket",
+        "tfserving": ":tensorflow:serving:request_latency_bucket",
+        "bentoml": 'bentoml_service_request_duration_seconds_bucket{endpoint="/predict"}',
+    }
+    try:
+        for name in SERVERS:
+            before = read_counts(name)
+            p50_ms, p99_ms, _, count, failed = ask_with_wrk(gateway, tmp_path, 1, 10, 3, name)
+            assert not failed
+            wait_until(lambda n=name, b=before, c=count: read_counts(n)[-1] - b[-1] >= c, "they are counted")
+            counts = read_counts(name) - before
+            places = [int(np.searchsorted(counts, share * counts[-1])) for share in (0.5, 0.99)]
+            clocks = [bisect_left(edges[:-1], ms / 1e3, key=float) for ms in (p50_ms, p99_ms)]
+            native = "none"
+            if name in own:
+                expression = f"histogram_quantile(0.99, sum by (le) (rate({own[name]}[10s])))"
+                scale = 1e-3 if name == "tfserving" else 1e3  # TensorFlow Serving counts in microseconds
+                native = f"{float(monitor.ask(expression)[0]['value'][1]) * scale:.2f} ms"
+            print(
+                f"\n{name}: client p50 {p50_ms:.2f} ms, p99 {p99_ms:.2f} ms; gateway p50 up to "
+                f"{float(edges[places[0]]) * 1e3:g} ms, p99 up to {float(edges[places[1]]) * 1e3:g} ms; "
+                f"the server's own p99 {native}"
+            )
+            assert abs(clocks[0] - places[0]) <= 1, "p50 within a bucket"
+            assert places[1] <= clocks[1] + 1, "no later than the user's own p99"
+    finally:
+        gateway.command("set", "my_model", "v2=50")
 
 
 @pytest.mark.slow

@@ -530,9 +530,11 @@ def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
         ):  # fmt: skip
             bodies += [f'{{"{name}": {value}}}', f'{{"{name}": [[9, 8, 7, 6, 5]], "x": [{{}}], "{name}": {value}}}',
                        f'{{"{name}": {value}, "data": [[1, 1, 1, 1, 1]], "predictions": [[0, 1]]}}']  # fmt: skip
+    deep = "[" * 9000 + "]" * 9000
+    bodies += [f'{{"x": {deep}, "data": [[1, 2, 3, 4, 5]], "predictions": [[0, 1]]}}', deep]
     sent = dict.fromkeys(records.SENT, records.ABSENT) | {"type": records.JSON}
     fast = 0
-    for body in (text.encode() for text in bodies):
+    for body in [text.encode() for text in bodies] + [b'{"\xff": 1, "data": [[1, 2, 3, 4, 5]]}', b"\xff\xfe[\x00"]:
         headers = {"content-type": "application/json"}
         assert read(records._read_rows, path, sent, body) == read(exchanges.read_rows, path, headers, body), body
         answered = read(exchanges.read_probabilities, path, {}, body)
@@ -740,16 +742,17 @@ def test_ten_million_rows_are_asked_in_seconds_and_take_sixty_bytes_each(tmp_pat
 
 
 def ask_with_wrk(
-    gateway: Gateway, folder: Path, connections: int, seconds: int, pause_ms: int = 0
+    gateway: Gateway, folder: Path, connections: int, seconds: int, pause_ms: int = 0, name: str = "onnx"
 ) -> tuple[float, ...]:
-    """Ask for one row again and again; return p50 and p99 in ms, requests/s, requests, and failures."""
+    """Ask a server for one row again and again; return p50 and p99 in ms, requests/s, requests, and failures."""
+    request = load_endpoints()[name]().request(toy_rows(1), None)
     script = folder / "ask.lua"
     script.write_text(
-        f"wrk.method = 'POST'\nwrk.body = '{json.dumps({'data': toy_rows(1)})}'\n"
+        f"wrk.method = 'POST'\nwrk.body = '{request.body.decode()}'\n"
         f"wrk.headers['X-API-Key'] = '{gateway.key}'\nwrk.headers['Content-Type'] = 'application/json'\n"
         + (f"function delay() return {pause_ms} end\n" if pause_ms else "")
     )
-    url = f"https://localhost:{gateway.port}/onnx/predict"
+    url = f"https://localhost:{gateway.port}/{name}{request.path}"
     text = run(
         "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url, check=True
     ).stdout
