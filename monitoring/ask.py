@@ -13,9 +13,12 @@ import re
 import sys
 from pathlib import Path
 
-import duckdb
+try:
+    import duckdb
 
-from prediction_log import open_view
+    from prediction_log import open_view
+except ModuleNotFoundError as error:
+    sys.exit(f"ask: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -25,13 +25,16 @@ from itertools import chain
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+try:
+    import numpy as np
+    from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from drift import Reference, Watch
-from prediction_log import Count, LogError, PredictionLog, open_view, utc_now
-from records import FEATURES, Record, read_record
+    from drift import Reference, Watch
+    from prediction_log import Count, LogError, PredictionLog, open_view, utc_now
+    from records import FEATURES, Record, read_record
+except ModuleNotFoundError as error:
+    sys.exit(f"collect: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"

@@ -19,9 +19,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
 
-from drift import BETS, ERROR_BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
+    from drift import BETS, ERROR_BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
+except ModuleNotFoundError as error:
+    sys.exit(f"drift_table: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 REFERENCE_ROWS, FEATURES, DRIFTING = 455, 5, 1  # mean texture drifts

@@ -25,7 +25,10 @@ import time
 from collections import Counter, deque
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ModuleNotFoundError as error:
+    sys.exit(f"patients: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
