@@ -396,7 +396,9 @@ def test_grpc_requests_to_the_real_servers_are_logged_with_their_values(four_ser
         assert (key, row) not in seen
         seen.add((key, row))
         expected = np.array([*rows[row], *probabilities[row]])
-        largest = max(largest, (np.abs([r0, r1, r2, r3, r4, malignant, benign] - expected) / np.abs(expected)).max())
+        largest = max(
+            largest, (np.abs([r0, r1, r2, r3, r4, malignant, benign] - expected) / (np.abs(expected) + 1e-9)).max()
+        )
     assert len(seen) == sum(len(rows) for _, _, rows, _ in sent.values())
     assert largest <= 1e-6  # over gRPC both are float32
     print(f"\n{len(sent)} requests over gRPC, {len(seen)} rows, each once, largest relative difference {largest:.1g}")
