@@ -31,6 +31,7 @@ import machine.packages  # noqa: F401
 from rich.console import Console
 
 from drawing.plan_tables import (
+    SCALES,
     describe_refused,
     make_agreement_table,
     make_autoscaler_table,
@@ -43,8 +44,6 @@ from figures.measured import Measured
 from figures.result_file import SAMPLE_PATH, ResultError, read_result
 from planning.capacity import CONTAINERS_PATH, HEADROOM, make_plans, read_containers
 from planning.scale import Surroundings, describe_assumptions
-
-SCALES = (10_000.0, 100_000.0, 1_000_000.0)  # requests/s
 
 
 def positive(text: str) -> float:

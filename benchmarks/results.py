@@ -24,6 +24,7 @@ import machine.packages  # noqa: F401
 # isort: split
 from rich.console import Console
 
+from drawing.plan_tables import format_scale
 from drawing.readme import README_PATH, format_lesson, format_summary, replace_part
 from drawing.tables import format_markdown, format_peers, print_result
 from figures.measured import Measured
@@ -56,6 +57,7 @@ PARTS = (
     Part(FOLDER / "RESULTS.md", SAMPLE_PATH, format_markdown),
     Part(FOLDER / "README.md", SAMPLE_PATH, format_lesson),
     Part(FOLDER / "REFERENCE.md", PEERS_PATH, format_peers),
+    Part(FOLDER / "REFERENCE.md", SAMPLE_PATH, format_scale),
 )
 
 
@@ -66,10 +68,12 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if arguments.update_readme:
-            texts = [part.update(part.readme.read_text()) for part in PARTS]  # all, before one is written
-            for part, text in zip(PARTS, texts, strict=True):
-                part.readme.write_text(text)
-                print(f"wrote {part.readme} from {part.source.name}")
+            texts = {part.readme: part.readme.read_text() for part in PARTS}
+            for part in PARTS:  # all, before one is written
+                texts[part.readme] = part.update(texts[part.readme])
+            for page, text in texts.items():
+                page.write_text(text)
+                print(f"wrote {page}")
             return
         path = arguments.path or find_newest_result(describe_machine())
         print_result(Measured(read_result(path)), Console(highlight=False))

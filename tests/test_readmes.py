@@ -68,7 +68,7 @@ NOT_EXECUTED = {
     "docker stop my_model": NO_ENGINE,
     "docker build -t onnx-server .": NO_ENGINE,
     "docker run --rm -p 127.0.0.1:8000:8000 -p 127.0.0.1:8001:8001 onnx-server": NO_ENGINE,
-    "docker compose --file ../docker-compose.yml --file docker-compose.yml up --detach --wait onnx": NO_ENGINE,
+    "docker compose --file ../docker-compose.yml --file docker-compose.yml up --detach --wait": NO_ENGINE,
     "docker compose up --detach --wait": NO_ENGINE,
     "docker compose down": NO_ENGINE,
 }

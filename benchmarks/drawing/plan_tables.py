@@ -2,11 +2,21 @@
 
 import numpy as np
 
-from drawing.tables import TextTable, add_row
+from drawing.tables import TextTable, add_row, format_table
 from figures.measured import Measured
 from figures.words import UNKNOWN
 from planning.autoscaler import CURVES, make_server, run_curve
-from planning.capacity import HEADROOM, SPARE_REPLICAS, CapacityError, ContainerCost, Plan, find_start_s
+from planning.capacity import (
+    CONTAINERS_PATH,
+    HEADROOM,
+    SPARE_REPLICAS,
+    CapacityError,
+    ContainerCost,
+    Plan,
+    find_start_s,
+    make_plans,
+    read_containers,
+)
 from planning.scale import Surroundings, list_new_limits, make_scale
 from planning.simulation import (
     AGREES,
@@ -21,6 +31,7 @@ from planning.simulation import (
 
 MIB = 1 << 20
 FLEET_REQUESTS = 20_000
+SCALES = (10_000.0, 100_000.0, 1_000_000.0)  # requests/s
 
 
 def make_plan_table(measured: Measured, plans: list[Plan]) -> TextTable:
@@ -166,3 +177,14 @@ def round_rate(rate: float) -> str:
 def describe_refused(measured: Measured, refused: dict[str, str]) -> list[str]:
     """Return a sentence for each server that has no plan."""
     return [f"{measured.label(name)}: no plan, {reason}" for name, reason in refused.items()]
+
+
+def format_scale(measured: Measured) -> str:
+    """Return what three scales take of each tuned server, and how well the simulation agrees, in Markdown."""
+    containers = read_containers(CONTAINERS_PATH)
+    names = [name for name in measured.names if name in measured.knees]
+    tuned = [name for name in names if name.endswith("-tuned") and measured.protocol(name) == "REST"]
+    objective_s = measured.settings["objective_p99_s"]
+    plans = [make_plans(measured, tuned, rate, objective_s, containers, HEADROOM)[0] for rate in SCALES]
+    scale = make_scale_table(measured, plans, containers, Surroundings())
+    return "\n".join(["", *format_table(scale), *format_table(make_agreement_table(measured, names))])
