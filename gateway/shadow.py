@@ -505,11 +505,14 @@ def main() -> int:
         users = None
         with shadow:
             address = f"http://127.0.0.1:{shadow.users_port}{endpoint.path(None)}"
-            console.print(f"version 1 answers at {address}, version 2 gets copies", soft_wrap=True)
-            if arguments.rate:
-                users = send_users(endpoint, shadow.users_port, arguments.rate, arguments.seconds)
-            else:
-                with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C: enough seen
+            enough = (
+                () if arguments.rate else (KeyboardInterrupt,)
+            )  # Ctrl-C ends the watching, also at its first moment
+            with contextlib.suppress(*enough):
+                console.print(f"version 1 answers at {address}, version 2 gets copies", soft_wrap=True)
+                if arguments.rate:
+                    users = send_users(endpoint, shadow.users_port, arguments.rate, arguments.seconds)
+                else:
                     time.sleep(arguments.seconds)
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(arguments).items() if key != "output"}

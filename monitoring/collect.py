@@ -14,6 +14,7 @@ import contextlib
 import gc
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -446,8 +447,8 @@ class HttpServer(ThreadingHTTPServer):
         """Ignore a client that disconnects."""
 
 
-def work(collector: Collector, stop: threading.Event) -> None:
-    """Count, look for labels and take care of the files until `stop`."""
+def work(collector: Collector, stop: int) -> None:
+    """Count, look for labels and take care of the files until something can be read from the file descriptor `stop`."""
 
     def count() -> None:
         with collector.lock:
@@ -464,7 +465,7 @@ def work(collector: Collector, stop: threading.Event) -> None:
 
     every = {count: COUNT_EVERY_S, look_for_labels: LABELS_EVERY_S, collector.keep: KEEP_EVERY_S, tidy: TIDY_EVERY_S}
     due = {task: time.monotonic() + seconds for task, seconds in every.items()}
-    while not stop.wait(max(0.0, min(due.values()) - time.monotonic())):
+    while not select.select([stop], [], [], max(0.0, min(due.values()) - time.monotonic()))[0]:
         task = min(due, key=due.get)
         try:
             task()
@@ -526,9 +527,9 @@ def main() -> None:
             "another --records"
         )
     gc.freeze()  # what is there by now stays: no collection of garbage need look at it
-    stop = threading.Event()
+    stop, stopping = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: os.write(stopping, b"."))
     threading.Thread(target=http.serve_forever, daemon=True).start()
     say(f"collector: records on {join(arguments.records)}, metrics on http://{join(Handler.address)}/metrics")
     try:

@@ -7,10 +7,11 @@
 Reads sealed/SERVER/<model>/<version>/, keys/trusted/*.pub,
 keys/identities/SERVER/*.txt and policy.toml, and keeps state/state.json, all in
 --home. Copies each version into memory, verifies the copy, checks it against
-policy and state, decrypts it, and moves it in one step to its place below DIR. Prints a line if a version is
-refused; a version that was let in before stays. --watch looks again every
-second until Ctrl-C or SIGTERM, and drops versions that are no longer trusted.
-A COMMAND is started when the models are open, and DIR is removed after it.
+policy and state, decrypts it, and moves it in one step to its place below DIR.
+Prints a line if a version is refused; a version that was let in before stays.
+--watch looks again every second until Ctrl-C or SIGTERM, and drops versions
+that are no longer trusted. A COMMAND is started when the models are open, and
+DIR is removed after it.
 
 The file DIR/.ready names the versions in DIR once all that can be let in are
 there. A server may be started when unseal.py has ended with 0 or, with --watch,

@@ -1,4 +1,4 @@
-"""Serve models/my_model with TensorFlow Serving or, without it, with the local server.
+"""Serve models/my_model with TensorFlow Serving, or else with the local server.
 
     python serve.py
     python serve.py --batching-config batching.config

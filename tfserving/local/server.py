@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Serve SavedModels as tensorflow_model_server does, on a machine that does not have it.
+"""Serve SavedModels as tensorflow_model_server does, where it is not installed.
 
     python local/server.py --rest_api_port=8501 --model_name=my_model \\
         --model_base_path=$PWD/models/my_model
