@@ -22,17 +22,28 @@ from pathlib import Path
 from typing import BinaryIO
 
 DATAGRAM_BYTES = 65536
+SO_RXQ_OVFL = 40  # linux/socket.h: with each datagram comes how many did not fit into the socket's buffer so far
 
 
 def receive(log: socket.socket, pipe: int) -> Iterator[bytes]:
-    """Yield the datagrams of `log` as lines, until the other end of `pipe` is closed and none is left."""
-    ended = False
+    """Yield the datagrams of `log` as lines, until the other end of `pipe` is closed and none is left.
+
+    Prints how many were lost: those that came while the socket's buffer was full.
+    """
+    if sys.platform == "linux":
+        log.setsockopt(socket.SOL_SOCKET, SO_RXQ_OVFL, 1)
+    ended, lost = False, 0
     while not ended:
         ready, _, _ = select.select([log, pipe], [], [])
         ended = pipe in ready and not os.read(pipe, DATAGRAM_BYTES)
+        known = lost
         with contextlib.suppress(BlockingIOError):
             while True:
-                yield log.recv(DATAGRAM_BYTES, socket.MSG_DONTWAIT).rstrip(b"\n") + b"\n"
+                line, extra, _, _ = log.recvmsg(DATAGRAM_BYTES, socket.CMSG_SPACE(4), socket.MSG_DONTWAIT)
+                lost = max([lost, *(int.from_bytes(count, sys.byteorder) for _, _, count in extra)])
+                yield line.rstrip(b"\n") + b"\n"
+        if lost > known:
+            print(f"access log: {lost - known} lines lost; raise net.core.rmem_max", file=sys.stderr, flush=True)
 
 
 def keep(lines: Iterable[bytes], path: Path, limit_bytes: int) -> None:

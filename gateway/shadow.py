@@ -505,10 +505,9 @@ def main() -> int:
         users = None
         with shadow:
             address = f"http://127.0.0.1:{shadow.users_port}{endpoint.path(None)}"
-            enough = (
-                () if arguments.rate else (KeyboardInterrupt,)
-            )  # Ctrl-C ends the watching, also at its first moment
-            with contextlib.suppress(*enough):
+            # Ctrl-C ends the watching, at its first moment, too; it breaks off users of our own.
+            ends_watching = () if arguments.rate else (KeyboardInterrupt,)
+            with contextlib.suppress(*ends_watching):
                 console.print(f"version 1 answers at {address}, version 2 gets copies", soft_wrap=True)
                 if arguments.rate:
                     users = send_users(endpoint, shadow.users_port, arguments.rate, arguments.seconds)

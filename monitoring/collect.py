@@ -150,12 +150,12 @@ class Collector:
         for line in lines:
             try:
                 record = read_record(line)
+                if record.is_prediction:
+                    written.append(record.lines())
             except ValueError:
                 self.unreadable.inc()
                 continue
             records.append(record)
-            if record.is_prediction:
-                written.append(record.lines())
         with self.lock:
             try:
                 if written:
@@ -350,7 +350,7 @@ class Intake:
         if lines:
             self.collector.take(lines)
         size, is_whole, _ = self.unread[:7].partition(b" ")
-        if size and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
+        if self.unread and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
             self.collector.unreadable.inc()
             return False
         return True
@@ -365,7 +365,8 @@ class Listener:
         self.socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         self.threads: dict[socket.socket, threading.Thread] = {}
         self.is_open = True
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.accepting = threading.Thread(target=self._accept, daemon=True)
+        self.accepting.start()
 
     def _accept(self) -> None:
         while self.is_open:
@@ -374,20 +375,31 @@ class Listener:
             except OSError:  # closed, or no more files may be open
                 time.sleep(0.1)
                 continue
+            if not self.is_open:  # HAProxy keeps its records for the next collector
+                connection.close()
+                return
             self.threads[connection] = threading.Thread(target=self._read, args=(connection,), daemon=True)
             self.threads[connection].start()
 
     def _read(self, connection: socket.socket) -> None:
         intake = Intake(self.collector)
-        with connection, contextlib.suppress(OSError):
-            while (data := connection.recv(1 << 16)) and intake.feed(data):
-                time.sleep(READ_EVERY_S)
-        self.threads.pop(connection, None)
+        try:
+            with connection, contextlib.suppress(OSError):
+                while (data := connection.recv(1 << 16)) and intake.feed(data):
+                    time.sleep(READ_EVERY_S)
+        except Exception as error:  # noqa: BLE001  # whatever it is, HAProxy connects again
+            self.collector.unreadable.inc()
+            say(f"collector: a connection is given up, {type(error).__name__}: {error}")
+        finally:
+            self.threads.pop(connection, None)
 
     def close(self) -> None:
         """Take no more connections, and of each what has come."""
         self.is_open = False
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # ends `accept`, which a close alone does not
         self.socket.close()
+        self.accepting.join(STOP_TIMEOUT_S)
         for connection, thread in list(self.threads.items()):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)  # what has come can still be read
@@ -539,7 +551,8 @@ def main() -> None:
         with collector.lock:
             collector.count()
         collector.keep()
-        collector.log.close()
+        with collector.lock:
+            collector.log.close()
         http.shutdown()
 
 

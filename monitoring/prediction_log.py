@@ -7,6 +7,7 @@ The hour, in UTC, is that of a record's arrival, so that no file changes after i
 """
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -93,6 +94,8 @@ class PredictionLog:
 
     def append(self, lines: bytes, now: datetime) -> None:
         """Append whole lines. OSError where the disk does not take them."""
+        if self._lock.closed:
+            raise OSError(errno.EBADF, "the log is closed")
         hour = f"date={now.year}-{now.month:02}-{now.day:02}/{now.hour:02}.jsonl"
         if hour != self._hour or not os.fstat(self._file).st_nlink:  # else somebody has deleted the file
             self._open(hour)

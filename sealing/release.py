@@ -27,8 +27,11 @@ class Postponed(importlib.abc.MetaPathFinder):
         return spec
 
 
-sys.meta_path.insert(0, Postponed())
-from model_signing import hashing, signing, verifying  # noqa: E402
+sys.meta_path.insert(0, postponed := Postponed())
+try:
+    from model_signing import hashing, signing, verifying
+finally:
+    sys.meta_path.remove(postponed)
 
 FOLDER = Path(__file__).resolve().parent
 NOTE, SIGNATURE, SUFFIX = "release.json", "model.sig", ".age"

@@ -141,4 +141,4 @@ def built_engine(tmp_path_factory):
         engine.make_tfserving_stand_in(built)
         built.run("make", "docker-build", timeout_s=1200)
         yield built
-    wait_until(lambda: engine.list_traces() <= before, lambda: f"left behind: {engine.list_traces() - before}")
+    wait_until(lambda: not engine.list_traces() - before, lambda: f"left behind: {engine.list_traces() - before}")

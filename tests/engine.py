@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -150,7 +151,7 @@ class Engine:
         return json.loads(self.run("docker", "inspect", *names).stdout)
 
 
-def list_traces() -> set[tuple[str, str]]:
+def list_traces() -> Counter[tuple[str, str]]:
     """What engines could leave, each with its kind: interfaces, namespaces, firewall rules, mounts, processes."""
     rules = (
         subprocess.run(["iptables-save"], capture_output=True, text=True).stdout
@@ -170,7 +171,7 @@ def list_traces() -> set[tuple[str, str]]:
             if (process.info["name"] or "").startswith(names)
         ],
     }
-    return {(kind, trace) for kind, found in traces.items() for trace in found}
+    return Counter((kind, trace) for kind, found in traces.items() for trace in found)
 
 
 def make_base(engine: Engine) -> None:

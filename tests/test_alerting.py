@@ -214,7 +214,7 @@ def test_a_dead_replica_is_told_in_the_terminal_and_so_is_its_return(toys):
     start_s = time.monotonic()
     toys.programs["2"].end(signal.SIGKILL)
     toys.wait_for_alert(
-        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/README.md#replicadown", start_s
+        " FIRING page ReplicaDown: onnx v2-1 does not answer; what to do: monitoring/REFERENCE.md#replicadown", start_s
     )
     toys.start("2")
     toys.wait_for_alert(" resolved page ReplicaDown: onnx v2-1 does not answer", time.monotonic())

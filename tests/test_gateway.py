@@ -679,6 +679,23 @@ def test_the_last_lines_of_the_access_log_are_kept():
     os.close(reading)
 
 
+def test_lines_that_did_not_fit_are_counted(capfd):
+    reading, writing = os.pipe()
+    os.close(writing)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as log, log.dup() as sender:
+        log.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        log.setsockopt(socket.SOL_SOCKET, access_log.SO_RXQ_OVFL, 1)
+        log.bind(("127.0.0.1", 0))
+        for _ in range(100):
+            sender.sendto(b"x" * 500, log.getsockname())
+        kept = list(access_log.receive(log, reading))
+        sender.sendto(b"last", log.getsockname())  # a datagram says how many were lost before it
+        assert list(access_log.receive(log, reading)) == [b"last\n"]
+    os.close(reading)
+    assert 0 < len(kept) < 100
+    assert capfd.readouterr().err == f"access log: {100 - len(kept)} lines lost; raise net.core.rmem_max\n"
+
+
 def test_an_access_log_never_holds_more_than_two_files(tmp_path):
     path = tmp_path / "access.log"
     lines = [b'{"id":%03d}\n' % number for number in range(25)]  # 11 bytes each

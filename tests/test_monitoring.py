@@ -500,6 +500,49 @@ def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
             assert connection.execute("SELECT count(*), count(DISTINCT id) FROM predictions").fetchall() == [(50, 50)]
 
 
+def test_a_listener_that_is_closed_takes_nobody_who_connects_again(tmp_path):
+    """A close alone leaves `accept` waiting: it took HAProxy's next connection, and its records into a closed log."""
+    collect = load_together(MONITORING, "collect")[0]
+    collector = collect.Collector(tmp_path, 30)
+    address = "127.0.0.1", find_free_ports(["records"])["records"]
+    listener = collect.Listener(collector, address)
+    stream = b"".join(b"%d %s" % (len(line), line) for line in make_records(20))
+    ended, refused = threading.Event(), threading.Event()
+
+    def send_as_haproxy_does() -> None:
+        while not ended.is_set():
+            try:
+                with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+                    while not ended.is_set():
+                        connection.sendall(stream)
+            except ConnectionRefusedError:
+                refused.set()
+            except OSError:
+                continue
+
+    client = threading.Thread(target=send_as_haproxy_does)
+    client.start()
+    try:
+        wait_until(lambda: collector.records.value > 100, "no record has come")
+        listener.close()
+        assert not listener.accepting.is_alive()
+        assert not listener.threads
+        taken = collector.records.value
+        assert refused.wait(DEADLINE_S)
+        assert collector.records.value == taken
+    finally:
+        ended.set()
+        client.join(DEADLINE_S)
+        collector.log.close()
+    with pytest.raises(OSError, match="closed"):
+        collector.log.append(b"{}\n", prediction_log.utc_now())
+
+
+def test_a_stream_that_begins_with_a_blank_is_refused(tmp_path):
+    collect = load_together(MONITORING, "collect")[0]
+    assert not collect.Intake(collect.Collector(tmp_path, 30)).feed(b" " * 1000)
+
+
 @pytest.mark.parametrize("path", ["/predict", "/predict/2", "/predictions/my_model", "/v1/models/my_model:predict"])
 def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
     """Numbers under each name, and what is almost that: both read the same, or both refuse."""
@@ -819,7 +862,7 @@ def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
         f"collector {spent['collector'] / count['with'] * 1e3:.3f}"
     )
     assert collector.end() == 0
-    assert min(added[0]) <= 0.5
+    assert statistics.median(added[0]) <= 0.5
 
 
 class Nonsense(threading.Thread):
@@ -893,7 +936,9 @@ def test_a_collector_in_trouble_costs_no_user_an_answer_and_changes_no_p99(toys,
         process.send_signal(signal.SIGCONT)
         assert collectors["trouble"].end() == 0
     assert collectors["sound"].end() == 0
-    assert min(b[1] - a[1] for a, b in pairs) <= 50  # a user who waits for the collector waits for seconds
+    assert (
+        statistics.median(b[1] - a[1] for a, b in pairs) <= 50
+    )  # a user who waits for the collector waits for seconds
 
 
 @pytest.mark.slow
@@ -924,5 +969,5 @@ def test_a_thousand_records_a_second_arrive_also_when_the_collector_is_killed(to
             counts.append((sent, sent - (different - before)))
     print(f"\n{counts[0][0]:,} requests: {counts[0][1]} lost; {counts[1][0]:,} and a kill: {counts[1][1]} lost")
     assert counts[0][1] == 0
-    assert counts[1][1] <= counts[1][0] / 20  # on a busy machine a process that is killed takes its time to die
+    assert counts[1][1] <= counts[1][0] / 100  # on a busy machine a process that is killed takes its time to die
     assert collector.end() == 0

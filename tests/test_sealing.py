@@ -849,7 +849,7 @@ def find_on_disk(needles: list[bytes], *folders: Path) -> list[Path]:
     memory_device = Path("/dev/shm").stat().st_dev
     found = []
     for path in (path for folder in folders for path in [folder, *folder.rglob("*")]):
-        with contextlib.suppress(FileNotFoundError):  # another program's, which has removed it
+        with contextlib.suppress(OSError):  # another program's, which has removed it, or lets nobody read it
             if path.is_file() and not path.is_symlink() and path.stat().st_dev != memory_device:
                 content = path.read_bytes()
                 found += [path for needle in needles if needle in content]

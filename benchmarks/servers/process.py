@@ -1,4 +1,4 @@
-"""Start one server for a measurement or a test, wait until it answers rightly, and leave nothing of it behind."""
+"""Start one server for a measurement or a test, wait until it answers correctly, and end all of it afterwards."""
 
 import contextlib
 import os
@@ -30,10 +30,9 @@ class ServerProcess:
     """A running server, as a context manager: inside the block it answers, after it no process of it is left.
 
     `cpus` pins the server and all that it starts (None: not pinned); `goes_first` puts it before other programs if
-    the system allows that. After the start `listens_s` and
-    `ready_s` hold the seconds from the spawn until the port took a connection, and until the first
-    correct prediction. Raises ServerError where a port is taken, the server ends early, or no correct
-    prediction comes within `endpoint.start_timeout_s`.
+    the system allows that. After the start `listens_s` and `ready_s` hold the seconds from the spawn until the port
+    took a connection, and until the first correct prediction. Raises ServerError if a port is taken, the server ends
+    early, or no correct prediction comes within `endpoint.start_timeout_s`.
     """
 
     def __init__(self, endpoint: Endpoint, cpus: set[int] | None = None, goes_first: bool = False):
@@ -103,7 +102,7 @@ class ServerProcess:
                 if self.goes_first and process.pid not in self._descendants:
                     lift_priority(process.pid)  # it may have a session of its own
                 self._descendants[process.pid] = process
-        return [process for process in self._descendants.values() if process.is_running()]
+        return [process for process in list(self._descendants.values()) if process.is_running()]
 
     def _spawned(self) -> subprocess.Popen[bytes]:
         if self.process is None:
@@ -154,7 +153,7 @@ class ServerProcess:
                 ) from None
 
     def wait_until_correct(self) -> None:
-        """Wait for the first correct prediction; ServerError where the server ends or answers none in time."""
+        """Wait for the first correct prediction; ServerError if the server ends or answers none in time."""
         with self._watched():
             self._wait_until_correct()
         self.processes()
@@ -166,7 +165,8 @@ class ServerProcess:
 
         def watch() -> None:
             while not ended.wait(LOOK_INTERVAL_S):
-                self.processes()
+                with contextlib.suppress(psutil.Error):
+                    self.processes()
 
         watcher = threading.Thread(target=watch, daemon=True)
         if self.goes_first:
