@@ -115,7 +115,9 @@ def main() -> int:
             for mistake in mistakes:
                 print(f"  {mistake}")
             count += len(mistakes)
-    print(f"{count} mistakes" if count else "no mistake found; only a cluster can show the rest: see README.md")
+    print(
+        f"{count} mistakes" if count else "no mistake found; only a cluster can show the rest: see kubernetes/README.md"
+    )
     return 1 if count else 0
 
 

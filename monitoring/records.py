@@ -26,7 +26,7 @@ RECORD = re.compile(
     rb"\[p@1 us=\"(\d+)\" %b\] (\{.*\})\s*$" % b" ".join(b'%b="([^"]*)"' % name.encode() for name in SENT), re.DOTALL
 )
 MOST_LOGGED = 20_000  # bytes of a body, as in haproxy.cfg
-ABSENT = b"-"  # HAProxy's word for what was not there; no base64
+ABSENT = b"-"  # HAProxy writes this for an absent value; it is not valid base64
 NOWHERE = ("-", "<NOSRV>")  # the same, in the object
 NO_ROW, NO_PAIR = [None] * len(FEATURES), [None] * len(CLASSES)
 # gRPC's codes that say that the server failed: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE,

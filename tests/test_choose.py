@@ -112,7 +112,7 @@ def test_servers_that_the_offered_rates_do_not_tell_apart_are_both_named():
     assert choice.candidates[0].plan.server == "torchserve-tuned"
     assert choice.recommended == {"native": ("bentoml-tuned", "torchserve-tuned")}  # the least memory first
     words = "\n".join(describe_choice(Measured(make_result(close)), choice))
-    assert "the measurements do not tell it from torchserve-tuned by cores" in words
+    assert "the measurements cannot tell it apart from torchserve-tuned by cores" in words
 
 
 def test_a_local_row_never_wins_over_a_native_one_and_never_without_its_label(truth):

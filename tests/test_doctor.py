@@ -35,7 +35,7 @@ def test_haproxy_is_found_or_its_installation_is_named(monkeypatch, tmp_path):
     assert "make setup" in text
 
 
-def test_the_readmes_ask_nothing_of_curl_that_an_older_one_lacks():
+def test_the_pages_ask_nothing_of_curl_that_an_older_one_lacks():
     text = "\n".join(path.read_text() for path in [*REPOSITORY_DIR.glob("*.md"), *REPOSITORY_DIR.glob("*/*.md")])
     commands = "\n".join(COMMANDS.findall(text))
     newer = {

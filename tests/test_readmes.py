@@ -81,7 +81,7 @@ NUMBER = re.compile(r" *[-+]?\d[\d,.]*(T\d+Z|e[-+]?\d+)? *")  # with the blanks 
 TYPED = ("README.md", "REFERENCE.md")  # of a folder: the lesson, and then what is looked up
 WORDS_PER_MINUTE, READING_MINUTES = 220, 8  # of a lesson's prose; its commands take the other half of a quarter hour
 FOLDERS = (*FRAMEWORKS, "gateway", "monitoring", "sealing", "kubernetes", "data")
-LONG = ("monitoring", "sealing")  # minutes each: they are typed by make test-slow
+LONG = ("monitoring", "sealing")  # minutes each: their lessons are typed by make test-slow, as every REFERENCE.md is
 NOT_TYPED = {  # fences whose commands need what no CI here has
     "bash cluster": "a Kubernetes cluster: test_kubernetes.py checks what the commands would send",
     "bash machines": "several machines: test_swarm.py makes three of this one, and does what the commands do",
@@ -265,7 +265,9 @@ def environment(tmp_path):
         }
 
 
-def read_whole(folder: str, tmp_path: Path, environment: dict[str, str], trained: bool) -> None:
+def read_whole(
+    folder: str, tmp_path: Path, environment: dict[str, str], trained: bool, pages: tuple[str, ...] = TYPED
+) -> None:
     """Read the folder's pages in a fresh copy of the repository, with the models of this one if `trained`."""
     copy = tmp_path / "repository"
     copy_files(list_files("--cached"), copy)
@@ -273,20 +275,27 @@ def read_whole(folder: str, tmp_path: Path, environment: dict[str, str], trained
         made = list_files("--ignored", *FRAMEWORKS)
         copy_files([path for path in made if "__pycache__" not in path and "prometheus" not in path], copy)
     (copy / ".venv").symlink_to(REPOSITORY_DIR / ".venv")
-    for page in TYPED:
+    for page in pages:
         path = Path(folder, page)
         if (REPOSITORY_DIR / path).exists():
             with Reader(str(path), (REPOSITORY_DIR / path).read_text(), copy, environment) as reader:
                 reader.read()
 
 
-@pytest.mark.parametrize(
-    "folder", [pytest.param(name, marks=pytest.mark.slow if name in LONG else pytest.mark.readmes) for name in FOLDERS]
-)
-def test_every_command_of_a_folders_readme_works_as_written_and_in_order(folder, tmp_path, environment):
+@pytest.mark.readmes
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if name not in LONG])
+def test_every_command_of_a_folders_lesson_works_as_written_and_in_order(folder, tmp_path, environment):
     if folder in FRAMEWORKS:
         refuse_taken_ports(folder)
-    read_whole(folder, tmp_path, environment, trained=folder not in FRAMEWORKS)
+    read_whole(folder, tmp_path, environment, folder not in FRAMEWORKS, TYPED[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [name for name in FOLDERS if (REPOSITORY_DIR / name / TYPED[1]).exists()])
+def test_every_command_of_a_folders_pages_works_as_written_and_in_order(folder, tmp_path, environment):
+    if folder in FRAMEWORKS:
+        refuse_taken_ports(folder)
+    read_whole(folder, tmp_path, environment, folder not in FRAMEWORKS)
 
 
 @pytest.mark.slow

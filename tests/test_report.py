@@ -299,7 +299,7 @@ def test_equal_servers_are_not_ranked(script, tmp_path):
     result["windows"] = windows + [copy.deepcopy(window) | {"endpoint": "twin"} for window in windows]
     page = write_report(Measured(result), tmp_path)
     assert "with no significant difference from twin (local)" in answer(page, 0)
-    assert "do not tell it from twin (local)" in answer(page, 1)
+    assert "cannot be told apart from twin (local)" in answer(page, 1)
 
 
 def test_every_plot_and_table_names_the_floor_as_floor(report):

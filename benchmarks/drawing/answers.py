@@ -130,7 +130,7 @@ def answer_under_load(measured: Measured) -> Answer:
             sentence += f"{objective_ms:g} ms"
             others = [name for name in knees if name != best and not knees[best].is_beyond(knees[name])]
             if others:
-                sentence += f"; the rates offered do not tell it from {_join(measured, others)}"
+                sentence += f"; at the rates offered it cannot be told apart from {_join(measured, others)}"
             sentences.append(sentence + ".")
         elif knees:
             sentences.append(f"No {kind} server kept up with even the lowest rate offered.")

@@ -49,7 +49,7 @@ def describe_recommendations(measured: Measured, choice: Choice) -> list[str]:
         plan = by_name[first].plan
         sentence = f"{KIND_WORDS[kind]}: {first}, {format_count(plan.cores, 'core')}"
         if ties:
-            sentence += f"; the measurements do not tell it from {', '.join(ties)} by cores, "
+            sentence += f"; the measurements cannot tell it apart from {', '.join(ties)} by cores, "
             sentence += "and it takes about the least memory"
         sentences.append(sentence)
     return sentences or ["no server that was measured meets all of this"]
