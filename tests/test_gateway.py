@@ -35,6 +35,7 @@ from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
 from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, run, skip_without_haproxy, start, wait_until
 from machine.free_ports import find_free_ports
+from machine.signals import end_with_parent
 from request_forms import LEGAL, write_request
 
 GATEWAY = REPOSITORY_DIR / "gateway" / "gateway.py"
@@ -96,10 +97,12 @@ class Gateway:
 
     def spawn(self) -> None:
         skip_without_haproxy()
+        parent = os.getpid()
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, self.script, "serve", *self.options],
                 env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=lambda: end_with_parent(parent),  # whatever becomes of the test
             )  # fmt: skip
 
     def wait_for(self, text: str) -> None:
