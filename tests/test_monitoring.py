@@ -952,6 +952,10 @@ def test_a_thousand_records_a_second_arrive_also_when_the_collector_is_killed(to
     with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
         gateway_ready(gateway)
         counts = []
+
+        def count_asked() -> int:
+            return (gateway.state / "access.log").read_bytes().count(b"\n")
+
         for is_killed in (False, True):
             asked: list[tuple[float, ...]] = []
             user = threading.Thread(target=lambda found=asked: found.append(ask_with_wrk(gateway, tmp_path, 10, 15, 9)))
@@ -960,14 +964,15 @@ def test_a_thousand_records_a_second_arrive_also_when_the_collector_is_killed(to
             if is_killed:
                 collector.wait_for_records(before + 3000)
                 collector.end(signal.SIGKILL)
-                time.sleep(1)  # for so long it is dead
+                dead = count_asked()
+                wait_until(lambda: count_asked() > dead + 500, "users ask on while the collector is dead")
                 collector = Collector(tmp_path, collector.ports)
             user.join(2 * DEADLINE_S)
             fresh(collector, ask(gateway, "onnx", toy_rows(1))[0])  # the last one: nothing comes after it
             [(rows, different)] = collector.ask("SELECT count(*), count(DISTINCT id) FROM predictions")
             assert rows == different
             # wrk leaves requests under way when its time is over: HAProxy's count is the one that counts
-            sent = (gateway.state / "access.log").read_bytes().count(b"\n") - sum(n for n, _ in counts)
+            sent = count_asked() - sum(n for n, _ in counts)
             counts.append((sent, sent - (different - before)))
     print(f"\n{counts[0][0]:,} requests: {counts[0][1]} lost; {counts[1][0]:,} and a kill: {counts[1][1]} lost")
     assert counts[0][1] == 0
