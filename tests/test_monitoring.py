@@ -964,8 +964,8 @@ def test_a_thousand_records_a_second_arrive_also_when_the_collector_is_killed(to
             if is_killed:
                 collector.wait_for_records(before + 3000)
                 collector.end(signal.SIGKILL)
-                dead = count_asked()
-                wait_until(lambda: count_asked() > dead + 500, "users ask on while the collector is dead")
+                enough = count_asked() + 500
+                wait_until(lambda least=enough: count_asked() > least, "users ask on while the collector is dead")
                 collector = Collector(tmp_path, collector.ports)
             user.join(2 * DEADLINE_S)
             fresh(collector, ask(gateway, "onnx", toy_rows(1))[0])  # the last one: nothing comes after it
