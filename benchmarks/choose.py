@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--memory-mb", type=positive, help="a replica may take (default: any)")
     parser.add_argument("--cold-start-s", type=positive, help="until the first answer, at most (default: any)")
     parser.add_argument("--framework", choices=FRAMEWORKS, default="any", help="of the model (default: any)")
+    parser.add_argument("--python", action="store_true", help="own Python code around the model (default: none)")
     parser.add_argument("--reload", action="store_true", help="new versions while it serves (default: not needed)")
     parser.add_argument("--grpc", action="store_true", help="gRPC is needed (default: not needed)")
     parser.add_argument("--maintained", action="store_true", help="it must be maintained (default: not needed)")
@@ -62,6 +63,7 @@ def main() -> None:
         memory_mb=arguments.memory_mb,
         cold_start_s=arguments.cold_start_s,
         framework=arguments.framework,
+        python=arguments.python,
         reload=arguments.reload,
         grpc=arguments.grpc,
         maintained=arguments.maintained,

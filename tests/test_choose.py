@@ -98,6 +98,7 @@ def test_facts_take_servers_out(truth):
     assert left() == {"onnx-tuned", "bentoml-tuned", "torchserve-tuned"}
     assert left(maintained=True) == {"onnx-tuned", "bentoml-tuned"}
     assert left(reload=True) == {"onnx-tuned", "torchserve-tuned"}
+    assert left(python=True) == {"bentoml-tuned", "torchserve-tuned"}
     assert left(grpc=True) == {"onnx-tuned", "torchserve-tuned"}
     assert left(framework="tensorflow") == {"bentoml-tuned"}
     assert left(framework="scikit-learn") == {"onnx-tuned", "bentoml-tuned"}
@@ -153,7 +154,7 @@ RATES = st.floats(1, 1e6)
 LIMITS = st.none() | st.floats(0.5, 1e4)
 NEEDS = st.builds(
     Needs, rate=RATES, p99_ms=st.none() | st.floats(1, 1000), memory_mb=LIMITS, cold_start_s=LIMITS,
-    reload=st.booleans(), grpc=st.booleans(), maintained=st.booleans(),
+    python=st.booleans(), reload=st.booleans(), grpc=st.booleans(), maintained=st.booleans(),
 )  # fmt: skip
 PROPERTY = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
@@ -170,7 +171,7 @@ def test_a_higher_rate_never_takes_fewer_cores(needs, factor):
 
 
 @PROPERTY
-@given(NEEDS, st.sampled_from(["p99_ms", "memory_mb", "cold_start_s", "reload", "grpc", "maintained"]), st.floats(1, 9))
+@given(NEEDS, st.sampled_from(["p99_ms", "memory_mb", "cold_start_s", "python", "reload", "grpc", "maintained"]), st.floats(1, 9))
 def test_loosening_a_limit_never_takes_a_candidate_out(needs, name, factor):
     value = getattr(needs, name)
     looser = replace(needs, **{name: False if isinstance(value, bool) else None if value is None else value * factor})
@@ -207,6 +208,16 @@ def test_the_guide_has_seven_questions_and_eight_scenarios_whose_answers_are_fol
         for names in sample_choice(needs).recommended.values():
             assert names[0] not in before, "the answer is not folded"
             assert names[0] in folded
+
+
+def test_the_short_answer_is_what_the_command_takes(script):
+    text = GUIDE_PATH.read_text()
+    [row] = re.findall(r"^\| 3,000 \| (.*) \|$", text, flags=re.M)
+    cells = dict(zip((10, 20, 50), row.split(" | "), strict=True))
+    for p99_ms, cell in cells.items():
+        done = call_main(script, "--rate", "3000", "--p99-ms", p99_ms, "--maintained")
+        taken = re.findall(r"take, of .*: (\S+, \d+ cores?)", done.stdout)
+        assert taken == cell.replace("*", "").split("; ")
 
 
 def list_tests(path) -> dict[str, list[str]]:

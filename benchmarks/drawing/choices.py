@@ -25,7 +25,12 @@ def describe_needs(needs: Needs) -> str:
         parts.append(f"a first answer within {needs.cold_start_s:g} s")
     if needs.framework != "any":
         parts.append(f"a model in {needs.framework}")
-    words = {"reload": "new versions while it serves", "grpc": "gRPC", "maintained": "maintained"}
+    words = {
+        "python": "your own Python around the model",
+        "reload": "new versions while it serves",
+        "grpc": "gRPC",
+        "maintained": "maintained",
+    }
     parts += [text for name, text in words.items() if getattr(needs, name)]
     return ", ".join(parts)
 
@@ -53,6 +58,16 @@ def describe_recommendations(measured: Measured, choice: Choice) -> list[str]:
             sentence += "and it takes about the least memory"
         sentences.append(sentence)
     return sentences or ["no server that was measured meets all of this"]
+
+
+def describe_cores(choice: Choice) -> str:
+    """The first recommendation of each kind with its cores, those of `local` servers in italics."""
+    by_name = {one.plan.server: one for one in choice.candidates}
+    parts = []
+    for kind, (first, *_) in choice.recommended.items():
+        text = f"{first}, {format_count(by_name[first].plan.cores, 'core')}"
+        parts.append(f"*{text}*" if kind == "local" else text)
+    return "; ".join(parts) or "–"
 
 
 def name_recommendations(recommended: dict[str, tuple[str, ...]]) -> str:

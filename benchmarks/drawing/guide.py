@@ -7,13 +7,19 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from drawing.choices import describe_candidate, describe_needs, describe_recommendations, name_recommendations
+from drawing.choices import (
+    describe_candidate,
+    describe_cores,
+    describe_needs,
+    describe_recommendations,
+    name_recommendations,
+)
 from drawing.crossover_words import describe_bound, describe_crossover
 from endpoints.base import REPOSITORY_DIR
 from figures.measured import Measured
 from figures.words import format_interval_ms, format_ratio
-from planning.capacity import HEADROOM, ContainerCost
-from planning.choosing import Flip, Needs, choose, find_flips, framework_of, peak_memory_mb
+from planning.capacity import HEADROOM, ContainerCost, find_start_s
+from planning.choosing import FRAMEWORKS, Flip, Needs, choose, find_flips, framework_of, peak_memory_mb
 from planning.facts import STALE_DAYS, is_stale, load_facts
 
 GUIDE_PATH = REPOSITORY_DIR / "CHOOSING.md"
@@ -22,9 +28,12 @@ SCENARIOS_PATH = FOLDER.parent / "planning" / "scenarios.toml"
 # The needs at which each question is asked, the others being the defaults; and the range in which answers may change.
 RATES = (10.0, 1e6)
 OBJECTIVES_MS = (1.0, 100.0)
-ROWS = (1.0, 4096.0)
+ROWS = (1.0, 1024.0)  # the sizes that were measured
 MEMORIES_MB = (50.0, 2000.0)
 STARTS_S = (0.2, 60.0)
+# The table of the short answer.
+SHORT_RATES = (50, 500, 3000, 10_000, 50_000)
+SHORT_P99S_MS = (10, 20, 50)
 
 
 def load_scenarios() -> list[tuple[str, str, Needs]]:
@@ -55,9 +64,20 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         objective_ms=f"{measured.settings['objective_p99_s'] * 1e3:g}",
         headroom=f"{HEADROOM:.0%}",
         base=describe_needs(base),
+        short_p99s_ms=SHORT_P99S_MS,
+        short_answers=[
+            (
+                f"{rate:,}",
+                [
+                    describe_cores(choose(measured, containers, Needs(rate, p99_ms, maintained=True)))
+                    for p99_ms in SHORT_P99S_MS
+                ],
+            )
+            for rate in SHORT_RATES
+        ],
         frameworks={
-            name: choose(measured, containers, Needs(framework=name))
-            for name in ("pytorch", "tensorflow", "scikit-learn")
+            name: [choose(measured, containers, Needs(framework=name, python=python)) for python in (False, True)]
+            for name in FRAMEWORKS[1:]
         },
         flips={
             "rate": _rows(find_flips(measured, containers, base, "rate", *RATES), "{:,.2g}"),
@@ -67,7 +87,7 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
             "start": _rows(find_flips(measured, containers, base, "cold_start_s", *STARTS_S), "{:.2g} s"),
         },
         costs=[
-            (measured.label(name), f"{peak_memory_mb(measured, name):,.0f}", _start(measured, name))
+            (measured.label(name), f"{peak_memory_mb(measured, name):,.0f}", _start(measured, containers, name))
             for name in measured.names
             if framework_of(name) in facts["framework"]
         ],
@@ -92,9 +112,9 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
     )  # fmt: skip
 
 
-def _start(measured: Measured, name: str) -> str:
-    starts = measured.start_medians_s(name)
-    return f"{starts[1]:.1f}" if starts else "–"
+def _start(measured: Measured, containers: dict[str, ContainerCost], name: str) -> str:
+    start_s = find_start_s(measured, containers, name)
+    return f"{start_s:.1f}" if start_s else "–"
 
 
 def _rows(flips: list[Flip], form: str) -> list[tuple[str, str]]:

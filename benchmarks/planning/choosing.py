@@ -39,6 +39,7 @@ class Needs:
     memory_mb: float | None = None
     cold_start_s: float | None = None
     framework: str = "any"  # of the model
+    python: bool = False  # own Python code around the model
     reload: bool = False  # new versions while it serves
     grpc: bool = False
     maintained: bool = False
@@ -101,6 +102,8 @@ def list_reasons(measured: Measured, containers: dict[str, ContainerCost], name:
         reasons.append(f"{memory_mb:,.0f} MB > {needs.memory_mb:,g}")
     if needs.cold_start_s is not None and start_s > needs.cold_start_s:
         reasons.append(f"{start_s:.1f} s to the first answer > {needs.cold_start_s:g}")
+    if needs.python and framework not in facts["capability"]["python"]:
+        reasons.append("no test shows your own Python around the model")
     if needs.reload and framework not in facts["capability"]["reload"]:
         reasons.append("no test shows a new version while it serves")
     if needs.grpc and framework not in facts["capability"]["grpc"]:
