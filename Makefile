@@ -34,7 +34,7 @@ help: ## list the targets
 
 ## set-up
 
-setup: $(VENV)/requirements.txt ## make .venv with every pinned package (again only when requirements.txt changes)
+setup: $(VENV)/requirements.txt ## make .venv with every pinned package, or renew it
 
 $(VENV)/requirements.txt: requirements.txt
 	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("Python %d.%d: 3.11 to 3.13 is needed; try make setup PYTHON=python3.12" % sys.version_info[:2])'
@@ -54,7 +54,7 @@ $(VENV)/requirements.txt: requirements.txt
 	@cp requirements.txt $@
 	@echo "installed; to use it in a terminal: source $(VENV)/bin/activate"
 
-doctor: ## say what this machine has and what that means for each folder
+doctor: ## what this machine has, and what that means
 	@$(PYTHON) doctor.py
 
 ## artifacts: made when they are missing or older than what they are made of
@@ -89,7 +89,7 @@ train: setup $(TORCHSERVE_MODELS) $(TFSERVING_MODELS) $(BENTOML_MODELS) $(ONNX_M
 torchserve: setup $(TORCHSERVE_MODELS) ## TorchServe on port 8080
 	cd torchserve && exec python serve.py
 
-tfserving: setup $(TFSERVING_MODELS) ## TensorFlow Serving, or what stands in for it, on port 8501
+tfserving: setup $(TFSERVING_MODELS) ## TensorFlow Serving, or its stand-in, on port 8501
 	cd tfserving && exec python serve.py
 
 bentoml: setup $(BENTOML_MODELS) ## BentoML on port 3000
@@ -98,7 +98,7 @@ bentoml: setup $(BENTOML_MODELS) ## BentoML on port 3000
 onnx: setup $(ONNX_MODELS) ## the ONNX Runtime server on port 8000
 	cd onnx && exec python server.py
 
-gateway: setup $(ONNX_MODELS) ## HAProxy on port 8443 before both versions of the ONNX server, two replicas of each
+gateway: setup $(ONNX_MODELS) ## HAProxy on port 8443, two replicas of each ONNX version
 	cd gateway && exec python gateway.py serve
 
 ## sealed models
@@ -116,12 +116,12 @@ SEALED_tfserving := python ../tfserving/serve.py --models-dir $(OPENED)
 SEALED_bentoml := env BENTOML_HOME=$(OPENED) bentoml serve --working-dir ../bentoml service:svc
 SEALED_onnx := python ../onnx/server.py --model-repository $(OPENED)
 
-sealed: setup ## serve sealed models: make sealed ENDPOINT=onnx
+sealed: setup ## serve sealed models: ENDPOINT=onnx
 	cd sealing && exec python unseal.py $(ENDPOINT) --to $(OPENED) --watch -- $(SEALED_$(ENDPOINT))
 
 ## compare
 
-verify: train ## start each server and prove that all give the same answers
+verify: train ## start each server, and prove all answers equal
 	python benchmarks/verify.py
 
 benchmark: train ## verify, then measure all four side by side
@@ -137,80 +137,80 @@ PEER_ENVIRONMENTS := $(PEERS:%=.venv-peers/%/requirements.txt)
 	@cp $< $@
 	@echo "$*: installed in .venv-peers/$*"
 
-peers: $(PEER_ENVIRONMENTS) ## install NVIDIA Triton, KServe, MLServer, LitServe and Ray Serve, for comparison
+peers: $(PEER_ENVIRONMENTS) ## install Triton, KServe, MLServer, LitServe and Ray Serve
 
 benchmark-peers: train peers ## measure them beside the ONNX server
 	python benchmarks/benchmark_all.py --endpoints null null-grpc onnx onnx-tuned onnx-infer-tuned \
 		onnx-grpc-tuned $(PEERS) $(BENCHMARK_OPTIONS)
 
-latency: train ## one server's latency percentiles: make latency ENDPOINT=onnx
+latency: train ## a server's latency percentiles: ENDPOINT=onnx
 	python benchmarks/latency_test.py --endpoint $(ENDPOINT)
 
-load-test: train ## one server under Locust: make load-test ENDPOINT=onnx
+load-test: train ## one server under Locust: ENDPOINT=onnx
 	python benchmarks/load_test.py --endpoint $(ENDPOINT)
 
-cross-check: train ## Locust's figures beside the load generator's: make cross-check ENDPOINT=onnx
+cross-check: train ## Locust's figures beside our own: ENDPOINT=onnx
 	python benchmarks/cross_check.py --endpoint $(ENDPOINT)
 
-soak: train ## half an hour of load: does memory grow, does latency drift: make soak ENDPOINT=onnx
+soak: train ## half an hour of load, what grows: ENDPOINT=onnx
 	python benchmarks/soak.py --endpoint $(ENDPOINT) $(SOAK_OPTIONS)
 
-report: setup ## draw the newest result as results/<time>/report.html with its plots
+report: setup ## draw the newest result: results/<time>/report.html
 	python benchmarks/report.py
 
-compare: setup ## what changed between two results: make compare BEFORE=a.json AFTER=b.json
+compare: setup ## what changed: BEFORE=a.json AFTER=b.json
 	python benchmarks/compare.py $(BEFORE) $(AFTER)
 
 calibrate: setup ## check the measuring client against wrk
 	python benchmarks/calibrate.py
 
-readme: setup guide ## make the measured parts of the READMEs and their pictures again from benchmarks/results
+readme: setup guide ## make the measured parts of all pages and pictures again
 	python benchmarks/results.py --update-readme
 	python benchmarks/report.py --pictures
 
 ## choose, plan and check
 
-capacity: setup ## replicas, cores and settings that a rate takes: make capacity CAPACITY_OPTIONS="--rate 5000 --p99-ms 50"
+capacity: setup ## replicas and cores: CAPACITY_OPTIONS="--rate 5000"
 	python benchmarks/capacity.py $(CAPACITY_OPTIONS)
 
-choose: setup ## which server meets what you need: make choose CHOOSE_OPTIONS="--rate 5000 --p99-ms 20 --maintained"
+choose: setup ## servers for your needs: CHOOSE_OPTIONS="--rate 5000"
 	python benchmarks/choose.py $(CHOOSE_OPTIONS)
 
 guide: setup ## make CHOOSING.md again from benchmarks/results
 	python benchmarks/choose.py --guide
 
-gpu-crossover: setup $(ONNX_MODELS) ## from how many rows a GPU is worth it; without one, what was measured
+gpu-crossover: setup $(ONNX_MODELS) ## from how many rows a GPU pays, here or as measured
 	python benchmarks/gpu_crossover.py $(GPU_OPTIONS)
 
-check: ## what this checkout has done, objective by objective; the tasks: make check CHECK_OPTIONS="--answer"
+check: ## your progress; CHECK_OPTIONS="--answer": tasks
 	@$(PYTHON) check.py $(CHECK_OPTIONS)
 
-grade: train ## judge a server that you added, with a receipt: make grade ENDPOINT=mine
+grade: train ## judge a server that you added: ENDPOINT=mine
 	python check.py --grade $(ENDPOINT)
 
 ## decide on a version
 
-shadow: train ## version 2 gets a copy of what users ask version 1, and is compared: make shadow ENDPOINT=onnx
+shadow: train ## send version 2 what version 1 is asked: ENDPOINT=onnx
 	python gateway/shadow.py --server $(ENDPOINT)
 
-ab-test: setup ## users meet both versions behind the running gateway, and the figures decide: make ab-test ENDPOINT=onnx
+ab-test: setup ## an A/B test behind the running gateway: ENDPOINT=onnx
 	python benchmarks/ab_test.py --endpoint $(ENDPOINT) $(AB_TEST_OPTIONS)
 
-canary: setup ## ship version 2 from 5 to 100 % behind the running gateway, and take it back where it does harm
+canary: setup ## ship version 2 in steps, take it back if it does harm
 	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
 
 ## monitoring, beside a gateway that runs with GATEWAY_PREDICTIONS=127.0.0.1:8406
 
-monitoring: setup ## log, count and watch the gateway's predictions; Prometheus on port 9090, alerts in this terminal
+monitoring: setup ## log and watch the gateway; Prometheus on port 9090
 	cd monitoring && exec python monitor.py
 
-patients: setup ## ask the running gateway as 20 patients a second would: make patients PATIENTS_OPTIONS="--rate 50"
+patients: setup ## patients for the gateway: PATIENTS_OPTIONS="--rate 50"
 	cd monitoring && exec python patients.py $(PATIENTS_OPTIONS)
 
-monitoring-test: ## prove that every alert fires, and stays silent just below
+monitoring-test: ## prove that each alert fires, and is silent just below
 	cd monitoring && promtool test rules rules_test.yml
 
-panels: setup ## make the page of Prometheus and the dashboard of Grafana from panels.py
+panels: setup ## Prometheus's page and Grafana's dashboard, made again
 	cd monitoring && python panels.py
 
 drift-table: setup ## compare ways to notice drift, in a simulation
@@ -223,7 +223,7 @@ docker-build: train ## build the images, each with its trained models
 	cd / && bentoml containerize my_model_service:latest --image-tag my_model_service:latest $(CONTAINERIZE_OPTIONS)
 	docker compose --profile gateway build
 
-docker-up: ## start the four servers in containers and wait until each predicts
+docker-up: ## start the four in containers, wait for predictions
 	docker compose up --detach --wait
 
 docker-verify: setup ## prove that the containers give the same answers
@@ -232,7 +232,7 @@ docker-verify: setup ## prove that the containers give the same answers
 docker-benchmark: setup ## measure the containers side by side
 	python benchmarks/benchmark_all.py --containers $(BENCHMARK_OPTIONS)
 
-docker-measure: setup ## measure image sizes, cold starts and memory into this README
+docker-measure: setup ## measure images, cold starts and memory of containers
 	python benchmarks/container_costs.py
 	python benchmarks/container_costs.py --update-readme
 
@@ -246,30 +246,30 @@ docker-down: ## stop and remove the containers
 	@$(VENV)/bin/uv pip install --quiet --system-certs --python $(@D)/bin/python -r $<
 	@cp $< $@
 
-k8s-render: setup ## print what kubectl apply would send: make k8s-render OVERLAY=local
+k8s-render: setup ## print what kubectl apply would send: OVERLAY=local
 	kubectl kustomize kubernetes/overlays/$(OVERLAY)
 
-k8s-check: setup .venv-checks/checkov/requirements.txt .venv-peers/kserve/requirements.txt ## check the manifests as far as that goes without a cluster
+k8s-check: setup .venv-checks/checkov/requirements.txt .venv-peers/kserve/requirements.txt ## check the manifests as far as goes without a cluster
 	cd kubernetes && python check.py
 
-k8s-size: setup ## compute the manifests' numbers again from what was measured
+k8s-size: setup ## compute the manifests' numbers from what was measured
 	cd kubernetes && python size.py && python to_kserve.py
 
-test-swarm: train ## three machines on this one: one dies, an update rolls, and no request is lost
+test-swarm: train ## three machines on this one: one dies, no request is lost
 	python -m pytest -m swarm $(PYTEST_OPTIONS)
 
 ## develop
 
-test: train ## run the tests, on real servers: under five minutes on two cores
+test: train ## the tests on real servers, some five minutes
 	python -m pytest -n $(TEST_WORKERS) -m "not slow and not timing and not readmes and not containers and not swarm" $(PYTEST_OPTIONS)
 
-test-readmes: train ## type each folder's README, command by command, as a reader does
+test-readmes: train ## type each folder's README, command by command
 	python -m pytest -n 2 -m readmes $(PYTEST_OPTIONS)
 
-test-slow: train ## run what takes long or needs a quiet machine: timing, overload, soak, this README
+test-slow: train ## tests that take long or need a quiet machine
 	python -m pytest -m "(slow or timing) and not containers and not swarm" $(PYTEST_OPTIONS)
 
-test-containers: train ## run the tests that need a Docker engine, on one of their own
+test-containers: train ## tests that need a Docker engine, on one of their own
 	python -m pytest -m containers $(PYTEST_OPTIONS)
 
 lint: setup ## check style and types
@@ -277,12 +277,12 @@ lint: setup ## check style and types
 	ruff format --check .
 	mypy
 
-uninstall: clean ## remove all that make installed here: .venv, .venv-peers, what was trained
+uninstall: clean ## remove what make installed here and what was trained
 	@if [ -x $(VENV)/bin/uv ]; then cache="$$($(VENV)/bin/uv cache dir)"; \
 	echo "$$cache stays: $$(du -sh "$$cache" 2>/dev/null | cut -f1), for all projects that use uv; rm -r $$cache removes it"; fi
 	rm -rf $(VENV) .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-requirements: setup ## pin requirements.txt again from requirements.in, keeping the pins that still fit
+requirements: setup ## pin requirements.txt again from requirements.in
 	cp requirements.txt $(VENV)/all-pins.txt
 	env -u UV_FIND_LINKS -u PIP_FIND_LINKS uv pip compile --quiet --system-certs --universal --python-version 3.11 \
 		--annotation-style line --custom-compile-command "make requirements" requirements.in -o $(VENV)/all-pins.txt
@@ -290,7 +290,7 @@ requirements: setup ## pin requirements.txt again from requirements.in, keeping 
 	grep -vE '^(triton==|cuda-|nvidia-(cu|nc|nv))' $(VENV)/all-pins.txt > $(VENV)/pins.txt
 	mv $(VENV)/pins.txt requirements.txt
 
-clean: ## remove what was trained, exported and archived; .venv and results stay
+clean: ## remove what was trained; .venv and results stay
 	rm -rf torchserve/model.pth torchserve/models/[0-9]* torchserve/model_store/*.mar torchserve/logs torchserve/start.log torchserve/keys \
 		tfserving/models/my_model/[0-9]* bentoml/store bentoml/monitoring onnx/models/my_model* onnx/*.onnx onnx/.writing-*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

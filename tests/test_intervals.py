@@ -74,7 +74,7 @@ def test_coverage_of_a_median_ratio_with_one_sided_slow_downs(rounds, share):
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
 def test_coverage_under_the_stopping_rule(share):
-    """Rounds 12, 16, …, 120 until the interval is within 10 %: the rule of benchmark_all's profile quick."""
+    """Rounds 12, 16, …, 200 until the interval is within 10 %: the rule of benchmark_all's profile quick."""
     plan = PROFILES["quick"]
     random = np.random.default_rng(round(10 * share) + 100)
     covered, rounds = [], []

@@ -37,6 +37,7 @@ def test_help_is_the_default_and_lists_every_target():
     assert set(TARGETS) == phony
     listed = make("help").stdout
     assert make().stdout == listed
+    assert max(map(len, listed.splitlines())) <= 80
     for target in TARGETS:
         assert f"  make {target} " in listed
 

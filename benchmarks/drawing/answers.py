@@ -25,13 +25,15 @@ from figures.words import (
     format_rate,
 )
 
+NOTHING = "Nothing was measured."
+
 
 @dataclass(frozen=True)
 class Answer:
-    """One question, its answer, a small table whose first column is the server, and what limits it."""
+    """One question, its answer in paragraphs, a small table whose first column is the server, and what limits it."""
 
     question: str
-    answer: str
+    answer: Sequence[str]
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     notes: Sequence[str] = ()
@@ -67,7 +69,7 @@ def answer_one_user(measured: Measured) -> Answer:
     connections = measured.settings["connections"][0]
     question = f"Which server for one user at a time ({format_count(connections, 'connection')})?"
     cells = measured.cells_at(connections)
-    sentences = []
+    answer = []
     for kind in _kinds(measured):
         ranking = measured.ranking(connections, kind)
         if ranking:
@@ -75,7 +77,7 @@ def answer_one_user(measured: Measured) -> Answer:
             sentence = f"{measured.label(ranking[0])}: p50 {half}, p99 {most}"
             if ties := list_ties(measured, ranking[0], connections):
                 sentence += f", with no significant difference from {_join(measured, ties)}"
-            sentences.append(sentence + ".")
+            answer.append(sentence + ".")
     rows = []
     for name, cell in cells.items():
         p50, p99 = cell.percentile_s(50), cell.percentile_s(99)
@@ -91,7 +93,7 @@ def answer_one_user(measured: Measured) -> Answer:
         *_caveat(measured),
     ]
     header = ["server", "p50 ms", "p99 ms", "of the floor"]
-    return Answer(question, " ".join(sentences) or "Nothing was measured.", header, _sort(measured, rows), notes)
+    return Answer(question, answer or [NOTHING], header, _sort(measured, rows), notes)
 
 
 def _list_small_gaps(measured: Measured, connections: int) -> list[str]:
@@ -120,8 +122,9 @@ def _median_s(measured: Measured, name: str | None, connections: int) -> float:
 def answer_under_load(measured: Measured) -> Answer:
     """Which server under load: of each kind the highest offered rate kept up with, and the highest closed-loop rate."""
     connections, objective_ms = measured.settings["connections"][-1], measured.settings["objective_p99_s"] * 1e3
-    sentences = []
+    answer = []
     for kind in _kinds(measured):
+        sentences = []
         knees = {name: knee for name, knee in measured.knees.items() if measured.kind(name) == kind}
         sustained = {name: knee.sustained_rate for name, knee in knees.items() if knee.sustained_rate}
         if sustained:
@@ -139,6 +142,8 @@ def answer_under_load(measured: Measured) -> Answer:
             ties = list_ties(measured, ranking[0], connections)
             tied = f", with no significant difference from {_join(measured, ties)}" if ties else ""
             sentences.append(f"Flat out {measured.label(ranking[0])} answers {format_rate(cell)} requests/s{tied}.")
+        if sentences:
+            answer.append(" ".join(sentences))
     rows = []
     for name, cell in measured.cells_at(connections).items():
         knee = measured.knees.get(name)
@@ -152,8 +157,7 @@ def answer_under_load(measured: Measured) -> Answer:
         *_caveat(measured),
     ]
     header = ["server", "keeps up with, req/s", f"flat out at {connections}, req/s"]
-    answer = " ".join(sentences) or "Nothing was measured."
-    return Answer("Which server under load?", answer, header, _sort(measured, rows), notes)
+    return Answer("Which server under load?", answer or [NOTHING], header, _sort(measured, rows), notes)
 
 
 def answer_breaking(measured: Measured) -> Answer:
@@ -161,7 +165,7 @@ def answer_breaking(measured: Measured) -> Answer:
     objective_ms = measured.settings["objective_p99_s"] * 1e3
     question = "At what rate does each break?"
     if not measured.knees:
-        return Answer(question, "No offered rate was swept, so this is not known.")
+        return Answer(question, ["No offered rate was swept, so this is not known."])
     rows, parts = [], []
     for name, knee in sorted(measured.knees.items(), key=lambda item: -(item[1].sustained_rate or 0)):
         cells = [format_offered(knee.sustained_rate), format_broken(knee), describe_reason(knee)]
@@ -175,7 +179,7 @@ def answer_breaking(measured: Measured) -> Answer:
         "most that a server was offered without breaking. At the client's limit, it and not the server fell behind."
     )
     header = ["server", "keeps up with, req/s", "breaks at, req/s", "because"]
-    return Answer(question, f"In requests/s: {'; '.join(parts)}.", header, ordered, [note])
+    return Answer(question, [f"In requests/s: {'; '.join(parts)}."], header, ordered, [note])
 
 
 def _bracket(knee: Knee) -> str:
@@ -192,14 +196,14 @@ def answer_cost(measured: Measured) -> Answer:
     question = "What does each cost?"
     costs = measured.costs
     if not any(costs[name] and not measured.is_floor(name) for name in costs):
-        return Answer(question, "No cost was measured.")
-    sentences, rows = [], []
+        return Answer(question, ["No cost was measured."])
+    answer, rows = [], []
     for kind in _kinds(measured):
         own = {name: cost for name, cost in costs.items() if cost and measured.kind(name) == kind}
         if own:
             by_cpu = min(own, key=lambda name: own[name][0].estimate)
             by_memory = min(own, key=lambda name: own[name][1])
-            sentences.append(
+            answer.append(
                 f"{kind}: least CPU {by_cpu}, {format_interval(own[by_cpu][0], '.4f')} s per 1,000 rows; least memory "
                 f"{by_memory}, {own[by_memory][1]:,.0f} MB."
             )
@@ -215,7 +219,7 @@ def answer_cost(measured: Measured) -> Answer:
     if not all(costs.values()):
         notes.append(f"{NOT_SEEN}: a container's processes are the engine's, so its CPU and memory are unknown.")
     header = ["server", "CPU s per 1,000 rows", "peak MB", "cold start s"]
-    return Answer(question, " ".join(sentences), header, _sort(measured, rows), notes)
+    return Answer(question, answer, header, _sort(measured, rows), notes)
 
 
 def answer_certainty(measured: Measured) -> Answer:
@@ -262,4 +266,4 @@ def answer_certainty(measured: Measured) -> Answer:
     rows = [
         [format_count(verdict.connections, "connection"), describe_verdict(measured, verdict)] for verdict in verdicts
     ]
-    return Answer("How sure is this?", " ".join(sentences), ["load", "verdict"], rows, notes)
+    return Answer("How sure is this?", [" ".join(sentences)], ["load", "verdict"], rows, notes)

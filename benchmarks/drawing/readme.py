@@ -1,5 +1,7 @@
 """The parts of a page that a command writes from a result file, between two marks."""
 
+from collections.abc import Sequence
+
 from drawing.answers import answer_one_user, answer_under_load
 from drawing.tables import NOT_RIVALS, TextTable, add_row, format_table, make_speed_table
 from endpoints.base import REPOSITORY_DIR
@@ -22,13 +24,17 @@ def replace_part(readme: str, begin: str, end: str, text: str) -> str:
 
 
 def format_summary(measured: Measured) -> str:
-    """Return the result of a run in four lines of Markdown."""
+    """Return the result of a run as a list in Markdown."""
+
+    def answer(words: str, paragraphs: Sequence[str]) -> list[str]:
+        return [f"- {words}:", *(f"  - {paragraph}" for paragraph in paragraphs)]
+
     environment = measured.environment
     return "\n".join(
         [
             f"- **{NOT_RIVALS}**",
-            f"- One user at a time: {answer_one_user(measured).answer}",
-            f"- Under load: {answer_under_load(measured).answer}",
+            *answer("One user at a time", answer_one_user(measured).answer),
+            *answer("Under load", answer_under_load(measured).answer),
             f"- Measured on {environment['utc'][:10]}, {environment['cores']} shared cores ({environment['cpu']}): the "
             "servers on one, the client on the other.",
             "",
