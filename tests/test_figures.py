@@ -177,6 +177,18 @@ def test_a_row_is_wide_until_its_ratio_to_the_floor_is_known():
     assert [(warning.doubt, warning.server) for warning in list_warnings(measured)] == [(Doubt.WIDE, "shaky")]
 
 
+def test_a_row_is_wide_until_its_ratio_to_its_default_is_known():
+    """Each is known against the floor, and by opposite moves of the two not against the other."""
+    floor, move = np.full(40, 4000.0), np.resize([0.94, 1.08], 40)
+    measured = make_rivals(
+        make_rounds("null", list(floor)), make_rounds("toy", list(1000 * move)),
+        make_rounds("toy-tuned", list(2000 / move)), null="floor",
+    )  # fmt: skip
+    assert list_wide_rows(measured, 0.1) == set()
+    measured.servers["toy-tuned"]["variant"] = "tuned"
+    assert list_wide_rows(measured, 0.1) == {("toy", 1), ("toy-tuned", 1)}
+
+
 @pytest.fixture(scope="module")
 def sample():
     return Measured(read_result(results.SAMPLE_PATH))

@@ -1,6 +1,6 @@
 """A result with every cell computed once: what all tables, plots, verdicts and answers are made from."""
 
-from functools import cache, cached_property
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -28,6 +28,7 @@ class Measured:
         self.servers: dict[str, dict[str, Any]] = result["endpoints"]
         self.names = list(self.servers)
         self._cells = make_cells(result["windows"])
+        self._ratios: dict[tuple[str, str, int], Interval | None] = {}
 
     def closed(self, name: str) -> list[Cell]:
         """The closed-loop cells of a server, ascending by connections and rows a request."""
@@ -92,11 +93,13 @@ class Measured:
         floors = [floor for floor in self.names if self.is_floor(floor) and self.protocol(floor) == self.protocol(name)]
         return floors[0] if floors else None
 
-    @cache  # noqa: B019 (a Measured lives as long as its program)
     def ratio(self, name: str, other: str, connections: int) -> Interval | None:
         """How many times the requests per second of `other`, round by round; None if one of them was not measured."""
-        cell, base = self.cell(name, connections), self.cell(other, connections)
-        return paired_ratio(cell, base) if cell and base else None
+        key = name, other, connections
+        if key not in self._ratios:
+            cell, base = self.cell(name, connections), self.cell(other, connections)
+            self._ratios[key] = paired_ratio(cell, base) if cell and base else None
+        return self._ratios[key]
 
     def floor_ratio(self, name: str, connections: int) -> Interval | None:
         """The share of its floor's requests per second that a server reaches; None if unknown."""
@@ -155,18 +158,21 @@ class Measured:
 
 
 def list_wide_rows(measured: Measured, precision: float) -> set[tuple[str, int]]:
-    """Return the (server, connections) whose rate is not yet known well enough, and the floors they are compared with.
+    """Return the (server, connections) whose rate is not yet known well enough, and those they are compared with.
 
-    Known well enough: the interval of the ratio to its floor, or of its rate if there is none, is within
-    `precision` of the estimate on both sides.
+    Known well enough: the intervals of the ratios to its floor and to its default set-up, or of its rate if there are
+    neither, are within `precision` of the estimate on both sides.
     """
     wide = set()
     for name in measured.names:
         if measured.is_floor(name) or measured.servers[name].get("failure"):
             continue
+        others = [other for other in (measured.floor_of(name), measured.default_of(name)) if other]
         for cell in measured.closed(name):
-            connections, floor = cell.connections, measured.floor_of(name)
-            interval = measured.floor_ratio(name, connections) or cell.rate
-            if cell.rows_per_request == 1 and len(cell.latencies_s) and interval.half_width > precision:
-                wide |= {(name, connections)} | ({(floor, connections)} if floor else set())
+            if cell.rows_per_request > 1 or not len(cell.latencies_s):
+                continue
+            ratios = {other: ratio for other in others if (ratio := measured.ratio(name, other, cell.connections))}
+            for other, interval in (ratios or {name: cell.rate}).items():
+                if interval.half_width > precision:
+                    wide |= {(name, cell.connections), (other, cell.connections)}
     return wide
