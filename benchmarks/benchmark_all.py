@@ -45,6 +45,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from drawing.tables import format_markdown, print_result
 from endpoints.base import Endpoint, ServerError, describe_choices, load_endpoints
 from endpoints.reference import TOLERANCE
+from figures.cells import SAMPLES_BEYOND_PERCENTILE
 from figures.measured import Measured, list_wide_rows
 from figures.result_file import RESULTS_DIR, SCHEMA_VERSION, write_result, write_whole
 from figures.words import describe_closed_load, format_count
@@ -59,6 +60,8 @@ from servers.under_test import OPEN_CONNECTIONS, VERSION, AnyServer, ServerUnder
 
 SHUFFLE_SEED = 0
 LIMIT_FACTOR = 10.0  # at most: how many times longer a window may be that waits for its least number of requests
+P99_REQUESTS = 100 * SAMPLES_BEYOND_PERCENTILE  # the fewest with a 99th percentile
+OPEN_FACTOR = 3.0  # at most: how many times longer an open-loop window may be for a p99 of a low rate
 LONGEST_S = 600.0  # of a window that waits for MLPerf's number of requests
 LOOK_EVERY = 4  # rounds between two looks at how well the ratios are known
 MANY_ROWS_EVERY = 2  # requests of many rows are measured in every second round
@@ -92,7 +95,7 @@ class Plan:
     connections: tuple[int, ...]
     rows_per_request: tuple[int, ...]
     open_rounds: int  # sweeps of the offered rates
-    open_seconds: float  # length of an open-loop window
+    open_seconds: float  # least length of an open-loop window
     rate_shares: tuple[float, ...]  # offered rates, as shares of the server's fastest closed-loop rate
     settle_seconds: float  # longest warm-up of a server after its check
     defaults_in_full: bool  # False: a default with a tuned set-up is measured by connections only, and not over gRPC
@@ -111,6 +114,12 @@ class Plan:
         least = max(self.requests, 4 * connections) if self.requests else 0
         return max(least, -(-self.queries // self.rounds))
 
+    def open_window_s(self, rate: float) -> float:
+        """How long an open-loop window is: if OPEN_FACTOR allows, long enough for a p99 of all sweeps together."""
+        sweeps = max(self.open_rounds, 1)
+        enough_s = (-(-P99_REQUESTS // sweeps) + 0.5) / rate  # a half, for a window makes whole requests
+        return max(self.open_seconds, min(enough_s, OPEN_FACTOR * self.open_seconds), self.queries / sweeps / rate)
+
     @property
     def longest_s(self) -> float:
         """How long a closed-loop window may wait for its least requests."""
@@ -121,7 +130,8 @@ PROFILES = {
     "quick": Plan(
         starts=1, rounds=12, most_rounds=200, precision=0.1, limit_seconds=290.0, spacing_s=1.5, seconds=0.05,
         requests=30, queries=0, warmup_seconds=0.03, connections=(1, 16, 64), rows_per_request=(1, 32, 1024),
-        open_rounds=3, open_seconds=0.4, rate_shares=(0.3, 0.6, 0.9, 1.2), settle_seconds=3.0, defaults_in_full=False,
+        open_rounds=3, open_seconds=0.4, rate_shares=(0.1, 0.3, 0.6, 0.9, 1.2), settle_seconds=3.0,
+        defaults_in_full=False,
     ),
     "rigorous": Plan(
         starts=3, rounds=40, most_rounds=80, precision=0.02, limit_seconds=0.0, spacing_s=1.5, seconds=1.0,
@@ -397,8 +407,9 @@ class Run:
 
     def _measure_open(self, name: str, rate: float, number: int) -> dict[str, Any]:
         plan = self.plan
-        seconds = max(plan.open_seconds, plan.queries / max(plan.open_rounds, 1) / rate)
-        return self.servers[name].measure_open(rate, number, seconds, plan.arrivals, plan.warmup_seconds)
+        return self.servers[name].measure_open(
+            rate, number, plan.open_window_s(rate), plan.arrivals, plan.warmup_seconds
+        )
 
     def _run_round(self, title: str, turns: list[tuple[str, str, Callable[[], dict[str, Any]]]]) -> None:
         """Take the turns in random order. A server that stops answering gets a "failure" and no turn from then on."""
@@ -444,9 +455,11 @@ def _round(rate: float) -> float:
 
 
 def seconds_of_sweeps(plan: Plan, servers: int) -> float:
-    """Return about how long the sweeps of that many servers take if raised twice."""
+    """Return about how long the sweeps of that many servers take if raised twice and if the lowest rate is slow."""
     rates = len(plan.rates) or len(plan.rate_shares) + 2
-    return servers * plan.open_rounds * rates * (plan.open_seconds + plan.warmup_seconds + OVERHEAD_S)
+    longer_s = (OPEN_FACTOR - 1) * plan.open_seconds
+    window_s = plan.open_seconds + plan.warmup_seconds + OVERHEAD_S
+    return servers * plan.open_rounds * (rates * window_s + longer_s)
 
 
 def main() -> int:

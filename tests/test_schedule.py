@@ -12,7 +12,18 @@ import numpy as np
 from rich.progress import Progress
 
 import benchmark_all
-from benchmark_all import DISTURBED_SHARE, MOST_REPEATED, PROFILES, RAISE, Plan, Run, list_failures, start_and_verify
+from benchmark_all import (
+    DISTURBED_SHARE,
+    MOST_REPEATED,
+    OPEN_FACTOR,
+    PROFILES,
+    RAISE,
+    Plan,
+    Run,
+    list_failures,
+    start_and_verify,
+)
+from client.load_generator import poisson_arrivals
 from endpoints.base import load_endpoints
 from figures.measured import Measured
 from figures.result_file import Window, encode_window, read_result
@@ -127,6 +138,16 @@ def test_the_offered_rate_is_raised_until_the_server_breaks():
     assert knee.sustained_rate <= 2000 / 0.95
     assert 2000 < knee.broken_rate <= 1.02 * RAISE * knee.sustained_rate
     assert {len(cell.rounds) for cell in measured.open("onnx")} == {PLAN.open_rounds}
+
+
+def test_windows_of_a_low_rate_are_long_enough_for_a_p99_and_no_longer_than_the_plan_allows():
+    plan = PROFILES["quick"]
+    for rate in (50.0, 278.0, 299.9, 300.0, 833.0, 40_000.0):
+        seconds = plan.open_window_s(rate)
+        requests = plan.open_rounds * len(poisson_arrivals(rate, seconds, seed=1))
+        assert plan.open_seconds <= seconds <= OPEN_FACTOR * plan.open_seconds
+        assert requests >= 1000 or seconds == OPEN_FACTOR * plan.open_seconds
+        assert requests <= 1003 or seconds == plan.open_seconds
 
 
 def test_rates_that_were_asked_for_are_not_raised():

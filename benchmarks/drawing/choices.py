@@ -8,7 +8,7 @@ NONE = "none that was measured"
 KIND_WORDS = {
     "native": "of the frameworks' own servers",
     "docker": "of the servers in their images",
-    "local": "of this repository's own servers, which are no rivals of those",
+    "local": "of this repository's own servers, which are not compared with those",
 }
 
 
@@ -37,10 +37,10 @@ def describe_needs(needs: Needs) -> str:
 
 def describe_candidate(measured: Measured, one: Candidate) -> str:
     plan = one.plan
-    p99 = TOO_FEW if one.p99_ms is None else f"{one.p99_ms:.1f} ms"
+    p99 = f"{TOO_FEW} requests for a p99" if one.p99_ms is None else f"p99 {one.p99_ms:.1f} ms"
     return (
         f"{measured.label(plan.server)}: {format_count(plan.replicas, 'replica')}, {format_count(plan.cores, 'core')}; "
-        f"one keeps up with {plan.sustained_rate:,.0f}/s, p99 {p99} there; {one.memory_mb:,.0f} MB, "
+        f"one keeps up with {plan.sustained_rate:,.0f}/s, {p99} there; {one.memory_mb:,.0f} MB, "
         f"{one.start_s:.1f} s to the first answer"
     )
 
@@ -54,8 +54,8 @@ def describe_recommendations(measured: Measured, choice: Choice) -> list[str]:
         plan = by_name[first].plan
         sentence = f"{KIND_WORDS[kind]}: {first}, {format_count(plan.cores, 'core')}"
         if ties:
-            sentence += f"; the measurements cannot tell it apart from {', '.join(ties)} by cores, "
-            sentence += "and it takes about the least memory"
+            sentence += f"; {' and '.join(ties)} may need as few, because their limits lie between two offered rates; "
+            sentence += f"{first} takes about the least memory"
         sentences.append(sentence)
     return sentences or ["no server that was measured meets all of this"]
 

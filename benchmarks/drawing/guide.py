@@ -19,7 +19,7 @@ from endpoints.base import REPOSITORY_DIR
 from figures.measured import Measured
 from figures.words import format_interval_ms, format_ratio
 from planning.capacity import HEADROOM, ContainerCost, find_start_s
-from planning.choosing import FRAMEWORKS, Flip, Needs, choose, find_flips, framework_of, peak_memory_mb
+from planning.choosing import FRAMEWORKS, Choice, Flip, Needs, choose, find_flips, framework_of, peak_memory_mb
 from planning.facts import STALE_DAYS, is_stale, load_facts
 
 GUIDE_PATH = REPOSITORY_DIR / "CHOOSING.md"
@@ -36,13 +36,14 @@ SHORT_RATES = (50, 500, 3000, 10_000, 50_000)
 SHORT_P99S_MS = (10, 20, 50)
 
 
-def load_scenarios() -> list[tuple[str, str, Needs]]:
-    """Return (title, text, needs) of each scenario."""
+def load_scenarios() -> list[tuple[str, str, str, Needs]]:
+    """Return (title, text, a note on the answer or "", needs) of each scenario."""
     scenarios = tomllib.loads(SCENARIOS_PATH.read_text())["scenario"]
     found = []
     for one in scenarios:
         needs = Needs(**one["needs"])
-        found.append((one["title"], one["text"].format(**_format_figures(one["needs"])), needs))
+        text = one["text"].format(**_format_figures(one["needs"]))
+        found.append((one["title"], text, one.get("note", ""), needs))
     return found
 
 
@@ -66,14 +67,8 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         base=describe_needs(base),
         short_p99s_ms=SHORT_P99S_MS,
         short_answers=[
-            (
-                f"{rate:,}",
-                [
-                    describe_cores(choose(measured, containers, Needs(rate, p99_ms, maintained=True)))
-                    for p99_ms in SHORT_P99S_MS
-                ],
-            )
-            for rate in SHORT_RATES
+            (title, _short_answers(measured, containers, framework))
+            for title, framework in (("PyTorch or scikit-learn", "scikit-learn"), ("TensorFlow", "tensorflow"))
         ],
         frameworks={
             name: [choose(measured, containers, Needs(framework=name, python=python)) for python in (False, True)]
@@ -98,10 +93,17 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         maintained=choose(measured, containers, Needs(maintained=True)),
         claims=[_judge(measured, claim) for claim in facts["claim"].values()],
         scenarios=[
-            (number, title, text, choose(measured, containers, needs), describe_needs(needs))
-            for number, (title, text, needs) in enumerate(load_scenarios(), 1)
+            (number, title, text, note, choose(measured, containers, needs), describe_needs(needs))
+            for number, (title, text, note, needs) in enumerate(load_scenarios(), 1)
         ],
-        swept=[name for name in measured.names if measured.open(name)],
+        refused=lambda choice: _group_refused(measured, choice),
+        ranges={
+            "rate": [f"{value:,.0f}" for value in RATES],
+            "p99": [f"{value:g} ms" for value in OBJECTIVES_MS],
+            "rows": [f"{value:,.0f}" for value in ROWS],
+            "memory": [f"{value:,.0f} MB" for value in MEMORIES_MB],
+            "start": [f"{value:g} s" for value in STARTS_S],
+        },
         stale=[fact["what"] for kind in ("framework", "fact", "claim") for fact in facts[kind].values()
                if is_stale(fact, today)],
         stale_days=STALE_DAYS,
@@ -110,6 +112,28 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         gpu=describe_crossover(),
         label=measured.label,
     )  # fmt: skip
+
+
+def _short_answers(
+    measured: Measured, containers: dict[str, ContainerCost], framework: str
+) -> list[tuple[str, list[str]]]:
+    """Return (rate, an answer for each p99) for maintained servers of one framework's model."""
+
+    def answer(rate: float, p99_ms: float) -> str:
+        return describe_cores(choose(measured, containers, Needs(rate, p99_ms, framework=framework, maintained=True)))
+
+    return [(f"{rate:,}", [answer(rate, p99_ms) for p99_ms in SHORT_P99S_MS]) for rate in SHORT_RATES]
+
+
+def _group_refused(measured: Measured, choice: Choice) -> list[tuple[str, str]]:
+    """Return (reasons, servers) of those that were swept: servers with the same reasons share a line."""
+    groups: dict[str, list[str]] = {}
+    for name, reasons in choice.refused.items():
+        if measured.open(name):
+            groups.setdefault("; ".join(reasons), []).append(measured.label(name))
+    return [
+        (f"{'is' if len(names) == 1 else 'are'} out: {reasons}", ", ".join(names)) for reasons, names in groups.items()
+    ]
 
 
 def _start(measured: Measured, containers: dict[str, ContainerCost], name: str) -> str:
