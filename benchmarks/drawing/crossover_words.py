@@ -22,7 +22,7 @@ from figures.words import format_count, format_interval
 
 OURS = "ours"
 SERVER = "onnx-tuned"
-NOT_MEASURED = "Not measured on a GPU: none was available."
+NOT_MEASURED = "gpu_crossover.py was not run on a GPU: none was available."
 
 
 def describe_bound(measured: Measured, path: Path = GPU_PATH) -> str:
