@@ -81,6 +81,7 @@ def server_of(folder: Path, *options: str, **environment: str) -> ServerProcess:
     endpoint.folder = folder
     endpoint.command = lambda: ["bentoml", "serve", *options, "--port", str(endpoint.port)]
     endpoint.environment = lambda: variables
+    endpoint.environment_in = lambda _: {}  # its own store, no copy of it
     return server
 
 
