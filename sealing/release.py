@@ -1,37 +1,30 @@
-"""Shared by seal.py and unseal.py: the release note, the places of versions, and the exchange of folders."""
+"""Shared by keys.py, seal.py and unseal.py: the release note, the places of versions, keys and signatures.
+
+model-signing signs and verifies; pyrage encrypts and decrypts in age's format.
+"""
 
 import ctypes
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-
-class Postponed(importlib.abc.MetaPathFinder):
-    """Finds modules that Python loads when something in them is used, and not when they are imported.
-
-    Only keys sign and verify here. What model-signing imports for sigstore's online service, an HTTP client and much
-    more, would double the time that unseal.py takes to start.
-    """
-
-    NAMES = ("model_signing._signing.sign_sigstore", "model_signing._signing.sign_certificate")
-
-    def find_spec(self, name, path, target=None):
-        spec = importlib.machinery.PathFinder.find_spec(name, path) if name in self.NAMES else None
-        if spec and spec.loader:
-            spec.loader = importlib.util.LazyLoader(spec.loader)
-        return spec
-
-
-sys.meta_path.insert(0, postponed := Postponed())
+# Only keys sign and verify here. What model-signing imports for its other methods, an HTTP client and much more, would
+# double the time that unseal.py takes to start, so an empty module takes its place.
+for method in ("sign_sigstore", "sign_certificate"):
+    sys.modules.setdefault(f"model_signing._signing.{method}", ModuleType(method))
 try:
+    import pyrage
+    from cryptography.hazmat.primitives import serialization as pem
+    from cryptography.hazmat.primitives.asymmetric import ec
     from model_signing import hashing, signing, verifying
-finally:
-    sys.meta_path.remove(postponed)
+except ModuleNotFoundError as error:
+    missing = f"{error.name} is not installed in this Python; run `source ../.venv/bin/activate` first"
+    sys.exit(f"{Path(sys.argv[0]).stem}: {missing}")
+except KeyboardInterrupt:
+    sys.exit(f"{Path(sys.argv[0]).stem}: interrupted")
 
 FOLDER = Path(__file__).resolve().parent
 NOTE, SIGNATURE, SUFFIX = "release.json", "model.sig", ".age"
@@ -72,23 +65,6 @@ def find_place(server: str, model: str, version: str) -> Path:
     return Path(pattern.format(model=model, version=version))
 
 
-def strict_hashing() -> hashing.Config:
-    """Return the settings for signing and verifying all files; the defaults skip .git/, .github/ and .gitignore."""
-    return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
-
-
-def sign(folder: Path, signature: Path, key: Path) -> None:
-    """Write the signature of all files in a folder, outside of it, with a private key in PEM."""
-    signer = signing.Config().use_elliptic_key_signer(private_key=key)
-    signer.set_hashing_config(strict_hashing()).sign(folder, signature)
-
-
-def verify(folder: Path, signature: Path, key: Path) -> None:
-    """Return if the public key in PEM has signed exactly these files; else raise any exception."""
-    verifier = verifying.Config().use_elliptic_key_verifier(public_key=key)
-    verifier.set_hashing_config(strict_hashing()).verify(folder, signature)
-
-
 def put(source: Path, target: Path) -> None:
     """Move a file or folder to `target` in one atomic step, also if there is one already.
 
@@ -101,3 +77,43 @@ def put(source: Path, target: Path) -> None:
         AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_EXCHANGE
     ):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(target))
+
+
+def make_signing_key() -> tuple[bytes, bytes]:
+    """Return a new private key and its public key, in PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption())
+    return private, key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo)
+
+
+def make_identity() -> tuple[bytes, bytes]:
+    """Return a new identity, which decrypts, and its recipient, which encrypts, in age's format."""
+    identity = pyrage.x25519.Identity.generate()
+    return f"{identity}\n".encode(), f"{identity.to_public()}\n".encode()
+
+
+def strict_hashing() -> hashing.Config:
+    """Return the settings for signing and verifying all files; the defaults skip .git/, .github/ and .gitignore."""
+    return hashing.Config().set_ignored_paths(paths=[], ignore_git_paths=False)
+
+
+def sign(folder: Path, signature: Path, key: Path) -> None:
+    """Write the signature of all files in a folder, outside of it; raise ValueError if the key cannot be used.
+
+    `key` is a private key in PEM, or a file *.pkcs11 with the URI (RFC 7512) of one in a hardware token.
+    """
+    signer = signing.Config().set_hashing_config(strict_hashing())
+    try:
+        if key.suffix == ".pkcs11":
+            signer.use_pkcs11_signer(pkcs11_uri=key.read_text().strip())
+        else:
+            signer.use_elliptic_key_signer(private_key=key)
+    except Exception as error:  # noqa: BLE001 - the token's library raises exceptions of its own
+        raise ValueError(f"{key}: {error}") from None
+    signer.sign(folder, signature)
+
+
+def verify(folder: Path, signature: Path, key: Path) -> None:
+    """Return if the public key in PEM has signed exactly these files; else raise any exception."""
+    verifier = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    verifier.set_hashing_config(strict_hashing()).verify(folder, signature)

@@ -24,12 +24,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-try:
-    import pyrage
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, pyrage, sign
 
-    from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, sign
-except ModuleNotFoundError as error:
-    sys.exit(f"seal: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
+Recipient = pyrage.x25519.Recipient
 
 
 def read_files(place: Path) -> dict[str, bytes]:
@@ -41,22 +38,31 @@ def read_files(place: Path) -> dict[str, bytes]:
     return {path.relative_to(base).as_posix(): path.read_bytes() for path in paths}
 
 
+def read_recipient(path: Path) -> Recipient:
+    """Return the recipient in a file; raise ValueError if there is none."""
+    try:
+        return Recipient.from_str(path.read_text().strip())
+    except pyrage.RecipientError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def count(path: Path) -> int:
     """Increment the counter in a file and return it."""
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        number = int(file.read() or 0) + 1
+        text = file.read().strip() or "0"
+        if not text.isdecimal():
+            raise ValueError(f"{path} holds no number; write one into it that is higher than any in state.json")
+        number = int(text) + 1
         file.seek(0)
         file.write(f"{number}\n")
     return number
 
 
-def seal(
-    release: Release, contents: dict[str, bytes], recipients: list[pyrage.x25519.Recipient], key: Path, target: Path
-) -> str:
-    """Write a version's folder and move it into place in one step; return the digest of its note."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".sealing-", dir=target.parent) as scratch:
+def seal(release: Release, contents: dict[str, bytes], recipients: list[Recipient], key: Path, to: Path) -> str:
+    """Write a version's folder and move it to `to` in one step; return the digest of its note."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sealing-", dir=to.parent) as scratch:
         folder, signature = Path(scratch, "version"), Path(scratch, SIGNATURE)
         for path, content in contents.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +71,7 @@ def seal(
         (folder / NOTE).write_text(note)
         sign(folder, signature, key)
         signature.rename(folder / SIGNATURE)
-        put(folder, target)
+        put(folder, to)
     return hashlib.sha256(note.encode()).hexdigest()
 
 
@@ -78,9 +84,9 @@ def main() -> None:
     parser.add_argument("--home", type=Path, default=FOLDER, help="folder of keys and sealed (default: this one)")
     arguments = parser.parse_args()
     keys = arguments.home / "keys"
+    signers = sorted(keys.glob("signing/*.p*"), key=lambda path: path.stat().st_mtime_ns)  # .pem or .pkcs11
     for server in [arguments.server] if arguments.server else PLACES:
-        recipients = [path.read_text().strip() for path in sorted(keys.glob(f"recipients/{server}/*.txt"))]
-        signers = sorted(keys.glob("signing/*.pem"), key=lambda path: path.stat().st_mtime_ns)
+        recipients = [read_recipient(path) for path in sorted(keys.glob(f"recipients/{server}/*.txt"))]
         if not signers or not recipients:
             sys.exit(f"seal: no signing key or no recipient for {server} in {keys}; run python keys.py")
         source = arguments.source or FOLDER.parent / PLACES[server][0]
@@ -89,13 +95,12 @@ def main() -> None:
         if not versions:
             sys.exit(f"seal: {source / pattern} not found; train the model first (make train)")
         for version, place in sorted(versions.items()):
-            find_place(server, arguments.model, version)
+            find_place(server, arguments.model, version)  # raises ValueError for a name that unseal.py would refuse
             contents = read_files(place)
             files = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
             now = datetime.now(UTC).isoformat(timespec="seconds")
             release = Release(server, arguments.model, version, count(keys / "serial"), now, files)
-            readers = [pyrage.x25519.Recipient.from_str(recipient) for recipient in recipients]
-            digest = seal(release, contents, readers, signers[-1], arguments.home / "sealed" / release.name)
+            digest = seal(release, contents, recipients, signers[-1], arguments.home / "sealed" / release.name)
             print(f"{release.name}: serial {release.serial}, signed by {signers[-1].stem}, digest {digest}", flush=True)
 
 
@@ -104,5 +109,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("seal: interrupted; versions sealed before are complete")
-    except (OSError, ValueError, pyrage.RecipientError) as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"seal: {error}")

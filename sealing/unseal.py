@@ -8,12 +8,12 @@ Reads sealed/SERVER/<model>/<version>/, keys/trusted/*.pub,
 keys/identities/SERVER/*.txt and policy.toml, and keeps state/state.json, all in
 --home. Copies each version into memory, verifies the copy, checks it against
 policy and state, decrypts it, and moves it in one step to its place below DIR.
-Prints a line if a version is refused; a version that was let in before stays.
---watch looks again every second until Ctrl-C or SIGTERM, and drops versions
+Prints a line if a version is refused; one that was accepted before stays.
+--watch looks again every second until a signal ends it, and drops versions
 that are no longer trusted. A COMMAND is started when the models are open, and
 DIR is removed after it.
 
-The file DIR/.ready names the versions in DIR once all that can be let in are
+The file DIR/.ready names the versions in DIR once all that can be accepted are
 there. A server may be started when unseal.py has ended with 0 or, with --watch,
 when `test -f DIR/.ready` succeeds, which a startupProbe can run.
 
@@ -22,8 +22,6 @@ Exit codes: 0 DIR holds a version; 1 it holds none, or a line names the problem;
 """
 
 import argparse
-import contextlib
-import ctypes
 import fcntl
 import hashlib
 import json
@@ -37,38 +35,33 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
-try:
-    import pyrage
-
-    from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, verify
-except ModuleNotFoundError as error:
-    sys.exit(f"unseal: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
+from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, pyrage, verify
 
 POLL_S = 1.0
 MAX_FILES = 1_000  # of a version
 MAX_NOTE_BYTES = 1 << 20  # of its note and its signature, which are parsed
 LOCK, READY, STAGE = ".lock", ".ready", ".unsealing-"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Refused(Exception):
-    """A version is not let in; the message is why, in one line."""
+    """A version is refused; the message is why, in one line."""
 
 
-class UnsealError(Exception):
-    """No version can be let in; the message is one line that says what to do."""
+class UnsealError(OSError):
+    """Nothing can be accepted now; the message is one line that says what to do."""
 
 
 @dataclass(frozen=True)
 class Trust:
     """Keys and policy, read at each look."""
 
-    keys: list[bytes]  # public keys that may have signed
+    keys: dict[Path, bytes]  # public keys that may have signed
     identities: list[str]  # age identities to decrypt with
     max_bytes: int
     floor: dict[str, int]
@@ -77,29 +70,29 @@ class Trust:
 
 @dataclass(frozen=True)
 class Opened:
-    """A version that was let in."""
+    """A version that was verified."""
 
     release: Release
     digest: str  # SHA-256 of release.json
     key: bytes  # the public key that verified it
 
-    def find_objection(self, trust: Trust) -> str | None:
-        """Return why this version may not, or no longer, be served; None if it may."""
-        name, serial = self.release.name, self.release.serial
+    def check(self, name: str, trust: Trust) -> None:
+        """Raise Refused if this version may not, or no longer, be served as `name`."""
         floor = max([0, *(low for place, low in trust.floor.items() if f"{name}/".startswith(f"{place}/"))])
-        if self.key not in trust.keys:
-            return "the key that signed it is not trusted any more"
-        if serial < floor:
-            return f"serial {serial} is below the policy's floor {floor}"
+        if self.release.name != name:
+            raise Refused(f"it was sealed as {self.release.name}")
+        if self.key not in trust.keys.values():
+            raise Refused("the key that signed it is not trusted any more")
+        if self.release.serial < floor:
+            raise Refused(f"serial {self.release.serial} is below the policy's floor {floor}")
         if trust.pin.get(name, self.digest) != self.digest:
-            return f"its digest {self.digest} is not the one that the policy pins"
-        return None
+            raise Refused(f"its digest {self.digest} is not the one that the policy pins")
 
 
 def read_trust(home: Path, server: str) -> Trust:
     """Return policy and keys, without comments; raise UnsealError if they cannot be used."""
     try:
-        keys = [path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))]
+        keys = {path: path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))}
         texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*.txt"))]
         identities = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
         return Trust(keys, identities, **tomllib.loads((home / "policy.toml").read_text()))
@@ -112,34 +105,23 @@ def list_files(folder: Path) -> dict[str, os.stat_result]:
     return {path.relative_to(folder).as_posix(): path.lstat() for path in islice(folder.rglob("*"), MAX_FILES + 1)}
 
 
-def copy_files(folder: Path, target: Path, max_bytes: int) -> dict[str, int]:
-    """Copy a version and return its files' sizes; raise Refused if it is too large or has anything but regular files.
-
-    Whoever can write to `folder` may change it during the copy. Only this process can change the copy, which is
-    verified and used; the check before it refuses what should not even be copied.
-    """
-    for place in (folder, target):
-        found = list_files(place)
-        files = {path: status for path, status in found.items() if not stat.S_ISDIR(status.st_mode)}
-        if place.is_symlink() or any(
-            not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 for status in files.values()
-        ):
-            raise Refused("it holds a link, or something that is no file")
-        if len(found) > MAX_FILES or sum(status.st_size for status in files.values()) > max_bytes:
-            raise Refused("it has too many files, or more bytes than the policy's max_bytes")
-        if place == folder:
-            shutil.copytree(folder, target, symlinks=True, copy_function=shutil.copyfile)
-    return {path: status.st_size for path, status in files.items()}
+def measure_files(folder: Path, max_bytes: int) -> dict[str, int]:
+    """Return the sizes of a version's files; raise Refused if it is too large or has anything but regular files."""
+    found = list_files(folder)
+    files = {path: status for path, status in found.items() if not stat.S_ISDIR(status.st_mode)}
+    if folder.is_symlink() or any(not stat.S_ISREG(file.st_mode) or file.st_nlink > 1 for file in files.values()):
+        raise Refused("it holds a link, or something that is no file")
+    if len(found) > MAX_FILES or sum(file.st_size for file in files.values()) > max_bytes:
+        raise Refused("it has too many files, or more bytes than the policy's max_bytes")
+    return {path: file.st_size for path, file in files.items()}
 
 
-def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
+def find_signer(folder: Path, signature: Path, keys: dict[Path, bytes]) -> bytes:
     """Return the key that signed exactly these files; raise Refused if none of `keys` did."""
-    reason = "keys/trusted is empty"
-    public = signature.with_name("key.pub")
-    for key in keys:
-        public.write_bytes(key)
+    reason = "keys/trusted is empty or cannot be read"
+    for path, key in keys.items():
         try:
-            verify(folder, signature, public)
+            verify(folder, signature, path)
             return key
         except Exception as error:  # noqa: BLE001 - an attacker's signature can raise anything
             reason = f"{type(error).__name__}: {str(error)[:60]}"
@@ -147,19 +129,22 @@ def find_signer(folder: Path, signature: Path, keys: list[bytes]) -> bytes:
 
 
 def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
-    """Verify a version and decrypt it into stage/plain; raise Refused if it may not be served."""
+    """Verify a version and decrypt it into stage/plain; raise Refused if it may not be served.
+
+    Whoever can write to `folder` may change it at any time. Only this process can change the copy, which is verified
+    and used. The first look at the sizes only keeps out what should not even be copied.
+    """
     sealed, signature = stage / "sealed", stage / SIGNATURE
-    sizes = copy_files(folder, sealed, trust.max_bytes)
+    measure_files(folder, trust.max_bytes)
+    shutil.copytree(folder, sealed, symlinks=True, copy_function=shutil.copyfile)
+    sizes = measure_files(sealed, trust.max_bytes)
     if not {NOTE, SIGNATURE} <= sizes.keys() or max(sizes[NOTE], sizes[SIGNATURE]) > MAX_NOTE_BYTES:
         raise Refused(f"{NOTE} or {SIGNATURE} is missing or too large")
     (sealed / SIGNATURE).rename(signature)
     key = find_signer(sealed, signature, trust.keys)
     note = (sealed / NOTE).read_bytes()
     opened = Opened(Release(**json.loads(note)), hashlib.sha256(note).hexdigest(), key)
-    if opened.release.name != name:
-        raise Refused(f"it was sealed as {opened.release.name}")
-    if objection := opened.find_objection(trust):
-        raise Refused(objection)
+    opened.check(name, trust)
     if sizes.keys() != {NOTE, SIGNATURE, *(path + SUFFIX for path in opened.release.files)}:  # no path leads elsewhere
         raise Refused(f"its files are not those of {NOTE}")
     identities = [pyrage.x25519.Identity.from_str(line) for line in trust.identities]
@@ -183,29 +168,29 @@ class Unsealer:
         self.told: dict[str, str] = {}
 
     def look(self) -> None:
-        """Let in new versions and drop untrusted ones; raise UnsealError if keys or policy cannot be used."""
-        trust = read_trust(self.home, self.server)
-        sealed = self.home / "sealed"
+        """Accept new versions and drop untrusted ones; raise UnsealError if keys, policy or state cannot be used."""
+        trust, sealed = read_trust(self.home, self.server), self.home / "sealed"
         names = sorted(path.relative_to(sealed).as_posix() for path in sealed.glob(f"{self.server}/[!.]*/[!.]*"))
         for name in names:
             self.consider(name, sealed / name, trust)
         for name, opened in list(self.opened.items()):
-            if objection := opened.find_objection(trust):
-                with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
-                    (self.folder / find_place(*name.split("/"))).rename(Path(stage, "dropped"))
+            try:
+                opened.check(name, trust)
+            except Refused as error:
                 del self.opened[name]
-                self.tell(name, f"dropped: {objection}")
+                self.tell(name, f"dropped: {error}")
+        self.remove_others()
         for name in read_state(self.home).keys() - names:
             if name.startswith(f"{self.server}/"):
-                self.tell(name, "was let in before and is gone")
+                self.tell(name, "was accepted before and is gone")
 
     def consider(self, name: str, folder: Path, trust: Trust) -> None:
-        """Let a version in or print why not, unless nothing has changed since the last look."""
-        files = None
+        """Accept a version or print why not, unless nothing has changed since the last look."""
         try:
             files = {path: (s.st_ino, s.st_size, s.st_ctime_ns) for path, s in list_files(folder).items()}
             if self.tried.get(name) == (trust, files):
                 return
+            self.tried[name] = trust, files
             with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
                 place = find_place(*name.split("/"))
                 opened = open_version(name, folder, Path(stage), trust)
@@ -213,13 +198,18 @@ class Unsealer:
                 if name not in self.opened or self.opened[name].release.files != opened.release.files:
                     put(Path(stage, "plain", place.name if place.suffix == ".mar" else ""), self.folder / place)
             self.opened[name] = opened
-            self.tell(name, f"serial {opened.release.serial} is let in", good=True)
-        except (OSError, UnsealError) as error:  # such as a full disk: the next look tries again
-            self.tell(name, f"refused: {error}")
-            return
+            self.tell(name, f"accepted: serial {opened.release.serial}", good=True)
         except Exception as error:  # noqa: BLE001 - an attacker may have written these files
-            self.tell(name, f"refused: {error if isinstance(error, Refused) else repr(error)}")
-        self.tried[name] = trust, files
+            if isinstance(error, OSError):  # such as a full disk: the next look tries again
+                self.tried.pop(name, None)
+            self.tell(name, f"refused: {error if isinstance(error, (OSError, Refused)) else repr(error)}")
+
+    def remove_others(self) -> None:
+        """Remove, each in one step, the versions in the folder that are dropped, or that only an earlier run opened."""
+        kept = {self.folder / find_place(*name.split("/")) for name in self.opened}
+        for path in {*self.folder.glob(PLACES[self.server][1].format(model="*", version="*"))} - kept:
+            with tempfile.TemporaryDirectory(prefix=STAGE, dir=self.folder) as stage:
+                path.rename(Path(stage, "removed"))
 
     def tell(self, name: str, line: str, good: bool = False) -> None:
         """Print a line, unless it was the last one about that version."""
@@ -228,15 +218,9 @@ class Unsealer:
             line = repr(f"{name}: {line}"[:300])[1:-1]  # a file's name may contain anything
             print(line, file=sys.stdout if good else sys.stderr, flush=True)
 
-    def remove_leftovers(self) -> None:
-        """Remove versions that an earlier run has let in and this one has not."""
-        kept = {self.folder / find_place(*name.split("/")) for name in self.opened}
-        for path in {*self.folder.glob(PLACES[self.server][1].format(model="*", version="*"))} - kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
 
 def read_state(home: Path) -> dict[str, tuple[int, str]]:
-    """Return serial and digest of the newest release of each version that was ever let in."""
+    """Return serial and digest of the newest release of each version that was ever accepted."""
     try:
         state = json.loads((home / "state" / "state.json").read_text())
         return {name: (int(serial), str(digest)) for name, (serial, digest) in state.items()}
@@ -248,7 +232,7 @@ def read_state(home: Path) -> dict[str, tuple[int, str]]:
 
 
 def remember(home: Path, opened: Opened) -> None:
-    """Record a release in state.json; raise Refused if a newer one, or another with its serial, was let in before."""
+    """Record a release in state.json; raise Refused if a newer one, or another with its serial, was accepted before."""
     path, name, new = home / "state" / "state.json", opened.release.name, (opened.release.serial, opened.digest)
     path.parent.mkdir(exist_ok=True)
     with path.with_suffix(".lock").open("w") as lock:
@@ -261,38 +245,58 @@ def remember(home: Path, opened: Opened) -> None:
         path.with_suffix(".new").replace(path)
 
 
-@contextlib.contextmanager
-def claim(folder: Path, allow_disk: bool) -> Iterator[None]:
-    """Lock the folder; raise UnsealError if another process uses it, or if its files would reach a disk."""
+def claim(folder: Path, allow_disk: bool) -> TextIO:
+    """Return the folder's lock, held until it is closed.
+
+    Raises UnsealError if another process uses the folder, or if its files would reach a disk.
+    """
     number = next(path for path in (folder, *folder.parents) if path.exists()).stat().st_dev
-    device = f"{os.major(number)}:{os.minor(number)}"
-    mounts = Path("/proc/self/mountinfo").read_text()
-    if not allow_disk and not re.search(rf"^\d+ \d+ {device} .* - (tmpfs|ramfs) ", mounts, re.MULTILINE):
+    memory = rf"^\d+ \d+ {os.major(number)}:{os.minor(number)} .* - (tmpfs|ramfs) "
+    if not allow_disk and not re.search(memory, Path("/proc/self/mountinfo").read_text(), re.MULTILINE):
         raise UnsealError(f"{folder} is not in memory; choose a folder in /dev/shm, or --allow-disk")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.stat().st_uid not in (0, os.geteuid()) or (not (folder / LOCK).exists() and list(folder.iterdir())):
         raise UnsealError(f"{folder} is another user's, or holds other files; choose an empty folder")
-    with (folder / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UnsealError(f"another unseal.py fills {folder}; stop it, or choose another folder") from None
-        for path in [*folder.glob(READY), *folder.glob(f"{STAGE}*")]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield
+    lock = (folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UnsealError(f"another unseal.py fills {folder}; stop it, or choose another folder") from None
+    for path in [*folder.glob(READY), *folder.glob(f"{STAGE}*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return lock
 
 
-def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a server that Ctrl-C does not reach, and that ends with this process, even by kill -9."""
-    parent = os.getpid()
+def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
+    """Open the models, start the command if there is one, and watch; return the exit code.
 
-    def end_with_parent() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the parent's handler would be lost with the program
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=end_with_parent)
+    Ctrl-C does not reach the command. It ends when this function does, or with this process, even by kill -9; then the
+    folder is removed.
+    """
+    server = None
+    try:
+        unsealer.look()
+        if not unsealer.opened:
+            raise UnsealError(f"no version of {unsealer.server} is accepted")
+        (unsealer.folder / READY).write_text("".join(f"{name}\n" for name in sorted(unsealer.opened)))
+        if command:
+            server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], start_new_session=True)
+        while server.poll() is None if server else watch:
+            time.sleep(POLL_S)
+            try:
+                if watch:
+                    unsealer.look()
+            except Exception as error:  # noqa: BLE001 - served versions stay, whatever fails
+                unsealer.tell("unseal", f"all stays as it is: {error}")
+        return server.returncode if server else 0
+    finally:
+        if command:
+            for number in STOP_SIGNALS:  # a second Ctrl-C must not leave models behind
+                signal.signal(number, signal.SIG_IGN)
+            if server:
+                server.terminate()
+                server.wait()
+            shutil.rmtree(unsealer.folder)
 
 
 def main() -> None:
@@ -305,33 +309,19 @@ def main() -> None:
     words = [*sys.argv[1:], "--"]
     command = words[words.index("--") + 1 : -1]
     arguments = parser.parse_args(words[: words.index("--")])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    unsealer, child = Unsealer(arguments.server, arguments.to, arguments.home), None
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     try:
+        if command and not shutil.which(command[0]):
+            raise UnsealError(f"{command[0]} is no program on PATH")
         with claim(arguments.to, arguments.allow_disk):
-            unsealer.look()
-            unsealer.remove_leftovers()
-            if not unsealer.opened:
-                raise UnsealError(f"nothing of {arguments.server} is let in")
-            (arguments.to / READY).write_text("".join(f"{name}\n" for name in sorted(unsealer.opened)))
-            child = start(command) if command else None
-            while (child and child.poll() is None) or (arguments.watch and not child):
-                time.sleep(POLL_S)
-                try:
-                    if arguments.watch:
-                        unsealer.look()
-                except Exception as error:  # noqa: BLE001 - served versions stay, whatever fails
-                    unsealer.tell("unseal", f"all stays as it is: {error}")
-            sys.exit(child.returncode if child else 0)
-    except (UnsealError, OSError) as error:
+            sys.exit(serve(Unsealer(arguments.server, arguments.to, arguments.home), arguments.watch, command))
+    except OSError as error:
         sys.exit(f"unseal: {error}")
     except KeyboardInterrupt:
-        sys.exit(0 if arguments.watch or child else "unseal: interrupted")
-    finally:
-        if child:
-            child.terminate()
-            child.wait()
-            shutil.rmtree(arguments.to)
+        interrupted = f"unseal: interrupted; {arguments.to} holds the versions that were accepted until then"
+        sys.exit(0 if arguments.watch or command else interrupted)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +32,7 @@ from model_signing import hashing, signing, verifying
 from client.ask import ask, send
 from endpoints.base import Endpoint, Request, load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, load_together, run, run_python, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, load_together, needs, run, run_python, wait_until
 from servers.process import ServerProcess
 
 SEALING_DIR = REPOSITORY_DIR / "sealing"
@@ -66,12 +70,12 @@ def memory() -> Iterator[Path]:
 
 
 class Look:
-    """One look of unseal.py in this process, at one server's models: what was let in, what was said."""
+    """One look of unseal.py in this process, at one server's models: the accepted versions, and the printed lines."""
 
     def __init__(self, home: Path, folder: Path, server: str = "onnx", unsealer=None):
         self.unsealer = unsealer or unseal.Unsealer(server, folder, home)
-        self.said: dict[str, str] = {}
-        self.unsealer.tell = lambda name, line, good=False: self.said.__setitem__(name, line)
+        self.printed: dict[str, str] = {}
+        self.unsealer.tell = lambda name, line, good=False: self.printed.__setitem__(name, line)
         self.unsealer.look()
         self.versions = sorted(name.split("/")[2] for name in self.unsealer.opened)
 
@@ -114,7 +118,7 @@ def list_plaintext(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name not in own)
 
 
-# What is let in.
+# What is accepted.
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -150,7 +154,7 @@ def test_a_flipped_byte_in_any_file_of_any_version_is_refused(home, memory, serv
                 path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
                 look = Look(home, memory, server)
                 assert look.versions == [other], f"{path} with byte {place} of {len(whole)} flipped"
-                assert "refused" in look.said[f"{server}/my_model/{version}"]
+                assert "refused" in look.printed[f"{server}/my_model/{version}"]
                 assert not (memory / release.find_place(server, "my_model", version)).exists()
                 shutil.rmtree(memory)
                 memory.mkdir()
@@ -259,7 +263,7 @@ TAMPERED = {
     "too many files": lambda home: [add(home, f"extra/{number}.age", b"") for number in range(unseal.MAX_FILES)],
     "folders 1,200 deep": lambda home: nest(home, 1200),
     "truncated ciphertext": lambda home: os.truncate(version_dir(home) / "model.onnx.age", 5000),
-    "name with a line's end": lambda home: add(home, "x\nonnx/my_model/2: serial 99 is let in"),
+    "name with a line's end": lambda home: add(home, "x\nonnx/my_model/2: accepted: serial 99"),
     "name that is not UTF-8": lambda home: add(home, os.fsdecode(b"\xff.age")),
     "note leads elsewhere": lambda home: lie(home, files={"../../evil": "0" * 64}),
     "note leads to the root": lambda home: lie(home, files={"/dev/shm/evil": "0" * 64}),
@@ -278,7 +282,7 @@ def test_a_tampered_version_is_refused_and_the_other_one_served(home, memory, ca
     TAMPERED[case](home)
     look = Look(home, memory)
     assert look.versions == ["1"]
-    assert look.said["onnx/my_model/2"].startswith("refused: "), look.said
+    assert look.printed["onnx/my_model/2"].startswith("refused: "), look.printed
     assert list_plaintext(memory) == ["my_model/1/model.onnx"]
     assert not list(memory.glob(f"{unseal.STAGE}*"))
     if version_dir(home).is_dir() and case == "folders 1,200 deep":
@@ -286,7 +290,7 @@ def test_a_tampered_version_is_refused_and_the_other_one_served(home, memory, ca
 
 
 def test_a_refusal_is_one_line_whatever_a_file_is_called(home, memory):
-    add(home, "x\nonnx/my_model/2: serial 99 is let in\x1b[31m")
+    add(home, "x\nonnx/my_model/2: accepted: serial 99\x1b[31m")
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
@@ -300,7 +304,7 @@ def test_strange_places_are_refused(home, memory):
     shutil.copytree(version_dir(home), home / "sealed/onnx/.sealing-x/2")
     look = Look(home, memory)
     assert look.versions == ["1", "2"]
-    assert len(look.said) == 8
+    assert len(look.printed) == 8
 
 
 def test_the_holes_of_model_signing_that_are_closed_here_are_still_there(home, tmp_path):
@@ -341,7 +345,7 @@ def test_what_is_changed_after_it_was_verified_is_not_what_is_served(home, memor
     assert (memory / "my_model/2/model.onnx").read_bytes() == trained.read_bytes()
 
 
-def test_a_file_that_turns_into_a_link_and_back_lets_nothing_else_in(home, memory):
+def test_nothing_else_is_accepted_when_a_file_turns_into_a_link_and_back(home, memory):
     """A thread exchanges the file for a link to another all the time."""
     path, ended = version_dir(home) / "model.onnx.age", threading.Event()
     trained = (REPOSITORY_DIR / "onnx/models/my_model/2/model.onnx").read_bytes()
@@ -378,7 +382,7 @@ def test_a_version_in_the_place_of_another_is_refused(home, memory):
     shutil.copytree(version_dir(home, version="1"), version_dir(home))
     look = Look(home, memory)
     assert look.versions == ["1"]
-    assert look.said["onnx/my_model/2"] == "refused: it was sealed as onnx/my_model/1"
+    assert look.printed["onnx/my_model/2"] == "refused: it was sealed as onnx/my_model/1"
 
 
 def test_an_old_release_is_refused_also_after_a_restart_and_without_a_state_by_the_floor(home, memory, tmp_path):
@@ -389,8 +393,8 @@ def test_an_old_release_is_refused_also_after_a_restart_and_without_a_state_by_t
     shutil.rmtree(version_dir(home))
     shutil.copytree(old, version_dir(home))
     look = Look(home, memory, unsealer=look.unsealer)
-    assert look.versions == ["1", "2"], "what was let in stays"
-    assert f"is older than {serial}" in look.said["onnx/my_model/2"]
+    assert look.versions == ["1", "2"], "an accepted version stays"
+    assert f"is older than {serial}" in look.printed["onnx/my_model/2"]
     assert Look(home, memory).versions == ["1"], "after a restart"
     (home / "state/state.json").unlink()
     assert Look(home, memory).versions == ["1", "2"], "nothing tells a machine that has never seen the new one"
@@ -398,7 +402,7 @@ def test_an_old_release_is_refused_also_after_a_restart_and_without_a_state_by_t
     (home / "policy.toml").write_text(f'max_bytes = 1_000_000\n[floor]\n"onnx/my_model/2" = {serial}\n[pin]\n')
     look = Look(home, memory)
     assert look.versions == ["1"]
-    assert f"below the policy's floor {serial}" in look.said["onnx/my_model/2"]
+    assert f"below the policy's floor {serial}" in look.printed["onnx/my_model/2"]
 
 
 def test_another_release_with_a_serial_that_was_here_is_refused(home, memory):
@@ -423,7 +427,7 @@ def test_a_clock_that_is_set_back_changes_nothing(home, memory, monkeypatch):
 
 
 @pytest.mark.parametrize("junk", ["", "{", "[]", '{"onnx/my_model/1": 3}', '{"onnx/my_model/1": ["x", "y"]}', "\0"])
-def test_a_damaged_state_lets_nothing_in_and_says_what_to_do(home, memory, junk):
+def test_with_a_damaged_state_nothing_is_accepted_and_a_line_says_what_to_do(home, memory, junk):
     (home / "state").mkdir()
     (home / "state/state.json").write_text(junk)
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
@@ -438,13 +442,13 @@ def test_a_version_that_is_gone_is_named(home, memory):
     shutil.rmtree(version_dir(home))
     look = Look(home, memory)
     assert look.versions == ["1"]
-    assert look.said["onnx/my_model/2"] == "was let in before and is gone"
+    assert look.printed["onnx/my_model/2"] == "was accepted before and is gone"
 
 
 # What the policy says.
 
 
-def test_a_pin_lets_in_one_release_only(home, memory):
+def test_with_a_pin_one_release_only_is_accepted(home, memory):
     digest = reseal(home).split("digest ")[1].strip()
     policy = 'max_bytes = 1_000_000\n[floor]\n[pin]\n"onnx/my_model/2" = "{}"\n'
     (home / "policy.toml").write_text(policy.format(digest))
@@ -456,7 +460,7 @@ def test_a_pin_lets_in_one_release_only(home, memory):
 @pytest.mark.parametrize(
     "policy", ["", "max_bytes = 1", "junk", "max_bytes = 1\nflor = 2\n[floor]\n[pin]\n", "\udcff", None]
 )
-def test_a_policy_that_cannot_be_read_lets_nothing_in(home, memory, policy):
+def test_with_a_policy_that_cannot_be_read_nothing_is_accepted(home, memory, policy):
     (home / "policy.toml").unlink()
     if policy is not None:
         (home / "policy.toml").write_bytes(os.fsencode(policy))
@@ -472,7 +476,7 @@ def test_a_policy_that_cannot_be_read_lets_nothing_in(home, memory, policy):
      'max_bytes = 1000000\n[floor]\n"onnx" = "3"\n[pin]\n',
      'max_bytes = 1000000\n[floor]\n[pin]\n"onnx/my_model/1" = 3\n'],
 )  # fmt: skip
-def test_a_policy_of_the_wrong_types_lets_nothing_in_that_it_is_about(home, memory, rules):
+def test_with_a_policy_of_the_wrong_types_nothing_is_accepted_that_it_is_about(home, memory, rules):
     (home / "policy.toml").write_text(rules)
     shutil.rmtree(version_dir(home))
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
@@ -493,13 +497,13 @@ def test_a_policy_that_is_spoilt_while_it_serves_changes_nothing(home, memory):
     assert list_plaintext(memory) == ["my_model/1/model.onnx", "my_model/2/model.onnx"]
 
 
-def test_a_floor_that_is_raised_takes_back_what_was_let_in(home, memory):
+def test_a_floor_that_is_raised_drops_accepted_versions(home, memory):
     look = Look(home, memory)
     (home / "policy.toml").write_text('max_bytes = 1_000_000\n[floor]\n"onnx" = 999\n[pin]\n')
     look = Look(home, memory, unsealer=look.unsealer)
     assert look.versions == []
     assert not list_plaintext(memory)
-    assert look.said["onnx/my_model/2"].startswith("dropped: serial ")
+    assert look.printed["onnx/my_model/2"].startswith("dropped: serial ")
 
 
 # Keys.
@@ -514,7 +518,7 @@ def test_a_signing_key_is_rotated_and_what_only_the_old_one_signed_is_dropped(ho
     (home / "keys/trusted/first.pub").unlink()
     look = Look(home, memory, unsealer=look.unsealer)
     assert look.versions == ["2"]
-    assert look.said["onnx/my_model/1"] == "dropped: the key that signed it is not trusted any more"
+    assert look.printed["onnx/my_model/1"] == "dropped: the key that signed it is not trusted any more"
     assert list_plaintext(memory) == ["my_model/2/model.onnx"]
     assert Look(home, memory).versions == ["2"]
 
@@ -529,7 +533,7 @@ def test_an_identity_is_rotated(home, memory):
     shutil.copy(new, identities)
     look = Look(home, memory)
     assert look.versions == ["2"], "the new identity opens what was sealed to both"
-    assert "DecryptError" in look.said["onnx/my_model/1"]
+    assert "DecryptError" in look.printed["onnx/my_model/1"]
     (recipients / "first.txt").unlink()
     reseal(home)
     reseal(home, version="1")
@@ -558,7 +562,7 @@ def test_an_identity_is_read_from_a_secret_of_kubernetes_and_again_when_that_cha
     publish("2026_11_29_01", (home / "keys/identities/tfserving/first.txt").read_text())
     (folder / "identity.txt").symlink_to("..data/identity.txt")
     look = Look(home, memory)
-    assert look.versions == [] and "DecryptError" in look.said["onnx/my_model/1"]
+    assert look.versions == [] and "DecryptError" in look.printed["onnx/my_model/1"]
     publish("2026_11_29_02", given.read_text())
     assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"]
 
@@ -586,7 +590,7 @@ def test_without_keys_and_without_models_one_line_says_what_to_do(tmp_path, home
     assert "run python keys.py" in call_main(seal, "--home", tmp_path).stderr
     assert "train the model first" in call_main(seal, "onnx", "7", "--home", home).stderr
     done = call_main(unseal, "onnx", "--to", memory, "--home", tmp_path)
-    assert (done.returncode, done.stderr) == (1, "unseal: nothing of onnx is let in\n")
+    assert (done.returncode, done.stderr) == (1, "unseal: no version of onnx is accepted\n")
     shutil.rmtree(home / "keys/trusted")
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
     assert "keys/trusted is empty" in done.stderr
@@ -620,7 +624,7 @@ def test_a_folder_with_other_files_is_left_alone(home, memory):
     assert [path.name for path in memory.iterdir()] == ["mine"]
 
 
-def test_what_an_earlier_run_let_in_is_gone_before_a_server_is_told_to_start(home, memory):
+def test_versions_that_only_an_earlier_run_accepted_are_removed_before_a_server_starts(home, memory):
     assert call_main(unseal, "onnx", "--to", memory, "--home", home).returncode == 0
     (memory / ".unsealing-killed/plain").mkdir(parents=True)
     strip_signature(home)
@@ -654,12 +658,12 @@ def test_a_full_folder_takes_a_version_whole_or_not_at_all_and_takes_it_once_the
         run("umount", memory, check=True)
 
 
-def test_what_cannot_be_remembered_is_not_let_in(home, memory):
+def test_a_version_that_cannot_be_remembered_is_refused(home, memory):
     (home / "state").mkdir()
     (home / "state/state.new").mkdir()
     look = Look(home, memory)
     assert look.versions == []
-    assert "refused" in look.said["onnx/my_model/2"]
+    assert "refused" in look.printed["onnx/my_model/2"]
     (home / "state/state.new").rmdir()
     assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"], "the next look tries again"
 
@@ -924,6 +928,13 @@ def test_a_server_started_on_a_tampered_store_serves_the_other_version_only(home
     assert not marker.exists()
 
 
+def seal_elsewhere(home: Path, server: str, version: str, models: Path) -> Path:
+    """Seal a version where no unseal.py sees it, which could accept it before the test has changed it."""
+    elsewhere = shutil.copytree(home, home.with_name("elsewhere"))
+    reseal(elsewhere, server, version, **{"from": models})
+    return version_dir(elsewhere, server, version)
+
+
 def copy_models(server: str, folder: Path) -> Path:
     """Return a copy of a server's models to which version 3 is added, whose answers are version 2's."""
     models = shutil.copytree(REPOSITORY_DIR / release.PLACES[server][0], folder / "models")
@@ -938,9 +949,7 @@ def test_no_request_is_lost_while_new_versions_come_tampered_and_whole(home, mem
     shutil.rmtree(models / "my_model/1")
     with ServerProcess(seal_endpoint(server, home, memory / "models")) as running, Clients(running.endpoint) as clients:
         clients.wait(100)
-        reseal(tmp_path / "home", server, "3", **{"from": models})
-        folder = version_dir(home, server, "3")
-        good = folder.rename(tmp_path / "good")
+        folder, good = version_dir(home, server, "3"), seal_elsewhere(home, server, "3", models)
         bad = shutil.copytree(good, tmp_path / "bad")
         path = next(path for path in sorted(bad.rglob("*.age")))
         damage(path)
@@ -965,7 +974,7 @@ def test_no_request_is_lost_while_new_versions_come_tampered_and_whole(home, mem
 
 
 @pytest.mark.slow
-def test_torchserve_registers_only_what_was_let_in(home, memory, tmp_path):
+def test_torchserve_registers_only_accepted_versions(home, memory, tmp_path):
     models = copy_models("torchserve", tmp_path)
     with zipfile.ZipFile(models / "model_v3.mar") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -977,18 +986,16 @@ def test_torchserve_registers_only_what_was_let_in(home, memory, tmp_path):
         register = Request(
             "/models?url=model_v3.mar&initial_workers=1&synchronous=true", b"", content_type="text/plain"
         )
-        plant_version_3 = version_dir(home, "torchserve", "3")
-        reseal(home, "torchserve", "3", **{"from": models})
-        good = plant_version_3.rename(tmp_path / "good")
+        folder, good = version_dir(home, "torchserve", "3"), seal_elsewhere(home, "torchserve", "3", models)
         bad = shutil.copytree(good, tmp_path / "bad")
         os.truncate(bad / "model_v3.mar.age", 1000)
-        bad.rename(plant_version_3)
+        bad.rename(folder)
         wait_until(lambda: "torchserve/my_model/3: refused: " in running.log(), running.log, running.process)
         status, _ = send_to(endpoint, "management", register)
         assert status == 404
         clients.wait(REQUESTS)
-        shutil.rmtree(plant_version_3)
-        good.rename(plant_version_3)
+        shutil.rmtree(folder)
+        good.rename(folder)
         wait_until(lambda: (memory / "models/model_v3.mar").exists(), running.log, running.process)
         status, reply = send_to(endpoint, "management", register)
         assert status == 200, reply
@@ -998,67 +1005,99 @@ def test_torchserve_registers_only_what_was_let_in(home, memory, tmp_path):
     assert clients.problems == [], f"{clients.describe()}\n{log[-5000:]}"
 
 
+@pytest.mark.slow
+def test_bentoml_serves_on_when_a_version_is_tampered_with(home, memory):
+    """It loads models only when it starts; unseal.py refuses the change then, as it does at once."""
+    with ServerProcess(seal_endpoint("bentoml", home, memory / "models")) as running:
+        with Clients(running.endpoint) as clients:
+            clients.wait(100)
+            damage(version_dir(home, "bentoml") / "saved_model.pkl.age")
+            wait_until(lambda: "bentoml/my_model/2: refused: " in running.log(), running.log, running.process)
+            clients.wait(REQUESTS)
+        assert clients.problems == [], clients.describe()
+        trained = REPOSITORY_DIR / "bentoml/store/models/my_model/v2.0.0/saved_model.pkl"
+        assert (memory / "models/models/my_model/v2.0.0/saved_model.pkl").read_bytes() == trained.read_bytes()
+
+
 def send_to(endpoint: Endpoint, role: str, request) -> tuple[int, bytes]:
     return send(endpoint.ports[role], request, DEADLINE_S)
 
 
-def test_both_kinds_of_keys_are_rotated_under_load_without_a_lost_request(home, memory):
+@pytest.mark.parametrize("server", EVERY_SERVER)
+def test_both_kinds_of_keys_are_rotated_under_load_without_a_lost_request(home, memory, server):
     """As README.md has it: the old key and identity are gone at the end, and what only they signed or opened, too."""
     said = 0
 
     def reseal_and_wait() -> None:
         nonlocal said
         for version in VERSIONS:
-            reseal(home, version=version)
+            reseal(home, server, version)
         said += 1
         for version in VERSIONS:
-            line = f"onnx/my_model/{version}: serial "
+            line = f"{server}/my_model/{version}: accepted: serial "
             wait_until(lambda line=line: running.log().count(line) == 1 + said, running.log, running.process)
 
     folder = home / "keys"
-    with ServerProcess(seal_endpoint("onnx", home, memory / "models")) as running, Clients(running.endpoint) as clients:
-        old = shutil.copytree(version_dir(home), home / "old")
+    with ServerProcess(seal_endpoint(server, home, memory / "models")) as running, Clients(running.endpoint) as clients:
+        old = shutil.copytree(version_dir(home, server), home / "old")
         call_main(keys, "second", "signing", "--home", home)
         reseal_and_wait()
         (folder / "trusted/first.pub").unlink()
         clients.wait(REQUESTS // 2)
-        call_main(keys, "second", "onnx", "--home", home)
-        (folder / "identities/onnx/second.txt").rename(home / "second.txt")
+        call_main(keys, "second", server, "--home", home)
+        (folder / f"identities/{server}/second.txt").rename(home / "second.txt")
         reseal_and_wait()
-        (home / "second.txt").rename(folder / "identities/onnx/second.txt")
-        (folder / "identities/onnx/first.txt").unlink()
-        (folder / "recipients/onnx/first.txt").unlink()
+        (home / "second.txt").rename(folder / f"identities/{server}/second.txt")
+        (folder / f"identities/{server}/first.txt").unlink()
+        (folder / f"recipients/{server}/first.txt").unlink()
         reseal_and_wait()
         clients.wait(REQUESTS // 2)
-        assert "dropped" not in running.log() and "refused" not in running.log()
-        shutil.rmtree(version_dir(home))
-        shutil.copytree(old, version_dir(home))
-        wait_until(lambda: "onnx/my_model/2: refused: no trusted key" in running.log(), running.log, running.process)
+        assert ": dropped: " not in running.log() and ": refused: " not in running.log()
+        shutil.rmtree(version_dir(home, server))
+        shutil.copytree(old, version_dir(home, server))
+        wait_until(
+            lambda: f"{server}/my_model/2: refused: no trusted key" in running.log(), running.log, running.process
+        )
         clients.wait(100)
     assert clients.problems == [], clients.describe()
+
+
+def measure_stage(server: str, home: Path, folder: Path) -> tuple[float, float]:
+    """Return the seconds from the start of unseal.py until it starts a command, and its processor seconds."""
+    before, start_ns = resource.getrusage(resource.RUSAGE_CHILDREN), time.time_ns()
+    options = ("--to", folder, "--home", home, "--", "date", "+%s%N")
+    done = run_python(SEALING_DIR / "unseal.py", server, *options, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return (int(done.stdout.split()[-1]) - start_ns) / 1e9, cpu_s
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize("server", SERVERS)
 def test_what_it_costs_at_a_start(home, memory, server, capsys):
-    """A start with and without, in turn; REFERENCE.md has these lines."""
-    seconds: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(3):
-        for sealed in seconds:
+    """Prints a line of REFERENCE.md: starts without and with, in turn, and what unseal.py takes of that.
+
+    A server's start may vary by more than unseal.py takes, so that is measured by itself, too, and more often.
+    """
+    starts: list[list[float]] = []
+    for number in range(5):
+        starts.append([])
+        for is_sealed in (False, True):
             endpoint = load_endpoints()[server].on_free_ports()
             endpoint.start_timeout_s = DEADLINE_S
-            with ServerProcess(seal_endpoint(server, home, memory / "models") if sealed else endpoint) as running:
-                seconds[sealed].append(running.ready_s)
-    cpu_s = []
-    for number in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        run_python(SEALING_DIR / "unseal.py", server, "--to", memory / str(number), "--home", home, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    plain, sealed = (sorted(values)[1] for values in seconds.values())
+            folder = memory / f"models-{number}"
+            with ServerProcess(seal_endpoint(server, home, folder) if is_sealed else endpoint) as running:
+                starts[-1].append(running.ready_s)
+    stage = [measure_stage(server, home, memory / str(number)) for number in range(20)]
+    differences = [sealed - plain for plain, sealed in starts]
+    cells = [f"{statistics.median(values):.2f} s" for values in zip(*starts, strict=True)]
+    cells += [f"{statistics.median(differences):+.2f} s ({min(differences):+.2f} to {max(differences):+.2f})"]
+    wall_s, cpu_s = (sorted(values) for values in zip(*stage, strict=True))
+    cells += [f"{statistics.median(wall_s):.2f} s ({wall_s[0]:.2f} to {wall_s[-1]:.2f})"]
+    cells += [f"{statistics.median(cpu_s):.2f} s"]
     with capsys.disabled():
-        print(f"\n| {server} | {plain:.2f} s | {sealed:.2f} s | {sealed - plain:+.2f} s | {min(cpu_s):.2f} s |")
-    assert sealed - plain < 10
+        print(f"\n| {server} | {' | '.join(cells)} |")
+    assert statistics.median(differences) < 10 and wall_s[0] < 10
 
 
 @pytest.mark.timing
@@ -1082,7 +1121,7 @@ def test_what_it_costs_at_a_reload(home, memory, tmp_path, capsys):
 
 
 def test_a_start_imports_nothing_of_sigstores_service():
-    """It is half of what unseal.py imports, and nothing here uses it: release.py postpones it."""
+    """It is half of what model-signing imports, and nothing here uses it: release.py leaves it out."""
     program = "import sys; sys.path.insert(0, sys.argv[1]); import unseal; print(*sys.modules)"
     modules = run_python("-c", program, SEALING_DIR, check=True).stdout.split()
     assert "model_signing.verifying" in modules
@@ -1099,12 +1138,18 @@ def spawn(*arguments: str | Path, **options) -> subprocess.Popen:
     )
 
 
+def enlarge(home: Path, folder: Path) -> Path:
+    """Seal a version 2 of 20 MB, whose opening takes long enough to be interrupted; return the folder of the models."""
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", folder / "models")
+    (models / "my_model/2/model.onnx").write_bytes(os.urandom(20_000_000))
+    reseal(home, **{"from": models})
+    return models
+
+
 @pytest.mark.parametrize("moment", ["sealed/model.onnx.age", "plain/model.onnx"])
 def test_an_unsealing_that_is_killed_leaves_whole_versions_or_none(home, memory, tmp_path, moment):
-    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
-    content = os.urandom(20_000_000)
-    (models / "my_model/2/model.onnx").write_bytes(content)
-    reseal(home, **{"from": models})
+    models = enlarge(home, tmp_path)
+    content = (models / "my_model/2/model.onnx").read_bytes()
     process = spawn("onnx", "--to", memory, "--home", home)
     try:
         stage = f"{unseal.STAGE}*/{moment}"
@@ -1161,7 +1206,7 @@ def test_with_a_command_it_ends_with_the_server_and_its_code_and_removes_the_fol
     assert not (memory / "a").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_ends_the_server_too(home, memory, number):
     program = (
         "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print('up', flush=True); time.sleep(999)"
@@ -1184,6 +1229,171 @@ def test_a_server_that_cannot_be_started_is_one_line(home, memory):
     done = call_main(unseal, "onnx", "--to", memory / "a", "--home", home, "--", "no-such-program")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("unseal: ") and "no-such-program" in done.stderr
+
+
+def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_path):
+    """The server takes its time to end; Ctrl-C again, and SIGTERM, must not end unseal.py before it."""
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        "    print('ending', flush=True)\n"
+        "    while not pathlib.Path(sys.argv[1]).exists():\n"
+        "        time.sleep(0.02)\n"
+        "    sys.exit()\n"
+        "signal.signal(15, end); print('up', flush=True); time.sleep(999)"
+    )
+    command = (sys.executable, "-c", program, tmp_path / "go")
+    process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", *command)
+    try:
+        wait_until(lambda: process.stdout.readline() == "up\n", "the server is up", process)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: process.stdout.readline() == "ending\n", "the server is ending", process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process.send_signal(number)
+    finally:
+        (tmp_path / "go").touch()
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert len(family) == 2
+    _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
+    assert (process.returncode, alive, output) == (0, [], "")
+    assert not (memory / "a").exists()
+
+
+@pytest.mark.parametrize("command", [[], ["--", "sleep", "999"]])
+@pytest.mark.parametrize("moment", ["sealed/model.onnx.age", "plain/model.onnx"])
+def test_an_interrupted_opening_leaves_whole_versions_and_with_a_command_none(home, memory, tmp_path, moment, command):
+    enlarge(home, tmp_path)
+    process = spawn("onnx", "--to", memory / "a", "--home", home, *command)
+    try:
+        stage = f"a/{unseal.STAGE}*/{moment}"
+        wait_until(lambda: any(p.stat().st_size > 1 << 20 for p in exist(memory.glob(stage))), moment, process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert "Traceback" not in output
+    assert not list(memory.glob(f"a/{unseal.STAGE}*")) and not (memory / "a/.ready").exists()
+    if command:
+        assert (process.returncode, list(memory.iterdir())) == (0, [])
+    else:
+        assert process.returncode == 1 and output.splitlines()[-1].startswith("unseal: interrupted; ")
+        assert set(list_plaintext(memory)) <= {"a/my_model/1/model.onnx"}
+
+
+def test_an_interrupted_sealing_leaves_the_version_as_it_was(home, memory, tmp_path):
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
+    (models / "my_model/2/model.onnx").write_bytes(os.urandom(50_000_000))
+    command = [sys.executable, SEALING_DIR / "seal.py", "onnx", "2", "--from", models, "--home", home]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folder = version_dir(home).parent
+    try:
+        wait_until(lambda: list(folder.glob(".sealing-*")), "it has begun", process)
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, output) == (1, "seal: interrupted; versions sealed before are complete\n")
+    assert not list(folder.glob(".sealing-*"))
+    assert Look(home, memory).versions == ["1", "2"]
+
+
+def test_an_interruption_while_packages_are_imported_is_one_line(tmp_path):
+    (tmp_path / "pyrage.py").write_text("raise KeyboardInterrupt")
+    for script, options in (("keys", []), ("seal", []), ("unseal", ["onnx", "--to", tmp_path / "a"])):
+        done = run_python(SEALING_DIR / f"{script}.py", *options, env={"PYTHONPATH": str(tmp_path)})
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{script}: interrupted\n")
+
+
+UNREADABLE = {
+    "keys/trusted/first.pub": ("unseal: policy.toml or keys in ", "first.pub"),
+    "keys/trusted": ("onnx/my_model/2: refused: no trusted key ", "keys/trusted is empty or cannot be read"),
+    "keys/identities/onnx/first.txt": ("unseal: policy.toml or keys in ", "first.txt"),
+    "policy.toml": ("unseal: policy.toml or keys in ", "Permission denied"),
+    "state/state.json": ("unseal: state.json ", "Permission denied"),
+    "sealed/onnx/my_model/2/model.onnx.age": ("onnx/my_model/2: refused: ", "model.onnx.age"),
+}
+
+
+@needs("setpriv")
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_that_cannot_be_read_is_named_in_one_line(home, memory, name):
+    (memory / "before").mkdir()
+    Look(home, memory / "before")
+    (home / name).chmod(0)
+    powers = "-dac_override,-dac_read_search"  # root's, with which it reads any file
+    limits = ["setpriv", f"--bounding-set={powers}", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    command = [*limits, sys.executable, SEALING_DIR / "unseal.py", "onnx", "--to", memory / "a", "--home", home]
+    try:
+        done = run(*command)
+    finally:
+        (home / name).chmod(0o700)
+    start, words = UNREADABLE[name]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith(start)]
+    assert words in line and "Traceback" not in done.stderr
+    if name.startswith("sealed"):
+        assert (done.returncode, list_plaintext(memory / "a")) == (0, ["my_model/1/model.onnx"])
+    else:
+        assert done.returncode == 1 and list_plaintext(memory / "a") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("serial", "holds no number"), ("recipients/onnx/first.txt", "first.txt: "), ("signing/first.pem", "first.pem: ")],
+)
+def test_a_damaged_key_is_named_when_models_are_sealed(home, name, words):
+    (home / "keys" / name).write_text("junk")
+    done = run_python(SEALING_DIR / "seal.py", "onnx", "2", "--home", home)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("seal: ") and words in line
+
+
+@pytest.mark.slow
+@needs("softhsm2-util")
+def test_a_key_in_a_hardware_token_signs(home, memory, tmp_path):
+    """SoftHSM is a token in software; what is signed with its key is verified like all else."""
+    pytest.importorskip("PyKCS11", reason="no PyKCS11 in this Python: uv pip install pykcs11")
+    program = Path(shutil.which("softhsm2-util")).resolve()
+    libraries = program.parents[1] / "lib"
+    module = next(path for place in ("", "*/") for path in libraries.glob(f"{place}softhsm/libsofthsm2.so"))
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "softhsm2.conf").write_text(f"directories.tokendir = {tmp_path / 'tokens'}\n")
+    environment = {"SOFTHSM2_CONF": str(tmp_path / "softhsm2.conf")}
+    (tmp_path / "pin").write_text("1234")
+    private, public = release.make_signing_key()
+    (tmp_path / "key.pem").write_bytes(private)
+    options = ["--module", module, "--token", "release", "--pin", "1234"]
+    run(program, "--init-token", "--free", "--label", "release", "--so-pin", "1234", *options[:2], *options[4:],
+        env=environment, check=True)  # fmt: skip
+    run(program, "--import", tmp_path / "key.pem", *options, "--label", "first", "--id", "01",
+        env=environment, check=True)  # fmt: skip
+    (home / "keys/trusted/token.pub").write_bytes(public)
+    uri = f"pkcs11:token=release;object=first?pin-source={tmp_path / 'pin'}&module-path={module}\n"
+    (home / "keys/signing/token.pkcs11").write_text(uri)
+    done = run_python(SEALING_DIR / "seal.py", "onnx", "2", "--home", home, env=environment, check=True)
+    assert "signed by token" in done.stdout
+    (home / "keys/trusted/first.pub").unlink()
+    assert Look(home, memory).versions == ["2"]
+    (home / "keys/signing/token.pkcs11").write_text(uri.replace("object=first", "object=other"))
+    done = run_python(SEALING_DIR / "seal.py", "onnx", "2", "--home", home, env=environment)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("seal: ") and "token.pkcs11: " in done.stderr
+
+
+def test_the_reference_counts_the_lines_of_code():
+    """Lines with code, without blank ones, comments and docstrings."""
+    text = (SEALING_DIR / "REFERENCE.md").read_text()
+    for path in sorted(SEALING_DIR.glob("*.py")):
+        count = count_code_lines(path.read_text())
+        assert re.search(rf"^\| `{path.name}` \| .* \| {count} \|$", text, re.MULTILINE), f"{path.name}: {count}"
+
+
+def count_code_lines(source: str) -> int:
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_docstring = token.type == tokenize.STRING and token.line.lstrip().startswith('"""')
+        if token.string.strip() and token.type != tokenize.COMMENT and not is_docstring:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines)
 
 
 # Interoperation.

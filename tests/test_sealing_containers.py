@@ -112,7 +112,7 @@ def test_sealed_models_are_opened_in_memory_served_and_kept_when_a_file_is_chang
         wait_until(lambda: f"{server}/my_model/2: refused: " in read_log(), read_log)
         assert difference("2") <= TOLERANCE
         compose("restart", opener)
-        wait_until(lambda: read_log().count(f"{server}/my_model/1: serial 1 is let in") == 2, read_log)
+        wait_until(lambda: read_log().count(f"{server}/my_model/1: accepted: serial 1") == 2, read_log)
         if server == "onnx":  # sees at once that version 2 is gone
             wait_until(lambda: "my_model version 2 is gone" in compose("logs", server), read_log)
         assert difference("1") <= TOLERANCE
