@@ -136,7 +136,10 @@ def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
     """
     sealed, signature = stage / "sealed", stage / SIGNATURE
     measure_files(folder, trust.max_bytes)
-    shutil.copytree(folder, sealed, symlinks=True, copy_function=shutil.copyfile)
+    try:
+        shutil.copytree(folder, sealed, symlinks=True, copy_function=shutil.copyfile)
+    except shutil.Error as error:  # a list of source, target and reason of each file that was not copied
+        raise OSError(error.args[0][0][2]) from None
     sizes = measure_files(sealed, trust.max_bytes)
     if not {NOTE, SIGNATURE} <= sizes.keys() or max(sizes[NOTE], sizes[SIGNATURE]) > MAX_NOTE_BYTES:
         raise Refused(f"{NOTE} or {SIGNATURE} is missing or too large")
@@ -215,7 +218,7 @@ class Unsealer:
         """Print a line, unless it was the last one about that version."""
         if self.told.get(name) != line:
             self.told[name] = line
-            line = repr(f"{name}: {line}"[:300])[1:-1]  # a file's name may contain anything
+            line = f"{name}: {line}"[:300].encode("unicode_escape").decode()  # a file's name may contain anything
             print(line, file=sys.stdout if good else sys.stderr, flush=True)
 
 

@@ -646,6 +646,8 @@ def test_a_full_folder_takes_a_version_whole_or_not_at_all_and_takes_it_once_the
         filling = memory / "filling"
         filling.write_bytes(b"x" * 56 * 1024)
         look = Look(home, memory)
+        assert look.printed["onnx/my_model/2"].startswith("refused: "), look.printed
+        assert not look.printed["onnx/my_model/2"].startswith("refused: [("), "one reason, not a list"
         for version in VERSIONS:
             place = memory / "my_model" / version
             assert place.exists() == (version in look.versions)
