@@ -1266,8 +1266,15 @@ def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_p
     assert not (memory / "a").exists()
 
 
-@pytest.mark.parametrize("command", [[], ["--", "sleep", "999"]])
-@pytest.mark.parametrize("moment", ["sealed/model.onnx.age", "plain/model.onnx"])
+@pytest.mark.parametrize(
+    ("moment", "command"),
+    [
+        ("sealed/model.onnx.age", []),
+        ("plain/model.onnx", ["--", "sleep", "999"]),
+        pytest.param("sealed/model.onnx.age", ["--", "sleep", "999"], marks=pytest.mark.slow),
+        pytest.param("plain/model.onnx", [], marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_opening_leaves_whole_versions_and_with_a_command_none(home, memory, tmp_path, moment, command):
     enlarge(home, tmp_path)
     process = spawn("onnx", "--to", memory / "a", "--home", home, *command)
