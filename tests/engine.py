@@ -25,6 +25,7 @@ import psutil
 from packaging.requirements import Requirement
 
 from helpers import DEADLINE_S, REPOSITORY_DIR, wait_until
+from machine.signals import interrupt_on_sigterm
 
 PYTHON_IMAGE = "python:3.11.15-slim-bookworm"
 BASE_LABEL = "a Debian bookworm with its own Python, made by debootstrap in place of Python's image"
@@ -84,6 +85,7 @@ class Engine:
         self.log_path = self.folder / "dockerd.log"
 
     def __enter__(self) -> "Engine":
+        interrupt_on_sigterm()  # also a test that is ended takes its engine along
         for folder in ("bin", "config/cli-plugins"):
             (self.folder / folder).mkdir(parents=True)
         docker = DEBIAN_DOCKER if Path(DEBIAN_DOCKER).exists() else shutil.which("docker")
