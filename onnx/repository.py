@@ -1,6 +1,7 @@
 """The model repository, <name>/<version>/model.onnx, watched while the server runs."""
 
 import asyncio
+import errno
 import os
 import stat
 import sys
@@ -89,7 +90,7 @@ class Repository:
         name, version = key
         folder = self.folder / name / version
         try:
-            contents = {path: (folder / path).read_bytes() for path in files}
+            contents = {path: read_file(folder / path) for path in files}
             if list_files(folder) != files:
                 raise ModelError("its files change while they are read; they will be read again")
             return Model(name, version, contents, self.settings)
@@ -126,7 +127,8 @@ class Repository:
             if not is_folder(entry):
                 strange += [entry.name] if entry.name.endswith(".onnx") else []
             elif not (entry.name.isascii() and entry.name.isdecimal()):
-                strange += [entry.name] if (self.folder / name / entry.name / "model.onnx").exists() else []
+                if os.path.exists(f"{entry.path}/model.onnx"):  # noqa: PTH110 - Path.exists raises if it may not look
+                    strange.append(entry.name)
             elif self.only_version in (None, entry.name):
                 try:
                     files = list_files(self.folder / name / entry.name)
@@ -149,7 +151,7 @@ class Repository:
         """
         path = self.folder / name / "default"
         try:
-            wanted = None if self.only_version else path.read_text().strip()
+            wanted = None if self.only_version else read_file(path).decode().strip()
         except FileNotFoundError:
             wanted = None
         except (OSError, UnicodeDecodeError):
@@ -200,24 +202,41 @@ class Repository:
 
 
 def is_folder(entry: os.DirEntry) -> bool:
-    """Return whether it is a folder, or a link that leads nowhere for now."""
-    return entry.is_dir() or (entry.is_symlink() and not Path(entry.path).exists())
+    """Return whether it is a folder, or a link that leads nowhere for now, perhaps in a circle."""
+    try:
+        return entry.is_dir() or (entry.is_symlink() and not Path(entry.path).exists())
+    except OSError:
+        return entry.is_symlink()
+
+
+def read_file(path: Path) -> bytes:
+    """Return the content of a regular file; OSError for anything else: a pipe would never end."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        return file.read()
 
 
 def list_files(folder: Path) -> Files:
-    """Return every file below `folder` with its stamp; OSError if one cannot be read."""
+    """Return every file below `folder` with its stamp; OSError if one cannot be read.
+
+    The stamp has the time of the last change: programs that copy set the time of modification, to any value.
+    """
     files: Files = {}
     for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             path = Path(parent, name)
             try:
                 status = path.stat()
-            except FileNotFoundError:  # a link that leads nowhere for now: reading it reports that
-                files[path.relative_to(folder).as_posix()] = ()
+            except OSError as error:
+                if not (isinstance(error, FileNotFoundError) or path.is_symlink()):
+                    raise
+                files[path.relative_to(folder).as_posix()] = ()  # a link that leads nowhere: reading it reports that
                 continue
             if stat.S_ISREG(status.st_mode):
                 files[path.relative_to(folder).as_posix()] = (
-                    status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode, status.st_uid, status.st_gid
+                    status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size,
+                    status.st_mode, status.st_uid, status.st_gid,
                 )  # fmt: skip
     return dict(sorted(files.items()))
 

@@ -170,7 +170,7 @@ class Serving:
 
     def find(self, head: Head) -> Route:
         """Return the route; Refusal 404, 405 or 415 if there is none."""
-        methods = self.routes.get(head.target)
+        methods = None if "%" in head.target else self.routes.get(head.target)
         if methods is None:
             path = read_path(head.target)
             methods = self.routes.get(path)
@@ -287,7 +287,7 @@ def list_some(names: list[str]) -> str:
 
 def read_path(target: str) -> str:
     """Return the path of a request's target, which may have a query, a host, and escapes."""
-    if target.startswith(("http://", "https://")):
+    if target[:8].lower().startswith(("http://", "https://")):
         target = "/" + target.split("/", 3)[3] if target.count("/") > 2 else "/"
     return urllib.parse.unquote(target.partition("?")[0])
 

@@ -5,8 +5,10 @@ import concurrent.futures
 import http.client
 import itertools
 import json
+import os
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -624,6 +626,9 @@ class Following:
         answers = [self.asker.ask(way, name, zeros)["y"][0].tolist() for way in ("raw", "binary", "json")]
         return answers[0] if answers.count(answers[0]) == len(answers) else []
 
+    def answer_if_ready(self, name: str) -> list[float]:
+        return self.answer(name) if self.state(name) == "READY" else []
+
     def assert_still(self) -> None:
         """A model that is added now is served: by then all that came before has been looked at."""
         number = next(NUMBERS)
@@ -709,6 +714,67 @@ def test_weights_outside_of_the_version_are_never_read(following):
         reason = list_index(following.server)[name, "1"]["reason"]
         assert "is not in its version's folder" in reason
         assert "/" not in reason
+
+
+def test_a_file_that_is_rewritten_with_its_old_size_and_time_gives_new_answers(following):
+    """As by `cp --preserve` and by unpacking archives whose files all have one time."""
+    folder = following.put("kept_time", ("model.onnx", EXTERNAL), ("model.onnx.data", WEIGHTS[1]))
+    for file in folder.iterdir():
+        os.utime(file, (0, 0))
+    wait_until(lambda: following.answer_if_ready("kept_time") == [1] * 5, following.server.log)
+    following.assert_still()
+    (folder / "model.onnx.data").write_bytes(WEIGHTS[2])
+    os.utime(folder / "model.onnx.data", (0, 0))
+    wait_until(lambda: following.answer("kept_time") == [2] * 5, following.server.log)
+
+
+def test_links_in_a_circle_and_pipes_hold_up_nothing(following):
+    loop = following.folder / "in_a_circle"
+    loop.symlink_to(loop.name)
+    try:
+        following.assert_still()  # a model that is added is served
+    finally:
+        loop.unlink()
+    folder = following.put("circled", ("model.onnx", EXTERNAL))
+    (folder / "model.onnx.data").symlink_to("model.onnx.data")
+    following.wait_for("circled", "UNAVAILABLE")
+    assert "Too many levels" in list_index(following.server)["circled", "1"]["reason"]
+    (folder / "model.onnx.data").unlink()
+    os.mkfifo(folder / "model.onnx.data")
+    os.mkfifo(folder.parent / "default")
+    following.assert_still()
+    (folder / "model.onnx.data").unlink()
+    following.put("circled", ("model.onnx.data", WEIGHTS[3]))
+    following.wait_for("circled", "READY")
+    assert following.answer("circled") == [3] * 5
+    wait_until(lambda: "names 'something unreadable'" in following.server.log(), following.server.log)
+
+
+def test_a_folder_that_may_not_be_looked_into_hides_no_model(tmp_path_factory):
+    if os.geteuid():
+        pytest.skip("only root can stop being root for a moment")
+    (repository,) = load_together(REPOSITORY_DIR / "onnx", "repository")
+    with tempfile.TemporaryDirectory() as base:
+        Path(base).chmod(0o755)
+        model = Path(base, "good", "1", "model.onnx")
+        model.parent.mkdir(parents=True)
+        model.write_bytes(b"")
+        Path(base, "good", "lost+found").mkdir(mode=0o700)
+        os.seteuid(65534)
+        try:
+            assert list(repository.Repository(Path(base), None).list_versions()) == [("good", "1")]
+        finally:
+            os.seteuid(0)
+
+
+def test_an_escaped_name_is_never_taken_for_another(following):
+    following.put("a%", ("model.onnx", toy_onnx_models.make_rows("same")))
+    following.put("a%25", ("model.onnx", toy_onnx_models.make_rows("same")))
+    following.wait_for("a%", "READY")
+    following.wait_for("a%25", "READY")
+    for path, name in (("/v2/models/a%25", "a%"), ("/v2/models/a%2525", "a%25"), ("/v2/models/%61%25", "a%")):
+        assert get(following.server, path)[1]["name"] == name, path
+    assert get(following.server, "HTTP://localhost/v2/models/a%25")[1]["name"] == "a%"  # RFC 3986, 3.1
 
 
 def test_odd_models_that_are_dropped_in_do_not_end_the_watch(following):
