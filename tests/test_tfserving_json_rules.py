@@ -5,6 +5,7 @@ and of Abseil's Base64Unescape.
 """
 
 import gzip
+import http.client
 import json
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from bad_requests import GOOD_ROW
 from client.ask import send
 from endpoints.base import Request
+from helpers import DEADLINE_S
 from json_forms import Raw, spell
 
 PREDICT = "/v1/models/my_model:predict"
@@ -101,8 +103,13 @@ def test_of_members_with_one_name_the_first_counts(port):
     for text in (
         f'{{"instances": {first}, "instances": {second}}}',
         f'{{"instances": {first}, "instances": 5}}',
+        f'{{"instances": {first}, "in\\u0073tances": {second}}}',
+        f'{{"in\\u0073tances": {first}, "instances": {second}}}',
+        f'{{"signature_name": "", "instances": {first}, "signature_name": "x"}}',
     ):
         assert ask(port, text.encode()) == expected, text
+    status, reply = ask(port, f'{{"signature_name": "x", "signature_name": "", "instances": {first}}}'.encode())
+    assert (status, reply["error"]) == (400, 'Serving signature name: "x" not found in signature def')
 
 
 # A value in the place of the second row's third feature, and what is said of it.
@@ -197,6 +204,9 @@ MALFORMED = {  # message and offset
     b"{} {}": ("The document root must not be followed by other values.", 3),
     b"{}\xc3\xa9": ("The document root must not be followed by other values.", 2),
     b"\xff\xfe{\0}\0": ("Invalid value.", 0),  # UTF-16
+    b"\xef\xbb\xbf x": ("Invalid value.", 4),
+    b"\xef\xbb\xbf\xef\xbb\xbf{}": ("Invalid value.", 3),
+    b"\xbb\xef{}": ("Invalid value.", 1),  # each byte of a mark is passed over by itself
 }
 
 
@@ -205,6 +215,29 @@ def test_what_is_no_json_is_told_in_rapidjsons_words_and_where(port, body):
     message, offset = MALFORMED[body]
     expected = f"JSON Parse error: {message}" + ("" if offset is None else f" at offset: {offset}")
     assert ask(port, body) == (400, {"error": expected})
+
+
+def test_of_two_content_encodings_the_first_counts(port):
+    body = gzip.compress(b'{"instances": [%b]}' % ROW.encode())
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    connection.putrequest("POST", PREDICT)
+    for name, value in (("Content-Encoding", "gzip"), ("Content-Encoding", "gzip"), ("Content-Length", len(body))):
+        connection.putheader(name, str(value))
+    connection.endheaders(body)
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+@pytest.mark.parametrize("version", ["9" * 5000, "9223372036854775808"])
+def test_a_version_beyond_64_bits_is_refused(port, version):
+    for path, method in (
+        (f"/v1/models/my_model/versions/{version}:predict", "POST"),
+        (f"/v1/models/my_model/versions/{version}", "GET"),
+    ):
+        status, reply = send(port, Request(path, b"{}" if method == "POST" else b"", method=method))
+        assert (status, json.loads(reply)["error"]) == (400, f"Failed to convert version: {version} to numeric.")
+    status, _ = send(port, Request(f"/v1/models/my_model/versions/{'0' * 5000}1", b"", method="GET"))
+    assert status == 200
 
 
 def test_strings_that_rapidjson_lets_pass_are_passed_over(port):

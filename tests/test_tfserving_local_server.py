@@ -460,6 +460,49 @@ def test_a_wrong_classify_or_regress_request_is_told(port, path, body, error):
     assert error in reply["error"]
 
 
+@pytest.mark.parametrize("name", [b"\xff", b"\\udc00"])
+def test_a_feature_whose_name_is_no_text_is_refused(port, name):
+    status, reply = send(port, Request("/v1/models/verbs:classify", b'{"examples": [{"%b": 1}]}' % name))
+    assert (status, json.loads(reply)["error"]) == (400, "Feature: ? has a name that is not UTF-8")
+
+
+def test_a_long_error_over_grpc_keeps_its_code_and_its_beginning(server):
+    """A client refuses long headers, and would then report RESOURCE_EXHAUSTED."""
+    body = predict_request("é" * 10_000, "x", 1.0)
+    status, message = grpc_connection.send(server[1]["grpc"], Request(METHOD, body, content_type="application/grpc"))
+    assert status == "grpc-status 5", message  # NOT_FOUND
+    assert message.decode().startswith("Servable not found for request: Latest(éé")
+    assert message.decode().endswith("é...TRUNCATED")
+
+
+@pytest.mark.parametrize(
+    "method", ["PredictionService/Predict", "PredictionService/Classify", "ModelService/GetModelStatus"]
+)
+def test_a_grpc_request_that_is_no_message_is_refused_without_pythons_words(server, method):
+    request = Request(f"/tensorflow.serving.{method}", b"\xff\xff", content_type="application/grpc")
+    status, message = grpc_connection.send(server[1]["grpc"], request)
+    assert status == "grpc-status 13", message  # INTERNAL, as gRPC's statuscodes.md has it
+    assert message.decode() == f"The request is no valid message for {method.partition('/')[2]}"
+
+
+@pytest.mark.parametrize(
+    "dtype, field, value",
+    [(4, "int_val", 300), (6, "int_val", -129), (19, "half_val", 70_000), (20, "int_val", 1), (21, "int_val", 1)],
+)
+def test_values_that_a_small_type_does_not_hold_are_no_internal_error(server, dtype, field, value):
+    messages = import_messages()
+    request = messages.PredictRequest.FromString(predict_request("half_plus_two", "x", 1.0))
+    tensor = request.inputs["x"]
+    tensor.dtype = dtype
+    tensor.ClearField("float_val")
+    getattr(tensor, field).append(value)
+    body = Request(METHOD, request.SerializeToString(), content_type="application/grpc")
+    status, message = grpc_connection.send(server[1]["grpc"], body)
+    assert status == "grpc-status 3", message  # INVALID_ARGUMENT
+    told = b"tensor parsing error: x" if dtype in (20, 21) else b"Expects arg[0] to be float but"
+    assert message.startswith(told), message
+
+
 def test_grpc_has_the_older_verbs_too(server, apis):
     def fill(request):
         for x in (0.5, 0.75):
@@ -725,6 +768,41 @@ def test_a_folder_that_cannot_be_listed_for_a_while_keeps_what_is_served(changin
     changing.wait_for_line(f"{changing.name} version 2 retired")  # this folder can be read, and is empty
 
 
+def test_folders_whose_numbers_exceed_64_bits_and_links_in_a_circle_are_no_versions(changing):
+    """gRPC and the status carry a version in 64 bits: such a folder would make every answer an error."""
+    (changing.base / "99999999999999999999").mkdir()
+    (changing.base / "loop").symlink_to("loop")
+    changing.add_version("2")
+    changing.wait_for_line(f"{changing.name} version 2 loaded")
+    wait_until(lambda: changing.states() == {"2": "AVAILABLE", "1": "END"}, changing.log)
+
+
+def test_whatever_goes_wrong_while_versions_are_looked_for_is_one_line_and_the_next_look_follows(
+    local_server, monkeypatch, capsys
+):
+    class Enough(Exception):
+        pass
+
+    looks = iter([RuntimeError("odd"), RuntimeError("odd"), ["a change"]])
+
+    async def sleep(interval_s: float) -> None:
+        if waits.pop():
+            raise Enough
+
+    def poll() -> list[str]:
+        result = next(looks)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    waits = [True, False, False, False]
+    monkeypatch.setattr(local_server.asyncio, "sleep", sleep)
+    with pytest.raises(Enough):
+        asyncio.run(local_server.watch_folders(SimpleNamespace(poll=poll), 1.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["local server: the versions cannot be looked at: RuntimeError('odd')", "local server: a change"]
+
+
 def test_a_damaged_new_version_never_replaces_a_good_one_and_may_be_repaired(changing, tmp_path):
     folder = changing.base / "2"
     folder.mkdir()  # and filled later: LOADING until then, as in TensorFlow Serving
@@ -769,6 +847,8 @@ def test_the_config_can_be_reloaded_over_grpc_and_from_its_file(changing, apis):
     def labelled(version: int) -> str:
         return changing.model_config(f"{all_versions} version_labels {{ key: 'canary' value: {version} }}")
 
+    code, _ = reload(f'model_config_list {{ config {{ name: "{changing.name}" base_path: "/a\\0b" }} }}')
+    assert code == grpc.StatusCode.NOT_FOUND.value[0]
     code, message = reload(labelled(9))
     assert code == grpc.StatusCode.FAILED_PRECONDITION.value[0]
     refused = f"Request to assign label to version 9 of model {changing.name}, which is not currently"

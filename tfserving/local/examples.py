@@ -180,7 +180,10 @@ def _fill(row, example: example_pb2.Example) -> None:
     if not isinstance(row, dict):
         raise invalid(f"Example must be JSON object but got JSON {json_type(row)}")
     for name, value in row.items():
-        feature = example.features.feature[name]
+        try:
+            feature = example.features.feature[name]
+        except UnicodeEncodeError:
+            raise invalid(f"Feature: {name} has a name that is not UTF-8") from None
         for item in value if isinstance(value, list) else [value]:
             kind, data = _read_value(name, item)
             known = feature.WhichOneof("kind")

@@ -5,11 +5,13 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import examples
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from metrics import Metrics
 from quiet_tensorflow import tf
 from servables import DEFAULT_SIGNATURE, FLOAT, Library, Servable, ServingError, read_tensors
@@ -21,13 +23,12 @@ from tensorflow_serving.apis import (
     inference_pb2,
     model_management_pb2,
     model_pb2,
-    model_service_pb2_grpc,
     predict_pb2,
-    prediction_service_pb2_grpc,
     regression_pb2,
 )
 
 MAX_INLINE_BYTES = 64 * 2**10  # a larger request is answered on a thread, so that others do not wait for it
+MAX_ERROR_BYTES = 1024  # of a status: a client refuses headers of more than some 8 kB, and the error would be lost
 OPTIONS = [
     ("grpc.so_reuseport", 0),  # otherwise a second server would silently share the port
     ("grpc.max_receive_message_length", -1),
@@ -166,15 +167,37 @@ class RequestReader:
         self.sizes[len(message)] = len(numbers)
 
 
+def cut_error(message: str) -> str:
+    """Return an error message as TensorFlow Serving sends it: the beginning of a long one."""
+    encoded = message.encode("utf-8", "replace")
+    if len(encoded) <= MAX_ERROR_BYTES:
+        return message
+    return f"{encoded[:MAX_ERROR_BYTES].decode('utf-8', 'ignore')}...TRUNCATED"
+
+
+def parses(read: Callable) -> Callable:
+    """Return the error of a request that is no message, for `reports_errors`: gRPC would tell Python's name of it."""
+
+    def parse(message: bytes):
+        try:
+            return read(message)
+        except DecodeError as error:
+            return error
+
+    return parse
+
+
 def reports_errors(method):
     """Turn a ServingError into the call's status."""
 
     @functools.wraps(method)
     async def wrapped(self, request, context):
+        if isinstance(request, DecodeError):  # gRPC's own code for it, see its statuscodes.md
+            await context.abort(grpc.StatusCode.INTERNAL, f"The request is no valid message for {method.__name__}")
         try:
             return await method(self, request)
         except ServingError as error:
-            await context.abort(grpc.StatusCode[error.code], error.message)
+            await context.abort(grpc.StatusCode[error.code], cut_error(error.message))
         except Exception as error:  # noqa: BLE001 - any failure is this call's error only
             print(f"local server: {method.__name__}: {error!r}", file=sys.stderr, flush=True)
             await context.abort(grpc.StatusCode.INTERNAL, f"Internal error: {type(error).__name__}")
@@ -228,7 +251,21 @@ def require_model_spec(request) -> None:
         raise ServingError("INVALID_ARGUMENT", "Missing ModelSpec")
 
 
-class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
+READERS = {  # of the requests, by service and method
+    "PredictionService": {
+        "Classify": classification_pb2.ClassificationRequest.FromString,
+        "Regress": regression_pb2.RegressionRequest.FromString,
+        "MultiInference": inference_pb2.MultiInferenceRequest.FromString,
+        "GetModelMetadata": get_model_metadata_pb2.GetModelMetadataRequest.FromString,
+    },
+    "ModelService": {
+        "GetModelStatus": get_model_status_pb2.GetModelStatusRequest.FromString,
+        "HandleReloadConfigRequest": model_management_pb2.ReloadConfigRequest.FromString,
+    },
+}
+
+
+class PredictionService:
     def __init__(self, library: Library, metrics: Metrics | None):
         self.library = library
         self.metrics = metrics
@@ -297,7 +334,7 @@ class PredictionService(prediction_service_pb2_grpc.PredictionServiceServicer):
         return await asyncio.to_thread(examples.multi_inference, find, request)
 
 
-class ModelService(model_service_pb2_grpc.ModelServiceServicer):
+class ModelService:
     def __init__(self, library: Library):
         self.library = library
 
@@ -327,14 +364,18 @@ async def start_server(
 ) -> grpc.aio.Server:
     """Start both services on each of `addresses`. RuntimeError if one is taken. `options` override OPTIONS."""
     server = grpc.aio.server(options=list({**dict(OPTIONS), **dict(options)}.items()))
-    service = PredictionService(library, metrics)
-    # Registered before the generated handlers, which parse each request and expect a message; Predict returns bytes.
-    predict = grpc.unary_unary_rpc_method_handler(service.Predict, RequestReader().read)
-    server.add_generic_rpc_handlers(
-        [grpc.method_handlers_generic_handler("tensorflow.serving.PredictionService", {"Predict": predict})]
-    )
-    prediction_service_pb2_grpc.add_PredictionServiceServicer_to_server(service, server)
-    model_service_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(library), server)
+    services = {"PredictionService": PredictionService(library, metrics), "ModelService": ModelService(library)}
+    for name, service in services.items():
+        # Not the generated handlers: they answer an unreadable request with Python's words. Predict returns bytes.
+        handlers = {
+            method: grpc.unary_unary_rpc_method_handler(
+                getattr(service, method), parses(read), lambda reply: reply.SerializeToString()
+            )
+            for method, read in READERS[name].items()
+        }
+        if name == "PredictionService":
+            handlers["Predict"] = grpc.unary_unary_rpc_method_handler(service.Predict, parses(RequestReader().read))
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(f"tensorflow.serving.{name}", handlers)])
     for address in addresses:
         server.add_insecure_port(address)
     await server.start()

@@ -64,10 +64,16 @@ def _nest(texts: list[str], shape: tuple[int, ...], indent: str | None) -> str:
     return f"[\n{inner}{lines}\n{indent}]"
 
 
+def check_outputs(outputs: dict[str, np.ndarray]) -> None:
+    if not outputs:
+        raise ServingError("INVALID_ARGUMENT", "Cannot convert empty tensor map to JSON")
+
+
 def write_rows(outputs: dict[str, np.ndarray]) -> bytes:
     """Return the reply to `instances`, laid out as by TensorFlow Serving. A single output drops its name."""
     rows = None
     texts = {}
+    check_outputs(outputs)
     for alias, array in outputs.items():
         if not array.ndim:
             raise ServingError("INVALID_ARGUMENT", f"Tensor name: {alias} has no shape information ")
@@ -91,6 +97,7 @@ def write_rows(outputs: dict[str, np.ndarray]) -> bytes:
 
 def write_columns(outputs: dict[str, np.ndarray]) -> bytes:
     """Return the reply to `inputs`: whole tensors. A single output drops its name."""
+    check_outputs(outputs)
     texts = {alias: _format_values(alias, array) for alias, array in outputs.items()}
     if len(texts) == 1:
         ((alias, values),) = texts.items()

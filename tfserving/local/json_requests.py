@@ -39,6 +39,7 @@ def invalid(message: str) -> ServingError:
 
 PARSE_ERRORS = {  # Python's messages → those of RapidJSON 1.1.0, which TensorFlow Serving passes on
     "Expecting value": "Invalid value.",
+    "Unexpected UTF-8 BOM (decode using utf-8-sig)": "Invalid value.",  # a second one
     "Illegal trailing comma before end of array": "Invalid value.",
     "Expecting property name enclosed in double quotes": "Missing a name for object member.",
     "Illegal trailing comma before end of object": "Missing a name for object member.",
@@ -87,7 +88,11 @@ def parse(body: bytes):
     """
     if not body:
         raise invalid("JSON Parse error: The document is empty")
-    body = body.removeprefix(codecs.BOM_UTF8).partition(b"\0")[0]
+    size = len(body)
+    for byte in codecs.BOM_UTF8:  # RapidJSON passes over each by itself
+        body = body.removeprefix(bytes([byte]))
+    skipped = size - len(body)
+    body = body.partition(b"\0")[0]
     # Bytes that are not UTF-8 pass through strings unchanged, as in RapidJSON.
     text = body.decode("utf-8", "surrogateescape")
     added = []  # positions at which characters were added to the body
@@ -106,7 +111,7 @@ def parse(body: bytes):
         if not lone:
             return document
         message, position = "The surrogate pair in string is invalid.", lone.start(1)
-    offset = len(text[:position].encode("utf-8", "surrogateescape"))
+    offset = skipped + len(text[:position].encode("utf-8", "surrogateescape"))
     offset -= len("inity") * sum(place < position for place in added)
     raise invalid(f"JSON Parse error: {message} at offset: {offset}")
 
@@ -190,7 +195,8 @@ class RowReader:
 
     def read(self, body: bytes) -> dict[str, np.ndarray] | None:
         """Return the input by alias, or None if the request needs `read_request`."""
-        if body.count(b"instances") != 1:  # twice: msgspec would take the last
+        # Of two members with one name, perhaps written with an escape, msgspec would take the last.
+        if body.count(b"instances") != 1 or body.count(b"signature_name") > 1 or b"\\" in body:
             return None
         try:
             request = self.decode(body)

@@ -1,5 +1,6 @@
 """Read models.config and the version folders. Needs no TensorFlow, so it reports mistakes at once."""
 
+import errno
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -43,12 +44,16 @@ def single_model_config(name: str, base_path: str) -> model_server_config_pb2.Mo
 
 
 def list_versions(base_path: str) -> dict[int, Path]:
-    """Return the version folders under `base_path`. Names are read as integers (007 is 7), others are ignored.
+    """Return the version folders under `base_path`; OSError if they cannot be listed.
 
-    OSError if they cannot be listed.
+    Names are read as integers of 64 bits (007 is 7); others are ignored.
     """
-    folders = [path for path in Path(base_path).iterdir() if path.is_dir()]
-    return {int(path.name): path for path in folders if path.name.isascii() and path.name.isdecimal()}
+    try:
+        folders = [path for path in Path(base_path).iterdir() if path.is_dir()]
+    except ValueError as error:  # a NUL in the path
+        raise OSError(errno.EINVAL, str(error)) from None
+    numbered = {int(path.name): path for path in folders if path.name.isascii() and path.name.isdecimal()}
+    return {version: path for version, path in numbered.items() if version < 2**63}
 
 
 def choose_versions(model: model_server_config_pb2.ModelConfig) -> dict[int, Path]:

@@ -78,12 +78,12 @@ def parse_route(method: str, target: str) -> Route:
     name, version, label, verb = match.group("name", "version", "label", "verb")
     if not name:
         raise ServingError("INVALID_ARGUMENT", "Missing model name in request.")
-    if version and int(version) >= 2**63:
+    if version and (len(version.lstrip("0")) > 19 or int(version.lstrip("0") or 0) >= 2**63):
         raise ServingError("INVALID_ARGUMENT", f"Failed to convert version: {version} to numeric.")
     return Route(
         verb=(verb or "status").lower(),
         name=urllib.parse.unquote(name),
-        version=int(version) if version else None,
+        version=int(version.lstrip("0") or 0) if version else None,
         label=urllib.parse.unquote(label) if label else None,
     )
 
@@ -123,8 +123,9 @@ class RestApi:
         if message["type"] == "http.disconnect":
             return
         for key, value in scope["headers"]:
-            if key == b"content-encoding" and b"gzip" in value:
-                body = unzip(body)
+            if key == b"content-encoding":  # of several, TensorFlow Serving reads the first
+                body = unzip(body) if b"gzip" in value else body
+                break
 
         status, reply, headers = await self.respond(scope, body)
         await send_reply(send, status, reply, headers)

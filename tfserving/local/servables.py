@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from batching import Batcher, BatchingParameters, rows_of
-from google.protobuf.message import DecodeError
 from model_config import choose_versions
 from quiet_tensorflow import tf
+from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 
@@ -27,9 +27,6 @@ INIT_SIGNATURE = "__saved_model_init_op"  # written by TensorFlow 2 for the load
 SLOW_RUN_S = 0.01  # a signature whose runs take longer is run on a thread
 FLOAT = tf.float32.as_datatype_enum
 MAX_TENSOR_BYTES = 2**31  # protobuf's own limit: a larger tensor can only be a forged shape
-
-# Raised in tests by reading and starting a damaged SavedModel.
-LOAD_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, DecodeError, tf.errors.OpError)
 
 
 class ServingError(Exception):
@@ -197,7 +194,7 @@ class Servable:
     """One loaded version of one model."""
 
     def __init__(self, name: str, version: int, folder: Path, settings: LoadSettings = LoadSettings()):
-        """Load the SavedModel in `folder` and warm it up. Raises one of LOAD_ERRORS or ServingError."""
+        """Load the SavedModel in `folder` and warm it up. A damaged one can raise anything."""
         self.name = name
         self.version = version
         graph = tf.Graph()
@@ -281,10 +278,24 @@ def read_tensors(tensors) -> dict[str, np.ndarray]:
             item_size = tf.dtypes.as_dtype(tensor.dtype).size or 1
             if min(sizes, default=1) < 0 or np.prod(sizes, dtype=object) * item_size > MAX_TENSOR_BYTES:
                 raise ValueError
-            arrays[alias] = tf.make_ndarray(tensor)
-        except (ValueError, TypeError):
+            try:
+                arrays[alias] = tf.make_ndarray(tensor)
+            except OverflowError:
+                arrays[alias] = tf.make_ndarray(cut_values(tensor))
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise ServingError("INVALID_ARGUMENT", f"tensor parsing error: {alias}") from None
     return arrays
+
+
+def cut_values(tensor: tensor_pb2.TensorProto) -> tensor_pb2.TensorProto:
+    """Return the tensor with values of its small type, to which C++ casts what is out of range: 300 is 44 as uint8."""
+    cut = tensor_pb2.TensorProto()
+    cut.CopyFrom(tensor)
+    dtype = numpy_type(tensor.dtype)
+    if dtype.kind in "iu":
+        cut.int_val[:] = np.array(tensor.int_val, np.int32).astype(dtype).tolist()
+    cut.half_val[:] = [value & 0xFFFF for value in tensor.half_val]
+    return cut
 
 
 @dataclass
@@ -411,7 +422,7 @@ class Library:
                 model.failures.pop(version, None)
                 model.set_status(version, VersionStatus("AVAILABLE"))
                 changes.append(f"{config.name} version {version} loaded")
-            except (ServingError, *LOAD_ERRORS) as error:
+            except Exception as error:  # noqa: BLE001 - these files may come from anyone
                 reason = as_serving_error(error)
                 retry_at_s = time.monotonic() + self.settings.retry_interval_s
                 model.failures[version] = Failure(state, retries, retry_at_s)
@@ -471,10 +482,20 @@ class Library:
 def folder_state(folder: Path) -> int:
     """Return a number that changes with the files of a version folder: their names, sizes, times and inodes.
 
-    The times are not enough: a file system's clock may advance only every few milliseconds.
+    The times are not enough: a file system's clock may advance only every few milliseconds. Of the times, programs
+    that copy set that of the modification, to any value.
     """
     try:
-        files = [(str(path), path.stat()) for path in sorted([folder, *folder.rglob("*")])]
+        paths = sorted([folder, *folder.rglob("*")])
     except OSError:
         return 0  # it is being removed
-    return hash(tuple((path, stat.st_size, stat.st_mtime_ns, stat.st_ino) for path, stat in files))
+    return hash(tuple((str(path), *stamp(path)) for path in paths))
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return numbers that change with a file; none for a link that leads nowhere."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return ()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino

@@ -226,9 +226,15 @@ def load_library(models: list, batching, arguments: argparse.Namespace):
 
 async def watch_folders(library, interval_s: float) -> None:
     """Load new versions and retire removed ones until cancelled."""
+    told = ""
     while True:
         await asyncio.sleep(interval_s)
-        for change in await asyncio.to_thread(library.poll):
+        try:
+            changes = await asyncio.to_thread(library.poll)
+        except Exception as error:  # noqa: BLE001 - whatever is there, the next look follows
+            changes = [] if told == repr(error) else [f"the versions cannot be looked at: {error!r}"]
+            told = repr(error)
+        for change in changes:
             print(f"local server: {change}", file=sys.stderr, flush=True)
 
 
