@@ -75,9 +75,9 @@ class JsonOnly:
 
     async def read(self, headers: list[tuple[bytes, bytes]], receive) -> bytes:
         """Return the whole body. Raises Refusal."""
-        content_type = dict(headers).get(b"content-type", b"application/json")
-        if content_type.split(b";")[0].strip().lower() != b"application/json":
-            raise Refusal(415, "the request's Content-Type is not application/json")
+        for name, value in headers:  # each one, because BentoML reads the first
+            if name == b"content-type" and value.split(b";")[0].strip().lower() != b"application/json":
+                raise Refusal(415, "the request's Content-Type is not application/json")
         body, more_body = b"", True
         while more_body:
             message = await receive()

@@ -160,6 +160,28 @@ def test_refuses_bodies_that_do_not_call_themselves_json(bentoml_server, content
     assert "application/json" in json.loads(reply)["error"]
 
 
+@pytest.mark.parametrize("other", ["multipart/form-data", "application/x-www-form-urlencoded", "text/plain"])
+@pytest.mark.parametrize("comes_first", [True, False])
+def test_of_two_content_types_both_must_be_json(bentoml_server, other, comes_first):
+    """BentoML reads the first: a form that cannot be parsed would be answered with 500."""
+    body = json.dumps({"features": GOOD_ROW}).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", bentoml_server.endpoint.ports["rest"], timeout=DEADLINE_S)
+    connection.putrequest("POST", "/predict")
+    for content_type in [other, "application/json"] if comes_first else ["application/json", other]:
+        connection.putheader("Content-Type", content_type)
+    connection.putheader("Content-Length", str(len(body)))
+    connection.endheaders(body)
+    reply = connection.getresponse()
+    assert (reply.status, "application/json" in json.loads(reply.read())["error"]) == (415, True)
+    connection.close()
+
+
+def test_the_largest_float32_is_taken_as_programs_print_it(bentoml_server):
+    for number, status in (("3.4028235e38", 200), ("-3.4028235e+38", 200), ("3.4028236e38", 400)):
+        body = f'{{"features": [{number}, 1, 1, 1, 1]}}'.encode()
+        assert post(bentoml_server, "/predict", body)[0] == status, number
+
+
 def test_keeps_the_connection_open_between_requests(bentoml_server):
     connection = http.client.HTTPConnection("127.0.0.1", bentoml_server.endpoint.port, timeout=DEADLINE_S)
     for _ in range(3):

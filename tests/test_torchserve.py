@@ -262,6 +262,22 @@ def test_a_batch_of_bad_requests_needs_no_forward_pass(handler):
     assert [reply["code"] for reply in replies] == [400, 400]
 
 
+@pytest.mark.parametrize("value", [3.4028235e38, -3.4028235e38])
+def test_the_largest_float32_is_taken_as_programs_print_it(handler, value):
+    (reply,), statuses = handle(handler, [{"body": {"data": [[value, *GOOD_ROW[1:]]]}}])
+    assert (statuses, np.isfinite(reply).all()) == ([200], True)
+
+
+def test_an_integer_of_thousands_of_digits_is_a_number_out_of_range(handler):
+    """Python's json refuses it: TorchServe then hands on the bytes of the body."""
+    digits = "1" * 5000
+    body = b'{"data": [[%b, 1, 1, 1, 1]]}' % digits.encode()
+    (reply,), statuses = handle(handler, [{"body": body}])
+    assert (statuses, reply["message"]) == ([400], "data[0][0] must be a finite number within float32, not inf")
+    _, statuses = handle(handler, [{"body": b'{"id": %b, "data": [%b]}' % (digits.encode(), str(GOOD_ROW).encode())}])
+    assert statuses == [200]
+
+
 @pytest.mark.parametrize("value", [True, {"x": 1}, [1.0], "1.0", None, 10**400, 3.5e38])
 def test_a_value_that_is_no_float32_number_is_named_by_its_place(handler, value):
     replies, statuses = handle(handler, [{"body": {"data": [GOOD_ROW, [*GOOD_ROW[:4], value]]}}])
