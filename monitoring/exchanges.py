@@ -21,6 +21,7 @@ NaN and Infinity are numbers in rows, for TensorFlow Serving predicts them. The 
 that both have the same number of rows is for the caller to check. Nothing else of this folder is imported.
 """
 
+import codecs
 import json
 import re
 import struct
@@ -66,7 +67,7 @@ def read_rows(path: str, headers: Headers, body: bytes) -> Rows:
         return check_table(tensors[0])
     if form == "torchserve" and (field := read_form(headers, body)) is not None:
         return check_table(parse(field))
-    document = parse(body)
+    document = parse(body, form == "tfserving")
     if not isinstance(document, dict):
         raise Unreadable("the body is no JSON object")
     if form == "tfserving":
@@ -140,14 +141,30 @@ def decompress(body: bytes, encodings: str) -> bytes:
     return body
 
 
-def parse(body: bytes | str) -> Any:
-    """Return the JSON document in a body, with or without a byte order mark."""
+def parse(body: bytes | str, like_tensorflow: bool = False) -> Any:
+    """Return the JSON document in a body, with or without a byte order mark.
+
+    TensorFlow Serving's ends at a NUL; its strings may hold any bytes, and of members with one name the first counts.
+    """
+    hook = None
+    if like_tensorflow and isinstance(body, bytes):
+        body = body.removeprefix(codecs.BOM_UTF8).partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        hook = take_first
     try:
-        return json.loads(body)
+        return json.loads(body, parse_int=read_integer, object_pairs_hook=hook)
     except RecursionError:
         raise Unreadable("the JSON is nested too deep") from None
     except ValueError:  # also of bytes that are no text
         raise Unreadable("the body is no JSON") from None
+
+
+def read_integer(digits: str) -> int:
+    """Return a number; Python refuses to read thousands of digits, and no row can hold them: the first 1000 tell that."""
+    return int(digits[:1000])
+
+
+def take_first(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    return dict(reversed(members))
 
 
 def read_form(headers: dict[str, str], body: bytes) -> str | bytes | None:

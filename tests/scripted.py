@@ -337,6 +337,14 @@ class Silent(Server):
         return []
 
 
+class Switching(Server):
+    """Answers that it goes on in another protocol, though nobody asked for one."""
+
+    def reply(self, now_ns, body):
+        head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n"
+        return [(now_ns + self.delay_ns, head)]
+
+
 class Garbage(Server):
     def reply(self, now_ns, body):
         return [(now_ns + self.delay_ns, b"220 ready\r\n")]

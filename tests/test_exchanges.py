@@ -134,6 +134,17 @@ def test_a_compressed_body_is_read(encoding):
     assert read_probabilities("/predict", {"content-encoding": encoding}, reply) == PAIRS
 
 
+def test_a_body_is_read_as_tensorflow_serving_reads_it():
+    path = "/v1/models/my_model:predict"
+    for body in (
+        b'{"instances": [[1, 2]], "instances": [[3, 4]]}', b'\xef\xbb\xbf{"instances": [[1, 2]]}',
+        b'{"instances": [[1, 2]]}\0 and more', b'{"x": "\xff", "instances": [[1, 2]]}',
+        b'{"x": %b, "instances": [[1, 2]]}' % (b"1" * 5000),
+    ):  # fmt: skip
+        assert read_rows(path, {}, body) == [[1, 2]], body
+    assert read_rows("/predict", {}, b'{"data": [[1, 2]], "data": [[3, 4]]}') == [[3, 4]]
+
+
 def test_numbers_that_tensorflow_serving_casts_are_rows():
     (row,) = read_rows(TF, {}, b'{"instances": [[NaN, Infinity, -Infinity, 1e39, 16777217]]}')
     assert row[0] != row[0] and row[1:] == [float("inf"), float("-inf"), 1e39, 16777217.0]
@@ -152,7 +163,7 @@ NO_ROWS = {
     "ragged": ("/predict", {}, b'{"data": [[1, 2], [1]]}', "one length"),
     "true": ("/predict", {}, b'{"data": [[true, 2]]}', "no number"),
     "huge": ("/predict", {}, b'{"data": [[1%s]]}' % (b"0" * 400), "too large"),
-    "digits": ("/predict", {}, b'{"data": [[1%s]]}' % (b"0" * 5000), "no JSON"),
+    "digits": ("/predict", {}, b'{"data": [[1%s]]}' % (b"0" * 5000), "too large"),
     "dicts": ("/predict", {}, b'{"data": {"a": [[1]]}}', "no rows"),
     "two inputs": (TF, {}, b'{"instances": [{"a": [1], "b": [2]}]}', "2 inputs"),
     "base64": (TF, {}, b'{"instances": [{"b64": "aGk="}]}', "one length"),

@@ -48,6 +48,7 @@ from scripted import (
     Server,
     Silent,
     Stalling,
+    Switching,
     Truncating,
     Unframed,
     Wrong,
@@ -249,6 +250,12 @@ def test_interim_replies_are_no_answers():
     assert set(latencies_ns(window)) == {MS}
     assert len(window.latencies_s) == 4000
     assert not window.errors
+
+
+def test_a_reply_that_switches_to_another_protocol_is_a_failure():
+    window = closed(Switching(MS), 2, 0.1)
+    assert window.errors == {"switches to another protocol": 200}
+    assert len(window.latencies_s) == 0
 
 
 def test_what_is_not_http_is_a_failure():

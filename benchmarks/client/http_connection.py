@@ -1,6 +1,6 @@
 """The measuring client's HTTP/1.1: plain sockets and the parser of llhttp (httptools)."""
 
-from httptools import HttpParserError, HttpResponseParser
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from client.connection import RECEIVE_BYTES, Connection
 from endpoints.base import LOOPBACK, Request
@@ -69,6 +69,8 @@ class HttpConnection(Connection):
             if isinstance(error.__context__, KeyboardInterrupt):  # Ctrl-C in an on_ method, which httptools wraps
                 raise error.__context__ from None
             return "not HTTP"
+        except HttpParserUpgrade:
+            return "switches to another protocol"  # status 101, to a request that did not ask for it
         return None
 
     def on_header(self, name: bytes, value: bytes) -> None:
