@@ -159,7 +159,7 @@ def parse(body: bytes | str, like_tensorflow: bool = False) -> Any:
 
 
 def read_integer(digits: str) -> int:
-    """Return a number; Python refuses to read thousands of digits, and no row can hold them: the first 1000 tell that."""
+    """Return a number; of thousands of digits, which Python refuses to read, the first: already too large for a row."""
     return int(digits[:1000])
 
 
