@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -418,6 +420,33 @@ def test_the_client_says_in_one_line_that_no_server_runs(client):
     for function in (client.predict, client.predict_grpc):
         with pytest.raises(client.ClientError, match="nothing answers at 127.0.0.1:.*python serve.py"):
             function([GOOD_ROW], port=port)
+
+
+ODD_REPLIES = {  # what another program, or a server that dies, may answer; and a word of the one line for it
+    b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>": "without probabilities",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]": "without probabilities",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 27\r\n\r\n{"predictions":[[1,2],[1]]}': "without probabilities",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 18\r\n\r\n{"predictions":[]}': "without probabilities",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 60\r\n\r\n{}": "ChunkedEncodingError",
+    b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}": "ContentDecodingError",
+    b"HTTP/1.1 302 Found\r\nLocation: foo://a\r\nContent-Length: 0\r\n\r\n": "InvalidSchema",
+}
+
+
+@pytest.mark.parametrize("reply", ODD_REPLIES, ids=lambda reply: ODD_REPLIES[reply])
+def test_the_client_says_in_one_line_that_another_program_answers(client, reply):
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65_536)
+                connection.sendall(reply)
+
+        answering = pool.submit(answer)
+        with pytest.raises(client.ClientError, match=f"{ODD_REPLIES[reply]}.*is it another program"):
+            client.predict([GOOD_ROW], port=listener.getsockname()[1])
+        answering.result(DEADLINE_S)
 
 
 def test_the_client_does_not_import_tensorflow():

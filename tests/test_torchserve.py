@@ -482,6 +482,11 @@ def test_the_grpc_client_without_a_server_says_so(grpc_client):
     assert_one_line(refused, f"127.0.0.1:{port}", "serve.py running?")
 
 
+def test_the_grpc_client_says_that_its_file_of_keys_is_none(grpc_client, tmp_path):
+    (tmp_path / "keys.json").write_text("{}")
+    assert_one_line(call_main(grpc_client, "--keys", tmp_path / "keys.json"), "holds no keys")
+
+
 # The tuned server: tokens, and versions that come and go
 
 

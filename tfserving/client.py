@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 DATA_DIR = Path(__file__).resolve().parent.parent / "data"
 MODEL_NAME = "my_model"
 TIMEOUT_S = 30.0
+OTHER_PROGRAM = "is it another program that listens there?"
 
 
 class ClientError(Exception):
@@ -47,9 +48,14 @@ def predict(data, host: str = "127.0.0.1", port: int = 8501, version: str = "", 
         raise ClientError(f"nothing answers at {host}:{port}; start the server: python serve.py") from None
     except requests.Timeout:
         raise ClientError(f"no answer from {host}:{port} within {TIMEOUT_S:.0f} s") from None
+    except requests.RequestException as error:  # cut off, wrongly compressed, sent elsewhere without end
+        raise ClientError(f"{url}: no whole answer ({type(error).__name__}); {OTHER_PROGRAM}") from None
     if reply.status_code != 200:
         raise ClientError(f"{url} answered {reply.status_code}: {' '.join(reply.text.split())}")
-    return np.array(reply.json()["predictions"])
+    try:
+        return np.array(reply.json()["predictions"], dtype=float).reshape(len(data), 2)
+    except (ValueError, KeyError, TypeError):
+        raise ClientError(f"{url} answered without probabilities; {OTHER_PROGRAM}") from None
 
 
 def predict_grpc(data, host: str = "127.0.0.1", port: int = 8500, version: str = "", label: str = "") -> np.ndarray:
@@ -77,8 +83,10 @@ def predict_grpc(data, host: str = "127.0.0.1", port: int = 8500, version: str =
             if error.code() == grpc.StatusCode.UNAVAILABLE:
                 raise ClientError(f"nothing answers at {host}:{port}; start the server: python serve.py") from None
             raise ClientError(f"{host}:{port} answered {error.code().name}: {error.details()}") from None
-    output = response.outputs["probabilities"]
-    return np.array(output.float_val).reshape([dim.size for dim in output.tensor_shape.dim])
+    try:
+        return np.array(response.outputs["probabilities"].float_val).reshape(len(array), 2)
+    except ValueError:
+        raise ClientError(f"{host}:{port} answered without probabilities; {OTHER_PROGRAM}") from None
 
 
 @contextlib.contextmanager

@@ -53,7 +53,10 @@ def main() -> None:
         "--keys", type=Path, default=KEYS_PATH, help="the server's keys, if it needs any (default: keys/8080.json here)"
     )
     arguments = parser.parse_args()
-    key = json.loads(arguments.keys.read_text())["inference"]["key"] if arguments.keys.is_file() else ""
+    try:
+        key = json.loads(arguments.keys.read_text())["inference"]["key"] if arguments.keys.is_file() else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"grpc_client: {arguments.keys} holds no keys of a TorchServe; start python serve.py again")
     with grpc.insecure_channel(arguments.address) as channel:
         for version in ("1.0", "2.0"):
             try:
@@ -61,7 +64,7 @@ def main() -> None:
             except ValueError as error:
                 sys.exit(f"grpc_client: {error}")
             except grpc.RpcError as error:
-                problem = error.details().splitlines()[0]
+                problem = (error.details() or error.code().name).splitlines()[0]
                 sys.exit(f"grpc_client: {arguments.address}: {problem}; is python serve.py running?")
             print(f"version {version}: malignant {malignant:.4f}, benign {benign:.4f}")
 
