@@ -12,12 +12,13 @@ reply, and no gateway can ask another server for the rest.
 
 Requests: uvicorn waits without limit for the rest of a head or body, and keeps any amount of a head in memory. It drops
 the body of a request that asks for another protocol, as each of Java's HttpClient does (Upgrade: h2c), and then reads
-that body as a request. Its refusals are plain text.
+that body as a request. It answers a request without the header Host, or with two. Its refusals are plain text.
 """
 
 import asyncio
 import contextlib
 import json
+import re
 import socket
 import time
 from http import HTTPStatus
@@ -34,6 +35,7 @@ LEAVE_S = 0.5  # for which an ending server still answers, one request a connect
 LINGER_S = 2.0  # for a refused client to read the reply; closing with unread bytes would reset the connection
 MAX_HEAD_BYTES = 65_536
 FRAMING = (b"content-length", b"transfer-encoding")
+HOST = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 FINAL_HEADS = tuple(b"HTTP/1.1 %d" % first for first in (2, 3, 4, 5))  # of a reply that is not 100 Continue
 
 
@@ -76,6 +78,9 @@ class Protocol(httptools_impl.HttpToolsProtocol):
             self.parse(data[upgrade.args[0] :])
 
     def on_headers_complete(self) -> None:
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if self.parser.get_http_version() == "1.1" and not (len(hosts) == 1 and HOST.fullmatch(hosts[0])):
+            raise ValueError("HTTP/1.1 needs one valid header Host (RFC 9112, 3.2)")  # ends feed_data
         super().on_headers_complete()
         self.head_bytes = 0
         self.wait_for("body")

@@ -283,8 +283,11 @@ def test_a_wait_in_a_later_request_of_a_connection_ends_too(talk):
         (b"CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n", 400),
         (b"GET /" + b"a" * 70_000, 431),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 12_000, 431),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
     ],
-    ids=["garbage", "connect", "address", "head"],
+    ids=["garbage", "connect", "address", "head", "no host", "two hosts", "no such host"],
 )
 def test_what_is_refused_is_refused_in_json(talk, sent, status):
     head, _, body = talk(sent).partition(b"\r\n\r\n")
