@@ -363,7 +363,7 @@ class Run:
                 for count, rows in self.turns[name]
                 if ((name, count) in wide and rows == 1 if is_extra else rows == 1 or number % MANY_ROWS_EVERY)
             ]
-            self._run_round(f"round {number} of {self.plan.rounds} to {self.plan.most_rounds}", turns)
+            self._run_round(f"round {number}, of {self.plan.rounds} or more", turns)
             time.sleep(max(0.0, started_s + self.plan.spacing_s - time.perf_counter()))
             round_s = time.perf_counter() - started_s
 

@@ -23,6 +23,8 @@ from drawing.choices import describe_choice
 from drawing.guide import GUIDE_PATH, render_guide
 from figures.measured import Measured
 from figures.result_file import SAMPLE_PATH, ResultError, read_result, write_whole
+from figures.verdicts import list_warnings
+from figures.words import describe_warnings, format_count
 from planning.capacity import CONTAINERS_PATH, read_containers
 from planning.choosing import FRAMEWORKS, Needs, choose
 
@@ -76,7 +78,9 @@ def main() -> None:
             return
         choice = choose(measured, containers, needs)
         print("\n".join(describe_choice(measured, choice)))
-        print(f"from {arguments.path.name}")
+        count = len(describe_warnings(list_warnings(measured)))
+        warned = f"; its report has {format_count(count, 'warning')}: read them first" if count else ""
+        print(f"from {arguments.path.name}{warned}")
         if not choice.candidates:
             sys.exit(1)
     except ResultError as error:
