@@ -78,8 +78,8 @@ def main() -> None:
             return
         choice = choose(measured, containers, needs)
         print("\n".join(describe_choice(measured, choice)))
-        count = len(describe_warnings(list_warnings(measured)))
-        warned = f"; its report has {format_count(count, 'warning')}: read them first" if count else ""
+        warnings = describe_warnings(list_warnings(measured))
+        warned = f"; its report has {format_count(len(warnings), 'warning')}: read them first" if warnings else ""
         print(f"from {arguments.path.name}{warned}")
         if not choice.candidates:
             sys.exit(1)
