@@ -202,7 +202,7 @@ canary: setup ## ship version 2 in steps, take it back if it does harm
 ## monitoring, beside a gateway that runs with GATEWAY_PREDICTIONS=127.0.0.1:8406
 
 monitoring: setup ## log and watch the gateway; Prometheus on port 9090
-	cd monitoring && exec python monitor.py
+	cd monitoring && exec python monitor.py $(MONITORING_OPTIONS)
 
 patients: setup ## patients for the gateway: PATIENTS_OPTIONS="--rate 50"
 	cd monitoring && exec python patients.py $(PATIENTS_OPTIONS)

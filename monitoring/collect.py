@@ -21,6 +21,8 @@ import sys
 import threading
 import time
 from collections import OrderedDict, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain
 from pathlib import Path
@@ -40,7 +42,10 @@ except ModuleNotFoundError as error:
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
 RECORDS_ADDRESS, HTTP_ADDRESS = "127.0.0.1:8406", "127.0.0.1:8405"
-LONGEST_RECORD = 1 << 17  # haproxy.cfg's are at most 65,535 bytes
+LONGEST_RECORD = 1 << 16  # haproxy.cfg's are at most 65,535 bytes
+RECEIVE_BUFFER = 1 << 20  # bytes, of a connection; the kernel may give less
+READ_BYTES = 1 << 17
+MOST_READS = 20  # of the same beginning of a record: its connection cannot hold more
 # From a small model's time to a client's timeout; 50 ms is the objective of rules.yml.
 BUCKETS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0,
@@ -51,8 +56,10 @@ CODES = ("2xx", "4xx", "5xx")  # from 0 on: Prometheus sees no increase in a num
 COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 1.0, 5.0, 60.0
 MOST_UNCOUNTED = 1000  # records
 # After each read: a reader that sleeps is not woken for every record, which would cost the user's next request time.
-READ_EVERY_S = 0.001
+READ_EVERY_S = 0.05
 STOP_TIMEOUT_S = 5.0
+ENDED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # macOS has no POLLRDHUP
+DRAIN_S = 1.0  # for HAProxy to end its connections
 WATCHDOG_SILENCE_S = 180.0
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
@@ -81,7 +88,8 @@ class Collector:
         self.uncounted: list[Record] = []
         self.durations: dict[tuple[str, str, str], np.ndarray] = {}  # by server, version, code: requests by bucket
         self.seconds: dict[tuple[str, str, str], float] = {}  # the same: the sum
-        self.lock = threading.Lock()  # around records, counts and watches: the HTTP thread counts and resets, too
+        self.lock = threading.Lock()  # around counts and watches: the HTTP thread counts and resets, too
+        self.keeping = threading.Lock()  # around collector.json
         self._children: dict = {}
         self._log_works = True
         self._make_metrics()
@@ -144,27 +152,33 @@ class Collector:
             child = self._children[key] = metric.labels(*labels)
         return child
 
-    def take(self, lines: list[bytes]) -> None:
-        """Take the gateway's lines: write them into the log, and keep them to be counted."""
+    def take(self, lines: list[bytes], known: frozenset[str] = frozenset()) -> None:
+        """Take the gateway's lines: write them into the log, and keep them to be counted.
+
+        Records with an id in `known` are left out. The lock is not held while the disk writes: a slow one delays no
+        other thread.
+        """
         records, written = [], []
         for line in lines:
             try:
                 record = read_record(line)
+                if record.id in known:
+                    continue
                 if record.is_prediction:
                     written.append(record.lines())
             except ValueError:
                 self.unreadable.inc()
                 continue
             records.append(record)
+        try:
+            if written:
+                self.log.append(b"".join(written), utc_now())
+            self.records.add(len(records))
+            self._tell_about_the_disk(None)
+        except OSError as error:
+            self.write_errors.inc(len(records))
+            self._tell_about_the_disk(error)
         with self.lock:
-            try:
-                if written:
-                    self.log.append(b"".join(written), utc_now())
-                self.records.add(len(records))
-                self._tell_about_the_disk(None)
-            except OSError as error:
-                self.write_errors.inc(len(records))
-                self._tell_about_the_disk(error)
             self.uncounted += [record for record in records if record.is_prediction]
             if len(self.uncounted) >= MOST_UNCOUNTED:
                 self.count()
@@ -226,44 +240,54 @@ class Collector:
             watch = self.watches[server, version] = Watch(self.reference, version)
         return watch
 
-    def read_new_labels(self) -> list[tuple[str, int, int]]:
-        """Return the complete lines added to the label files since the last call: id, row, target."""
-        found = []
+    def look_for_labels(self) -> None:
+        """Count the labels that have come, and note how far the files were read; neither if the question fails."""
+        offsets = dict(self.offsets)
+        labels = self._read_new_labels(offsets)
+        self._count_labels(self._find_predictions(labels) if labels else [], labels, offsets)
+
+    def _read_new_labels(self, offsets: dict[str, int]) -> dict[tuple[str, int], int]:
+        """Return the targets, by id and row, of the complete lines behind the offsets, which move on."""
+        labels = {}
         for path in sorted(self.labels_dir.glob("*.csv")):
-            start = self.offsets.get(path.name, 0)
+            start = offsets.get(path.name, 0)
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < start:
                     start = 0  # the file has been replaced
                 file.seek(start)
                 whole, end, _ = file.read(1 << 20).rpartition(b"\n")
-                self.offsets[path.name] = start + len(whole) + len(end)
+                offsets[path.name] = start + len(whole) + len(end)
                 for line in whole.decode(errors="replace").splitlines():
                     with contextlib.suppress(ValueError):
                         name, row, target = line.split(",")
                         key = name.strip().lower(), int(row)
                         if target.strip() in ("0", "1") and key not in self.labelled:
-                            self.labelled[key] = None
-                            found.append((*key, int(target)))
-        while len(self.labelled) > MOST_LABELS_KNOWN:
-            self.labelled.popitem(last=False)
-        return found
+                            labels.setdefault(key, int(target))
+        return labels
 
-    def find_predictions(self, labels: list[tuple[str, int, int]]) -> list[tuple[str, str, int]]:
+    def _find_predictions(self, labels: dict[tuple[str, int], int]) -> list[tuple[str, str, int]]:
         """Return server, version, and 1 if the prediction was wrong, for each label whose prediction is in the log."""
         with open_view(self.log.folder) as connection:
+            connection.execute("SET threads = 1")  # users need the cores
             return connection.execute(
                 "WITH asked AS (SELECT unnest(?) AS id, unnest(?) AS row, unnest(?) AS target) "
                 "SELECT server, version, ((benign >= 0.5) <> (target = 1))::INTEGER FROM predictions p, asked a "
                 "WHERE p.id = TRY_CAST(a.id AS UUID) AND p.row = a.row AND benign IS NOT NULL ORDER BY time, p.row",
-                list(map(list, zip(*labels, strict=True))),
+                list(map(list, zip(*((*key, target) for key, target in labels.items()), strict=True))),
             ).fetchall()
 
-    def count_labels(self, found: list[tuple[str, str, int]], asked: int) -> None:
-        self.unknown_labels.inc(asked - len(found))
+    def _count_labels(
+        self, found: list[tuple[str, str, int]], labels: dict[tuple[str, int], int], offsets: dict[str, int]
+    ) -> None:
+        self.unknown_labels.inc(len(labels) - len(found))
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
         for server, version, is_error in found:
             groups[server, version].append(is_error)
+        self.labelled.update(dict.fromkeys(labels))
+        while len(self.labelled) > MOST_LABELS_KNOWN:
+            self.labelled.popitem(last=False)
         with self.lock:
+            self.offsets = offsets
             for (server, version), errors in groups.items():
                 self._of(self.labels, server, version, "no").inc(sum(errors))
                 self._of(self.labels, server, version, "yes").inc(len(errors) - sum(errors))
@@ -287,7 +311,7 @@ class Collector:
             watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
             content = json.dumps({"watches": watches, "offsets": self.offsets})
         temporary = self.state / "collector.json.writing"
-        with contextlib.suppress(OSError):  # a full disk: already reported by the log
+        with self.keeping, contextlib.suppress(OSError):  # a full disk: already reported by the log
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content)
@@ -328,82 +352,154 @@ class Collector:
             say(f"no Watchdog for {WATCHDOG_SILENCE_S:.0f} s: Prometheus or Alertmanager fails, and no alert can come")
 
 
+def split(data: bytes) -> tuple[list[bytes], int, bool]:
+    """Return the whole records, each after its length (RFC 6587, octet counting), the number of bytes that they take,
+    and whether more can follow: after nonsense no record begins anywhere."""
+    lines, position = [], 0
+    while (end := data.find(b" ", position, position + 7)) >= 0:
+        if not data[position:end].isdigit() or (length := int(data[position:end])) > LONGEST_RECORD:
+            return lines, position, False
+        if len(data) < end + 1 + length:
+            return lines, position, True
+        lines.append(data[end + 1 : end + 1 + length])
+        position = end + 1 + length
+    size = data[position : position + 7]
+    return lines, position, not size or (size.isdigit() and len(size) < 7)
+
+
+@dataclass
+class Connection:
+    """One of HAProxy's."""
+
+    socket: socket.socket
+    start: bytes = b""  # of a record that the connection cannot hold as a whole: taken out
+    reads: int = 0  # in a row in which no record was whole
+    is_new: bool = True  # nothing has been taken yet
+
+
 class Intake:
-    """One connection of HAProxy: records, each after its length (RFC 6587, octet counting)."""
+    """Reads HAProxy's records from all its connections, in one thread.
 
-    def __init__(self, collector: Collector):
-        self.collector = collector
-        self.unread = b""
+    What is read stays in its connection until it is in the log. monitor.py has a copy of each connection, and hands it
+    to the collector that follows a killed one. What the killed one had not written is still in the connection; what it
+    had written but not yet taken out is known by its ids.
+    """
 
-    def feed(self, data: bytes) -> bool:
-        """Take the bytes that came next; return whether more can follow: after nonsense no record begins anywhere."""
-        data = self.unread + data if self.unread else data
-        lines, position = [], 0
-        while (end := data.find(b" ", position, position + 7)) >= 0:
-            if not data[position:end].isdigit() or (length := int(data[position:end])) > LONGEST_RECORD:
-                break
-            if len(data) < end + 1 + length:
-                break
-            lines.append(data[end + 1 : end + 1 + length])
-            position = end + 1 + length
-        self.unread = data[position:]
-        if lines:
-            self.collector.take(lines)
-        size, is_whole, _ = self.unread[:7].partition(b" ")
-        if self.unread and (not size.isdigit() or (len(size) == 7 and not is_whole) or int(size) > LONGEST_RECORD):
-            self.collector.unreadable.inc()
-            return False
-        return True
+    def __init__(self, collector: Collector, source: socket.socket):
+        """`source`: a listening socket, or a Unix socket over which monitor.py hands over connections."""
+        self.collector, self.source = collector, source
+        self.known = collector.log.last_ids()
+        self.connections: dict[int, Connection] = {}  # by file descriptor
+        self.taken = bytearray(READ_BYTES)
+        self.closing = threading.Event()
+        self.wakened, self.waking = os.pipe()
+        self.poll = select.poll()
+        source.setblocking(False)
+        for descriptor in (source.fileno(), self.wakened):
+            self.poll.register(descriptor, select.POLLIN)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
 
+    def _run(self) -> None:
+        while not self.closing.is_set():
+            if not self._read_all():
+                self.closing.wait(READ_EVERY_S)
+        with contextlib.suppress(KeyError):
+            self.poll.unregister(self.source)
+        self.source.close()
+        for connection in self.connections.values():
+            with contextlib.suppress(OSError):
+                connection.socket.shutdown(socket.SHUT_WR)  # then HAProxy ends it, and keeps its further records
+        self.poll.unregister(self.wakened)
+        deadline_s = time.monotonic() + DRAIN_S
+        while self.connections and time.monotonic() < deadline_s:
+            self._read_all(DRAIN_S)
+        for descriptor in list(self.connections):
+            self._close(descriptor)
 
-class Listener:
-    """Takes HAProxy's connections, and reads each in a thread of its own."""
+    def _read_all(self, timeout_s: float | None = None) -> bool:
+        """Wait for records or a connection and take them; return whether there is more to read already."""
+        has_more = False
+        for descriptor, events in self.poll.poll(timeout_s and timeout_s * 1000):
+            if descriptor in self.connections:
+                has_more |= self._read(descriptor, bool(events & ENDED))
+            elif descriptor != self.wakened:
+                self._accept(descriptor)
+        return has_more
 
-    def __init__(self, collector: Collector, address: tuple[str, int]):
-        """OSError where the address is taken."""
-        self.collector = collector
-        self.socket = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-        self.threads: dict[socket.socket, threading.Thread] = {}
-        self.is_open = True
-        self.accepting = threading.Thread(target=self._accept, daemon=True)
-        self.accepting.start()
-
-    def _accept(self) -> None:
-        while self.is_open:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:  # closed, or no more files may be open
-                time.sleep(0.1)
-                continue
-            if not self.is_open:  # HAProxy keeps its records for the next collector
-                connection.close()
-                return
-            self.threads[connection] = threading.Thread(target=self._read, args=(connection,), daemon=True)
-            self.threads[connection].start()
-
-    def _read(self, connection: socket.socket) -> None:
-        intake = Intake(self.collector)
+    def _accept(self, descriptor: int) -> None:
         try:
-            with connection, contextlib.suppress(OSError):
-                while (data := connection.recv(1 << 16)) and intake.feed(data):
-                    time.sleep(READ_EVERY_S)
+            connection = accept(self.source)
+        except OSError:  # no more files may be open
+            return
+        if connection is None:
+            self.poll.unregister(descriptor)
+            return
+        self.connections[connection.fileno()] = Connection(connection)
+        self.poll.register(connection, select.POLLIN | ENDED)
+
+    def _read(self, descriptor: int, has_ended: bool) -> bool:
+        """Take the records that have come; return whether there are as many as can be read at once."""
+        connection = self.connections[descriptor]
+        try:
+            data = connection.start + connection.socket.recv(READ_BYTES, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            lines, length, can_follow = split(data)
+            if lines:
+                self.collector.take(lines, self.known if connection.is_new else frozenset())
+                connection.is_new, connection.reads = False, 0
+                self._take_out(connection, length)
+            elif data:
+                connection.reads += 1
+                if connection.reads == MOST_READS:
+                    self._take_out(connection, len(data))
+                    connection.start, connection.reads = data, 0
+            if not can_follow:
+                self.collector.unreadable.inc()
+            elif not has_ended or lines:  # an ended one is read again until nothing comes
+                return length > LONGEST_RECORD
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
         except Exception as error:  # noqa: BLE001  # whatever it is, HAProxy connects again
             self.collector.unreadable.inc()
             say(f"collector: a connection is given up, {type(error).__name__}: {error}")
-        finally:
-            self.threads.pop(connection, None)
+        self._close(descriptor)
+        return False
+
+    def _take_out(self, connection: Connection, length: int) -> None:
+        """Take bytes out of a connection, and of what was taken out before."""
+        connection.socket.recv_into(self.taken, length - len(connection.start), socket.MSG_DONTWAIT)
+        connection.start = b""
+
+    def _close(self, descriptor: int) -> None:
+        """End a connection, also for monitor.py, which has a copy, and drop what is left in it."""
+        self.poll.unregister(descriptor)
+        with self.connections.pop(descriptor).socket as connection, contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+            while connection.recv_into(self.taken, READ_BYTES, socket.MSG_DONTWAIT):
+                pass
 
     def close(self) -> None:
         """Take no more connections, and of each what has come."""
-        self.is_open = False
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # ends `accept`, which a close alone does not
-        self.socket.close()
-        self.accepting.join(STOP_TIMEOUT_S)
-        for connection, thread in list(self.threads.items()):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RD)  # what has come can still be read
-            thread.join(STOP_TIMEOUT_S)
+        self.closing.set()
+        os.write(self.waking, b".")
+        self.thread.join(STOP_TIMEOUT_S)
+
+
+def listen(address: tuple[str, int]) -> socket.socket:
+    """Return a socket that listens for HAProxy; OSError where the address is taken."""
+    listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # of its connections
+    return listener
+
+
+def accept(source: socket.socket) -> socket.socket | None:
+    """Return HAProxy's next connection; None if it should come from monitor.py, which has ended."""
+    if source.family != socket.AF_UNIX:
+        return source.accept()[0]
+    _, descriptors, _, _ = socket.recv_fds(source, 1, 1)
+    return socket.socket(fileno=descriptors[0]) if descriptors else None
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -459,31 +555,35 @@ class HttpServer(ThreadingHTTPServer):
         """Ignore a client that disconnects."""
 
 
-def work(collector: Collector, stop: int) -> None:
-    """Count, look for labels and take care of the files until something can be read from the file descriptor `stop`."""
+def repeat(task: Callable[[], None], every_s: float, ending: threading.Event) -> None:
+    """Do a task again and again until `ending` is set."""
+    while not ending.wait(every_s):
+        try:
+            task()
+        except Exception as error:  # noqa: BLE001  # whatever it is, it must be done again
+            say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def start_tasks(collector: Collector, ending: threading.Event) -> list[threading.Thread]:
+    """Count, look for labels and take care of the files, each in its own thread: none waits for another's disk."""
 
     def count() -> None:
         with collector.lock:
             collector.count()
-
-    def look_for_labels() -> None:
         collector.check_watchdog()
-        if labels := collector.read_new_labels():
-            collector.count_labels(collector.find_predictions(labels), len(labels))
 
     def tidy() -> None:
         for line in collector.log.tidy(utc_now()):
             say(f"prediction log: {line}")
 
-    every = {count: COUNT_EVERY_S, look_for_labels: LABELS_EVERY_S, collector.keep: KEEP_EVERY_S, tidy: TIDY_EVERY_S}
-    due = {task: time.monotonic() + seconds for task, seconds in every.items()}
-    while not select.select([stop], [], [], max(0.0, min(due.values()) - time.monotonic()))[0]:
-        task = min(due, key=due.get)
-        try:
-            task()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the others must be done
-            say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        due[task] = time.monotonic() + every[task]
+    every = {
+        count: COUNT_EVERY_S, collector.look_for_labels: LABELS_EVERY_S, collector.keep: KEEP_EVERY_S,
+        tidy: TIDY_EVERY_S,
+    }  # fmt: skip
+    threads = [threading.Thread(target=repeat, args=(task, every_s, ending)) for task, every_s in every.items()]
+    for thread in threads:
+        thread.start()
+    return threads
 
 
 def say(text: str) -> None:
@@ -514,6 +614,10 @@ def main() -> None:
     parser.add_argument(
         "--http", type=parse_address, default=HTTP_ADDRESS, help=f"for Prometheus (default: {HTTP_ADDRESS})"
     )
+    parser.add_argument(
+        "--connections", type=int, metavar="FD",
+        help="file descriptor over which monitor.py hands over HAProxy's connections (default: listen)",
+    )  # fmt: skip
     parser.add_argument("--keep-days", type=int, default=30, help="days of predictions to keep (default: 30)")
     arguments = parser.parse_args()
     if arguments.keep_days < 1:
@@ -532,7 +636,8 @@ def main() -> None:
             f"collect: {join(arguments.http)}: {error.strerror}; stop what listens there, or choose another --http"
         )
     try:
-        listener = Listener(collector, arguments.records)
+        handed_over = arguments.connections is not None
+        source = socket.socket(fileno=arguments.connections) if handed_over else listen(arguments.records)
     except OSError as error:
         sys.exit(
             f"collect: {join(arguments.records)}: {os.strerror(error.errno or 0)}; stop what listens there, or choose "
@@ -542,17 +647,21 @@ def main() -> None:
     stop, stopping = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os.write(stopping, b"."))
+    intake, ending = Intake(collector, source), threading.Event()
     threading.Thread(target=http.serve_forever, daemon=True).start()
+    tasks = start_tasks(collector, ending)
     say(f"collector: records on {join(arguments.records)}, metrics on http://{join(Handler.address)}/metrics")
     try:
-        work(collector, stop)
+        os.read(stop, 1)
     finally:
-        listener.close()
+        intake.close()
+        ending.set()
+        for task in tasks:
+            task.join()
         with collector.lock:
             collector.count()
         collector.keep()
-        with collector.lock:
-            collector.log.close()
+        collector.log.close()
         http.shutdown()
 
 

@@ -10,6 +10,7 @@ GATEWAY_PREDICTIONS=127.0.0.1:8406.
 import argparse
 import ctypes
 import os
+import select
 import shutil
 import signal
 import socket
@@ -27,6 +28,8 @@ READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
 RESTART_AFTER_S = 1.0
+MOST_SHORT_RUNS, SHORT_RUN_S = 3, 10.0
+RECEIVE_BUFFER = 1 << 20  # bytes, as in collect.py
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PORTS = {"collector": 8405, "records": 8406, "prometheus": 9090, "alertmanager": 9093}
 GATEWAY_METRICS = "127.0.0.1:8404"
@@ -34,6 +37,68 @@ GATEWAY_METRICS = "127.0.0.1:8404"
 
 class MonitorError(Exception):
     """The monitoring cannot run; the message is one line that says what to do."""
+
+
+class Keeper:
+    """Listens for HAProxy's records, and keeps a copy of each connection that the collector reads.
+
+    So a connection outlives a killed collector, with all that this had not yet taken from it, and the next one gets it.
+    """
+
+    def __init__(self, port: int):
+        """OSError if the port is taken."""
+        self.listener = socket.create_server(("127.0.0.1", port))
+        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # of its connections
+        self.listener.setblocking(False)
+        self.connections: list[socket.socket] = []
+        self.collector: socket.socket | None = None  # over which it gets them
+
+    def make_source(self) -> socket.socket:
+        """Return the socket over which a new collector gets all connections, old and new."""
+        if self.collector:
+            self.collector.close()
+        self.collector, source = socket.socketpair()
+        self.collector.setblocking(False)
+        for connection in self.connections:
+            self._hand_over(connection)
+        return source
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        with suppress(OSError):  # a collector that has ended: the next one gets it
+            socket.send_fds(self.collector, [b"c"], [connection.fileno()])
+
+    def wait(self, seconds: float) -> None:
+        """Take HAProxy's new connections for some time, and let ended ones go."""
+        for connection in filter(has_ended, list(self.connections)):
+            self.connections.remove(connection)
+            connection.close()
+        if select.select([self.listener], [], [], seconds)[0]:
+            try:
+                self.connections.append(self.listener.accept()[0])
+            except OSError:  # no more files may be open
+                time.sleep(seconds)
+            else:
+                self._hand_over(self.connections[-1])
+
+    def drop(self) -> None:
+        """End all connections; HAProxy connects again, and sends what it has not sent yet."""
+        while self.connections:
+            self.connections.pop().close()
+
+    def close(self) -> None:
+        """Take no more connections; those that the collector has are still open."""
+        self.listener.close()
+        self.drop()
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Return whether HAProxy or the collector has closed the connection, and all of it has been taken."""
+    try:
+        return not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 @dataclass
@@ -44,8 +109,11 @@ class Program:
     command: list[str]
     ready_url: str
     address: str  # for people
+    keeper: Keeper | None = None  # gives it connections
     process: subprocess.Popen | None = None
+    started_s: float = 0.0
     ended_s: float = 0.0
+    short_runs: int = 0  # in a row
 
     def start(self, log: Path | None) -> None:
         parent = os.getpid()
@@ -60,10 +128,22 @@ class Program:
 
         with ExitStack() as stack:
             output = stack.enter_context(log.open("ab")) if log else None
+            command, inherited = self.command, []
+            if self.keeper:
+                inherited = [stack.enter_context(self.keeper.make_source()).fileno()]
+                command = [*command, "--connections", *map(str, inherited)]
+            self.started_s = time.monotonic()
             self.process = subprocess.Popen(
-                self.command, cwd=FOLDER, stdin=subprocess.DEVNULL, stdout=output, stderr=output and subprocess.STDOUT,
-                start_new_session=True, preexec_fn=end_with_parent,
+                command, cwd=FOLDER, stdin=subprocess.DEVNULL, stdout=output, stderr=output and subprocess.STDOUT,
+                start_new_session=True, preexec_fn=end_with_parent, pass_fds=inherited,
             )  # fmt: skip
+
+    def note_end(self) -> None:
+        """Note when the program ended. If it does so soon, again and again, its connections may hold the cause."""
+        self.ended_s = time.monotonic()
+        self.short_runs = self.short_runs + 1 if self.ended_s - self.started_s < SHORT_RUN_S else 0
+        if self.keeper and self.short_runs >= MOST_SHORT_RUNS:
+            self.keeper.drop()
 
     def is_ready(self) -> bool:
         with suppress(OSError, urllib.error.URLError), urllib.request.urlopen(self.ready_url, timeout=2) as answer:
@@ -124,7 +204,7 @@ def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, tar
         (state / name).write_text(text)
 
 
-def make_programs(state: Path, ports: dict[str, int], keep_days: int) -> list[Program]:
+def make_programs(state: Path, ports: dict[str, int], keep_days: int, keeper: Keeper) -> list[Program]:
     collector, prometheus, alertmanager = (f"127.0.0.1:{ports[r]}" for r in ("collector", "prometheus", "alertmanager"))
     return [
         Program(
@@ -132,6 +212,7 @@ def make_programs(state: Path, ports: dict[str, int], keep_days: int) -> list[Pr
             [sys.executable, "collect.py", "--state", str(state), "--http", collector,
              "--records", f"127.0.0.1:{ports['records']}", "--keep-days", str(keep_days)],
             f"http://{collector}/metrics", f"takes predictions on 127.0.0.1:{ports['records']}",
+            keeper,
         ),
         Program(
             "alertmanager",
@@ -163,7 +244,6 @@ def run(arguments: argparse.Namespace) -> None:
         write_settings(state, ports, arguments.gateway_metrics, arguments.targets.resolve())
     except OSError as error:
         raise MonitorError(f"{state}: {error.strerror}; choose another folder with --state") from None
-    programs = make_programs(state, ports, arguments.keep_days)
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
@@ -172,13 +252,15 @@ def run(arguments: argparse.Namespace) -> None:
         signal.signal(number, interrupt)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, interrupt)
-    logs = {
-        program.name: None if program.name == "collector" else state / f"{program.name}.log" for program in programs
-    }
     with ExitStack() as stack:
+        keeper = Keeper(ports["records"])
+        stack.callback(keeper.close)
+        programs = make_programs(state, ports, arguments.keep_days, keeper)
+        logs = {p.name: None if p.name == "collector" else state / f"{p.name}.log" for p in programs}
         for program in programs:
             stack.callback(program.stop)
             program.start(logs[program.name])
+        stack.callback(keeper.close)  # before the programs end: from now on HAProxy keeps its records
         deadline_s = time.monotonic() + READY_TIMEOUT_S
         for program in programs:
             while not program.is_ready():
@@ -186,16 +268,16 @@ def run(arguments: argparse.Namespace) -> None:
                     raise MonitorError(f"{program.name} has ended: {last_words(logs[program.name])}")
                 if time.monotonic() > deadline_s:
                     raise MonitorError(f"{program.name} is not ready within {READY_TIMEOUT_S:.0f} s")
-                time.sleep(POLL_S)
+                keeper.wait(POLL_S)
             print(f"{program.name}: {program.address}", flush=True)
         print("monitoring, Ctrl-C to stop", flush=True)
         while True:
-            time.sleep(POLL_S)
+            keeper.wait(POLL_S)
             for program in programs:
                 if program.process.poll() is None:
                     continue
                 if not program.ended_s:
-                    program.ended_s = time.monotonic()
+                    program.note_end()
                     print(
                         f"{program.name} has ended with {program.process.returncode}; it is started again", flush=True
                     )

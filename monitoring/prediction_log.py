@@ -11,6 +11,7 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 import shutil
 import struct
 from datetime import UTC, datetime, timedelta
@@ -46,6 +47,8 @@ READ_LINES = (
     "SELECT * REPLACE (make_timestamp(time) AS time) "
     "FROM read_json(?, format='newline_delimited', {columns}) WHERE id IS NOT NULL"
 )
+ID = re.compile(rb'"id":"([^"]+)"')
+LAST_BYTES = 1 << 20  # of the newest lines: more than one reading of HAProxy's connection becomes
 PARQUET = "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 9, PARQUET_VERSION V2)"
 
 
@@ -114,6 +117,15 @@ class PredictionLog:
         self._file, self._hour = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), hour
         if (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
             os.write(self._file, b"\n")  # a line was cut when the machine went down
+
+    def last_ids(self) -> frozenset[str]:
+        """Return the ids of the newest lines."""
+        newest = max(self.folder.glob("date=*/*.jsonl"), default=None)
+        if newest is None:
+            return frozenset()
+        with newest.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - LAST_BYTES))
+            return frozenset(key.decode() for key in ID.findall(file.read()))
 
     def tidy(self, now: datetime) -> list[str]:
         """Compress earlier hours and remove days that are too old; return a line for each."""

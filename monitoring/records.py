@@ -7,7 +7,6 @@ are those of haproxy.cfg's log-format-sd, their values in base64; the object is 
 import math
 import re
 from binascii import a2b_base64
-from contextlib import suppress
 from functools import lru_cache
 from itertools import chain
 from typing import Annotated
@@ -184,10 +183,16 @@ def _predicts(record: Record) -> bool:
         return False
     if record.protocol == "gRPC":
         return record.path in (grpc_exchanges.PREDICT, grpc_exchanges.INFER, grpc_exchanges.PREDICTIONS)
+    return bool(_find_form(record.path))
+
+
+@lru_cache(maxsize=256)
+def _find_form(path: str) -> str:
+    """Return the form of the bodies at a path, empty if it predicts nothing; from a cache, for users' paths recur."""
     try:
-        return bool(exchanges.find_form(record.path))
+        return exchanges.find_form(path)
     except Unreadable:
-        return False
+        return ""
 
 
 def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, bool]) -> None:
@@ -252,24 +257,28 @@ ANSWERED = {"content-encoding": "reply_coding", "inference-header-content-length
 
 def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
     if sent["coding"] == ABSENT and sent["type"] == JSON and body.isascii():  # msgspec skips text unseen
-        with suppress(*NO_TABLE):
+        try:
             asked = read_asked(body)
-            for key in KEYS.get(exchanges.find_form(path), ()):
+            for key in KEYS.get(_find_form(path), ()):
                 if (table := getattr(asked, key)) is not UNSET:
                     return table
+        except NO_TABLE:
+            pass
     return exchanges.read_rows(path, _read_headers(sent, ASKED), body)
 
 
 def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows:
-    form = exchanges.find_form(path)
+    form = _find_form(path)
     if sent["reply_coding"] == ABSENT and reply.isascii():
-        with suppress(*NO_TABLE):
+        try:
             if form != "inference" and reply.startswith(b"["):
                 return read_pairs(reply)
             answered = read_answered(reply)
             for key in REPLY_KEYS.get(form, ()):
                 if (pairs := getattr(answered, key)) is not UNSET:
                     return pairs
+        except NO_TABLE:
+            pass
     return exchanges.read_probabilities(path, _read_headers(sent, ANSWERED), reply)
 
 

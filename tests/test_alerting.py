@@ -26,9 +26,10 @@ import pytest
 import yaml
 
 from endpoints.base import load_endpoints
-from helpers import DEADLINE_S, load_script, load_together, needs, run, skip_without_haproxy, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, load_script, load_together, needs, run, skip_without_haproxy, wait_until
 from machine.free_ports import find_free_ports
 from machine.priority import lifted_priority
+from terminal import Terminal
 from test_gateway import ROWS, Gateway
 from test_monitoring import (
     MONITORING,
@@ -37,6 +38,7 @@ from test_monitoring import (
     Program,
     ask_grpc,
     ask_with_wrk,
+    count_requests,
     gateway_ready,
     listens,
     prediction_log,
@@ -295,6 +297,68 @@ def test_a_killed_monitor_leaves_nothing_and_a_killed_collector_is_started_again
     monitor.wait_for("collector has ended with -9; it is started again")
     wait_until(lambda: monitor.log().count("collector: records on") == 2, monitor.log)
     assert monitor.end(signal.SIGKILL) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@needs_both
+@needs("wrk")
+def test_a_collector_that_is_killed_at_a_thousand_requests_a_second_loses_none_of_ten_thousand(toys, tmp_path):
+    """Prints how many are lost: monitor.py keeps the connection, and with it what HAProxy has sent."""
+    monitor, gateway = toys.monitor, toys.gateway
+    user = threading.Thread(target=ask_with_wrk, args=(gateway, tmp_path, 10, 15, 9))
+
+    def count(sql: str = "count(*)") -> int:
+        with prediction_log.open_view(monitor.state / "predictions") as connection:
+            return connection.execute(f"SELECT {sql} FROM predictions").fetchone()[0]
+
+    user.start()
+    for number in (1, 2):
+        wait_until(lambda least=3000 * number: count() > least, lambda: f"{count()} rows, {monitor.log()}")
+        next(p for p in monitor.family() if "collect.py" in " ".join(p.cmdline())).kill()
+        wait_until(lambda times=number: monitor.log().count("it is started again") == times, monitor.log)
+    user.join(2 * DEADLINE_S)
+    last = gateway.ask()[1]["x-request-id"]  # nothing comes after it
+    wait_until(lambda: count(f"count(*) FILTER (id = '{last}')"), monitor.log)
+    sent, rows, different = count_requests(gateway), count(), count("count(DISTINCT id)")
+    print(f"\n{sent:,} requests and two kills: {sent - different} lost, {rows - different} twice")
+    assert rows == different
+    assert sent - different <= sent / 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@needs_both
+def test_make_monitoring_is_up_within_fifteen_seconds_and_one_ctrl_c_ends_all_of_it(tmp_path):
+    """Typed in a terminal; prints how long both take."""
+    ports = find_free_ports(["collector", "records", "prometheus", "alertmanager", "gateway-metrics"])
+    addresses = {**ports, "gateway-metrics": f"127.0.0.1:{ports['gateway-metrics']}"}
+    options = [f"--{role} {address}" for role, address in addresses.items()]
+    options += [f"--state {tmp_path / 'monitoring'}", f"--targets {tmp_path / 'targets.json'}"]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "MONITORING_OPTIONS": " ".join(options)}
+    terminal = Terminal(str(tmp_path), REPOSITORY_DIR, environment)
+    try:
+        start, start_s = len(terminal.screen), time.monotonic()
+
+        def is_up() -> bool:
+            assert not terminal.has_prompted_since(start), terminal.shown_since(start)
+            return "monitoring, Ctrl-C to stop" in terminal.shown_since(start)
+
+        terminal.press(b"make monitoring\n")
+        wait_until(is_up, lambda: terminal.shown_since(start))
+        up_s = time.monotonic() - start_s
+        running = " ".join(word for process in terminal.list_processes() for word in process.cmdline())
+        assert all(name in running for name in ("collect.py", "prometheus.yml", "alertmanager.yml", "monitor.py"))
+        start_s = time.monotonic()
+        terminal.interrupt(start)
+        terminal.wait_until_empty("Ctrl-C")
+        down_s = time.monotonic() - start_s
+        wait_until(lambda: terminal.has_prompted_since(start), lambda: terminal.shown_since(start))
+        print(f"\nup in {up_s:.1f} s, gone {down_s:.1f} s after Ctrl-C")
+        assert "Traceback" not in terminal.shown_since(start)
+        assert not any(listens(port) for port in ports.values())
+    finally:
+        terminal.close()
+    assert up_s <= 15
 
 
 @pytest.fixture(scope="module")
