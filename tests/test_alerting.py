@@ -311,9 +311,10 @@ def test_a_collector_that_is_killed_at_a_thousand_requests_a_second_loses_none_o
         with prediction_log.open_view(monitor.state / "predictions") as connection:
             return connection.execute(f"SELECT {sql} FROM predictions").fetchone()[0]
 
+    taken = prediction_log.Count(monitor.state / "records.count")
     user.start()
     for number in (1, 2):
-        wait_until(lambda least=3000 * number: count() > least, lambda: f"{count()} rows, {monitor.log()}")
+        wait_until(lambda least=3000 * number: taken.value > least, lambda: f"{taken.value} records, {monitor.log()}")
         next(p for p in monitor.family() if "collect.py" in " ".join(p.cmdline())).kill()
         wait_until(lambda times=number: monitor.log().count("it is started again") == times, monitor.log)
     user.join(2 * DEADLINE_S)
