@@ -1,6 +1,7 @@
 """monitoring/drift.py against other ways to compute the same, and its promises in simulations with fixed chance."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -187,3 +188,10 @@ def test_the_table_of_the_readme_holds():
     assert p90(found["+0.5 sd from the first request on"]["delays"]) <= 630
     assert p90(found["errors 0.200"]["delays"]) <= 400
     assert not np.isfinite(found["errors 0.061"]["delays"]).any()
+    # REFERENCE.md has each delay as it was printed.
+    page = re.sub(r" labels| requests|,", "", (MONITORING / "REFERENCE.md").read_text())
+    delays = {case: figures["delays"] for case, figures in found.items() if "delays" in figures}
+    assert len(delays) == 13
+    for case, numbers in delays.items():
+        if np.isfinite(numbers).any():
+            assert drift_table.describe(np.array(numbers)).replace(",", "") in page, case
