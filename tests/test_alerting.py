@@ -305,7 +305,7 @@ def test_a_killed_monitor_leaves_nothing_and_a_killed_collector_is_started_again
 def test_a_collector_that_is_killed_at_a_thousand_requests_a_second_loses_none_of_ten_thousand(toys, tmp_path):
     """Prints how many are lost: monitor.py keeps the connection, and with it what HAProxy has sent."""
     monitor, gateway = toys.monitor, toys.gateway
-    user = threading.Thread(target=ask_with_wrk, args=(gateway, tmp_path, 10, 15, 9))
+    user = threading.Thread(target=ask_with_wrk, args=(gateway, tmp_path, 10, 20, 9))
 
     def count(sql: str = "count(*)") -> int:
         with prediction_log.open_view(monitor.state / "predictions") as connection:
