@@ -17,6 +17,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -388,6 +389,7 @@ class Intake:
     def __init__(self, collector: Collector, source: socket.socket):
         """`source`: a listening socket, or a Unix socket over which monitor.py hands over connections."""
         self.collector, self.source = collector, source
+        self.are_kept = source.family == socket.AF_UNIX
         self.known = collector.log.last_ids()
         self.connections: dict[int, Connection] = {}  # by file descriptor
         self.taken = bytearray(READ_BYTES)
@@ -407,6 +409,11 @@ class Intake:
         with contextlib.suppress(KeyError):
             self.poll.unregister(self.source)
         self.source.close()
+        if self.are_kept:  # the next collector continues where this one stops
+            for descriptor, connection in list(self.connections.items()):
+                self._read(descriptor, False)
+                connection.socket.close()
+            return
         for connection in self.connections.values():
             with contextlib.suppress(OSError):
                 connection.socket.shutdown(socket.SHUT_WR)  # then HAProxy ends it, and keeps its further records
@@ -476,6 +483,8 @@ class Intake:
         """End a connection, also for monitor.py, which has a copy, and drop what is left in it."""
         self.poll.unregister(descriptor)
         with self.connections.pop(descriptor).socket as connection, contextlib.suppress(OSError):
+            # Whoever sends on is reset at once, and does not wait for the end of the connection's time-outs.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             connection.shutdown(socket.SHUT_RDWR)
             while connection.recv_into(self.taken, READ_BYTES, socket.MSG_DONTWAIT):
                 pass

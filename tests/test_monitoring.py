@@ -603,13 +603,13 @@ def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_p
     keeper_of = load_together(MONITORING, "monitor")[0].Keeper
     ports = find_free_ports(["records", "http"])
     keeper, state, ended = keeper_of(ports["records"]), tmp_path / "monitoring", threading.Event()
-    lines = make_records(200_000)  # more than can be sent before the last collector is there
+    lines = make_records(100_000)  # then it waits
     sent = 0
 
     def send_as_haproxy_does() -> None:
         nonlocal sent
         with socket.create_connection(("127.0.0.1", ports["records"]), timeout=DEADLINE_S) as connection:
-            while not ended.wait(0.01):
+            while not ended.wait(0.01) and sent < len(lines):
                 connection.sendall(frame(lines[sent : sent + 20]))
                 sent += 20
 
@@ -620,10 +620,6 @@ def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_p
                 str(source.fileno()), log=tmp_path / f"collector-{number}", inherited=(source.fileno(),),
             )  # fmt: skip
 
-    def count() -> int:
-        with prediction_log.open_view(state / "predictions") as view:
-            return view.execute("SELECT count(*) FROM predictions").fetchone()[0]
-
     def waits_for(condition) -> None:
         wait_until(lambda: keeper.wait(0.02) or condition(), lambda: collector.log(), while_alive=collector.process)
 
@@ -633,13 +629,13 @@ def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_p
         haproxy.start()
         for number in (1, 2):
             waits_for(lambda program=collector: "records on" in program.log())
-            least = count() + 300
-            waits_for(lambda n=least: count() >= n)
+            taken = prediction_log.Count(state / "records.count")
+            waits_for(lambda now=taken, n=taken.value + 300: now.value >= n)
             collector.end(signal.SIGKILL)
             collector = start(number)
         ended.set()
         haproxy.join(DEADLINE_S)
-        waits_for(lambda: count() >= sent)
+        waits_for(lambda: taken.value >= sent)
         waits_for(lambda: not keeper.connections)  # HAProxy's end is noticed, and nothing left
         assert collector.end() == 0
     finally:
