@@ -27,8 +27,10 @@ import pytest
 
 from endpoints.base import load_endpoints
 from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, wait_until
+from machine.environment import split_cpus
 from machine.free_ports import find_free_ports
 from machine.signals import end_with_parent
+from servers.process import ServerProcess
 from test_gateway import Gateway
 
 MONITORING = REPOSITORY_DIR / "monitoring"
@@ -891,9 +893,11 @@ def is_connected(port: int) -> bool:
     return any(each.raddr and each.raddr.port == port and each.status in open_ones for each in psutil.net_connections())
 
 
-def gateway_ready(gateway: Gateway) -> None:
+def gateway_ready(gateway: Gateway, *server: str) -> None:
     wait_until(
-        lambda: gateway.versions()["1"]["replicas"]["v1-1"]["state"] == "UP", gateway.log, while_alive=gateway.process
+        lambda: gateway.versions(*server)["1"]["replicas"]["v1-1"]["state"] == "UP",
+        gateway.log,
+        while_alive=gateway.process,
     )
 
 
@@ -1070,20 +1074,18 @@ def cpu_s(processes: list[psutil.Process]) -> float:
     return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
-@pytest.mark.slow
-@pytest.mark.timing
-@needs("wrk")
-@pytest.mark.parametrize(("connections", "pause_ms"), [(1, 0), (1, 3), (10, 9), (16, 0)])
-def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
-    """Prints what a gateway with the tap adds to one without, asked in turn, and the time of the CPU."""
-    collector = Collector(tmp_path)
+def measure_tap(
+    environment: dict[str, str], folder: Path, server: str, connections: int, pause_ms: int
+) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Ask a server through a gateway without and one with the tap, in turn; print and return what each round gave."""
+    collector = Collector(folder)
     with contextlib.ExitStack() as stack:
         gateways, haproxies = {}, {}
         for name in ("without", "with"):
-            environment = {**toys, "GATEWAY_PREDICTIONS": collector.records if name == "with" else ""}
-            gateway = Gateway(tmp_path / name, "--servers", "onnx", environment=environment)
+            settings = {**environment, "GATEWAY_PREDICTIONS": collector.records if name == "with" else ""}
+            gateway = Gateway(folder / name, "--servers", server, environment=settings)
             gateways[name] = stack.enter_context(gateway)
-            gateway_ready(gateway)
+            gateway_ready(gateway, server)
             family = psutil.Process(gateway.process.pid).children(recursive=True)
             haproxies[name] = [process for process in family if process.name() == "haproxy"]
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in gateways}
@@ -1092,7 +1094,7 @@ def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
         spent["collector"] = -cpu_s(of_collector)
         for number in range(12):
             for name in list(gateways) if number % 2 else reversed(gateways):
-                found[name].append(ask_with_wrk(gateways[name], tmp_path, connections, 2, pause_ms))
+                found[name].append(ask_with_wrk(gateways[name], folder, connections, 2, pause_ms, server))
         count = {name: sum(each[3] for each in found[name]) for name in found}
         collector.wait_for_records(count["with"])
         for name, processes in {**haproxies, "collector": of_collector}.items():
@@ -1101,15 +1103,45 @@ def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
     pairs = list(zip(found["without"], found["with"], strict=True))
     added = [[with_[place] - without[place] for without, with_ in pairs] for place in (0, 1)]
     print(
-        f"\n{connections} connections, {pause_ms} ms between requests: p50 {describe(added[0], ' ms')}, "
-        f"p99 {describe(added[1], ' ms')}, requests/s times {describe([b[2] / a[2] for a, b in pairs])}; p50 without "
+        f"\n{server}, {connections} connections, {pause_ms} ms between requests: p50 {describe(added[0], ' ms')}, "
+        f"p99 {describe(added[1], ' ms')}, requests/s times {describe([b[2] / a[2] for a, b in pairs])} of "
+        f"{statistics.median(a[2] for a, _ in pairs):,.0f}; p50 without "
         f"{statistics.median(a[0] for a, _ in pairs):.3f} ms. CPU s per 1,000 requests: HAProxy "
         f"{spent['without'] / count['without'] * 1e3:.3f} without, {spent['with'] / count['with'] * 1e3:.3f} with; "
         f"collector {spent['collector'] / count['with'] * 1e3:.3f}"
     )
     assert collector.end() == 0
+    return pairs
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
+@pytest.mark.parametrize(("connections", "pause_ms"), [(1, 0), (1, 3), (10, 9), (16, 0)])
+def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
+    """Before a server that costs nothing, where every microsecond shows."""
+    pairs = measure_tap(toys, tmp_path, "onnx", connections, pause_ms)
     if connections == 1:  # 16 users at once take all that the cores give, so their p50 follows the rate
-        assert statistics.median(added[0]) <= 0.5
+        assert statistics.median(with_[0] - without[0] for without, with_ in pairs) <= 0.5
+    assert statistics.median(with_[2] / without[2] for without, with_ in pairs) >= 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
+@pytest.mark.parametrize("name", TOYS)
+def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name):
+    """Each server alone on one core; gateway, collector and users share the other."""
+    server_cpus, user_cpus = split_cpus()
+    before = os.sched_getaffinity(0)
+    with ServerProcess(load_endpoints()[name].on_free_ports(), server_cpus) as server:
+        address = f"127.0.0.1:{server.endpoint.port}"
+        environment = {f"GATEWAY_{name.upper()}_V{version}": address for version in "12"}
+        os.sched_setaffinity(0, user_cpus or before)
+        try:
+            pairs = measure_tap(environment, tmp_path, name, 16, 0)
+        finally:
+            os.sched_setaffinity(0, before)
     assert statistics.median(with_[2] / without[2] for without, with_ in pairs) >= 0.6
 
 
