@@ -11,6 +11,7 @@ results/gpu.json again after each cell; Ctrl-C keeps what was measured.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -85,12 +86,17 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         for name in arguments.models:
             model = load_network(name, MODEL_PATH)
+            too_many = math.inf  # rows of which no variant was fast enough
             for rows in arguments.rows:
+                if rows >= too_many:
+                    result["refused"].append(f"{name}, {rows:,} rows: not tried, {too_many:,} took too long")
+                    continue
                 cells, refused = measure_cell(
                     name, model, rows, variants, arguments.seconds, arguments.rounds, arguments.limit_ms / 1e3
                 )
                 result["cells"] += cells
                 result["refused"] += refused
+                too_many = too_many if cells else min(too_many, rows)
                 write_result(result, arguments.output)
                 print(f"{name}, {format_count(rows, 'row')}: {len(cells)} variants", flush=True)
         result["complete"] = True
