@@ -3,9 +3,9 @@
 A replica is a server that works in turns: it takes all requests that wait, up to the connections of the measurement,
 and answers them one after the other. How long a turn of k requests takes on average is measured: in a closed loop with
 k connections it is k ÷ rate (the flow-equivalent server of Chandy, Herzog and Woo, "Parametric analysis of queuing
-networks", IBM J. Res. Dev. 19, 1975). The part of it in which neither server nor client worked at one connection (a
-timer that waits for a batch, a hand-over between processes) delays a reply and holds up no other. How much a turn
-varies is drawn from the latencies at one connection: a turn as long as five such requests is five draws, so that
+networks", IBM J. Res. Dev. 19, 1975). The part of it in which the server did not work at one connection (the client's
+work, a timer that waits for a batch, a hand-over between processes) delays a reply and holds up no other. How much a
+turn varies is drawn from the latencies at one connection: a turn as long as five such requests is five draws, so that
 whatever interrupts a server meets it as often a second as when measured.
 
 Events are kept in a heap: a library of processes (SimPy) would be a dependency for one loop, and slower.
@@ -51,7 +51,7 @@ def measure_service_times(measured: Measured, name: str) -> ServiceTimes:
         raise CapacityError("needs closed loops at 1 connection and at more")
     counts = [cell.connections for cell in cells]
     means_s = np.array([cell.connections / float(np.mean(cell.rates)) for cell in cells])
-    worked = np.array([cell.cores_used + cell.client_share if measured.is_seen(name) else 1.0 for cell in cells])
+    worked = np.array([cell.cores_used if measured.is_seen(name) else 1.0 for cell in cells])
     idle_s = np.clip(1 - worked, 0, MOST_IDLE) * means_s
     delay_s = float(idle_s[0])
     most = max(counts[-1], int(measured.settings.get("open_connections", counts[-1])))
