@@ -146,8 +146,8 @@ def test_the_bound_is_computed_from_both_files(tmp_path):
     ]
     write_result(make_file(cells, None), path)
     assert describe_bound(measured, path) == (
-        "An infinitely fast GPU makes onnx-tuned at most 1.11 × at 1, 2.00 × at 1,024 rows a request faster, by "
-        "Amdahl's law."
+        "An infinitely fast GPU makes onnx-tuned faster by at most 1.11 × at 1, 2.00 × at 1,024 rows a request "
+        "(Amdahl's law: the rest of the time is the server's, not the model's)."
     )
     assert "not known" in describe_bound(measured, tmp_path / "none.json")
 
@@ -251,7 +251,7 @@ def test_the_processors_half_runs_end_to_end(script, tmp_path):
     assert NOT_MEASURED in done.stdout
     assert f"wrote {path}" in done.stdout
     sample = read_result(SAMPLE_PATH)
-    for cpu, words in ((result["environment"]["cpu"], "onnx-tuned at most"), ("another", "on another processor")):
+    for cpu, words in ((result["environment"]["cpu"], "faster by at most"), ("another", "on another processor")):
         sample["environment"]["cpu"] = cpu
         assert words in describe_bound(Measured(sample), path)
 

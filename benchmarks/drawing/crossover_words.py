@@ -47,8 +47,10 @@ def describe_bound(measured: Measured, path: Path = GPU_PATH) -> str:
                 parts.append(f"{bound:.2f} × at {cell.rows_per_request:,}")
     if not parts:
         return "How much an infinitely fast GPU would bring is not known for the rows that were measured."
-    rows = "row" if len(parts) == 1 else "rows a request"
-    return f"An infinitely fast GPU makes {SERVER} at most {', '.join(parts)} {rows} faster, by Amdahl's law."
+    return (
+        f"An infinitely fast GPU makes {SERVER} faster by at most {', '.join(parts)} rows a request (Amdahl's law: the "
+        "rest of the time is the server's, not the model's)."
+    )
 
 
 def describe_crossover(path: Path = GPU_PATH) -> str:
