@@ -177,6 +177,17 @@ def test_a_row_is_wide_until_its_ratio_to_the_floor_is_known():
     assert [(warning.doubt, warning.server) for warning in list_warnings(measured)] == [(Doubt.WIDE, "shaky")]
 
 
+def test_the_first_of_a_ranking_is_faster_by_the_verdicts_too():
+    """A third server stopped after six rounds, in which b was lucky; in all that a and b share, a is faster."""
+    measured = make_rivals(
+        make_rounds("a", [1000.0] * 40), make_rounds("b", [1100.0] * 6 + [800.0] * 34), make_rounds("c", [500.0] * 6),
+        a="local", b="local", c="local",
+    )  # fmt: skip
+    assert measured.ranking(1) == ["a", "b", "c"]
+    assert [(verdict.faster, verdict.slower) for verdict in list_verdicts(measured)] == [("a", "b"), ("b", "c")]
+    assert list_ties(measured, "a", 1) == []
+
+
 def test_a_row_is_wide_until_its_ratio_to_its_default_is_known():
     """Each is known against the floor, and by opposite moves of the two not against the other."""
     floor, move = np.full(40, 4000.0), np.resize([0.94, 1.08], 40)

@@ -4,8 +4,6 @@ from functools import cached_property
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from figures.cells import Cell, Knee, find_knee, make_cells, paired_ratio
 from figures.intervals import Interval
 from figures.result_file import ResultError
@@ -115,18 +113,20 @@ class Measured:
     def ranking(self, connections: int, kind: str | None = None) -> list[str]:
         """Servers with a model (of one kind), the most requests per second first.
 
-        By the median of the rounds that all of them have: further rounds of one may have met another machine.
+        The more others a server is faster than, in the rounds that it shares with each, the earlier it comes
+        (Copeland's rule); then by its rate. So it agrees with the verdicts on neighbours, which use these ratios, too.
         """
         cells = self.cells_at(connections)
         names = [name for name in cells if not self.is_floor(name) and kind in (None, self.kind(name))]
-        shared = set.intersection(*(set(cells[name].rounds) for name in names)) if names else set[int]()
 
-        def speed(name: str) -> float:
-            pairs = zip(cells[name].rounds, cells[name].rates, strict=True)
-            rates = [rate for number, rate in pairs if number in shared]
-            return float(np.median(rates)) if rates else cells[name].rate.estimate
+        def beats(name: str, other: str) -> bool:
+            ratio = self.ratio(name, other, connections)
+            return ratio is not None and ratio.estimate > 1
 
-        return sorted(names, key=speed, reverse=True)
+        def place(name: str) -> tuple[int, float]:
+            return sum(beats(name, other) for other in names if other != name), cells[name].rate.estimate
+
+        return sorted(names, key=place, reverse=True)
 
     @cached_property
     def kinds(self) -> list[str]:
