@@ -1,6 +1,7 @@
 """CHOOSING.md: seven questions, the values at which the answers change, proven abilities, eight scenarios."""
 
 import tomllib
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ MEMORIES_MB = (50.0, 2000.0)
 STARTS_S = (0.2, 60.0)
 # The table of the short answer.
 SHORT_RATES = (50, 500, 3000, 10_000, 50_000)
-SHORT_P99S_MS = (10, 20, 50)
+SHORT_P99S_MS = (5, 10, 20, 50)
 
 
 def load_scenarios() -> list[tuple[str, str, str, Needs]]:
@@ -58,7 +59,7 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         keep_trailing_newline=True,
     )  # fmt: skip
     facts = load_facts()
-    base = Needs()
+    base = Needs(maintained=True)
     return environment.get_template("choosing.md.j2").render(
         facts=facts,
         machine=measured.environment,
@@ -71,7 +72,9 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
             for title, framework in (("PyTorch or scikit-learn", "scikit-learn"), ("TensorFlow", "tensorflow"))
         ],
         frameworks={
-            name: [choose(measured, containers, Needs(framework=name, python=python)) for python in (False, True)]
+            name: [
+                choose(measured, containers, replace(base, framework=name, python=python)) for python in (False, True)
+            ]
             for name in FRAMEWORKS[1:]
         },
         flips={
@@ -89,8 +92,8 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         short=lambda choice: name_recommendations(choice.recommended),
         describe=lambda choice: describe_recommendations(measured, choice),
         candidates=lambda choice: [describe_candidate(measured, one) for one in choice.candidates],
-        reload=choose(measured, containers, Needs(reload=True)),
-        maintained=choose(measured, containers, Needs(maintained=True)),
+        reload=choose(measured, containers, replace(base, reload=True)),
+        unmaintained=choose(measured, containers, replace(base, maintained=False)),
         claims=[_judge(measured, claim) for claim in facts["claim"].values()],
         scenarios=[
             (number, title, text, note, choose(measured, containers, needs), describe_needs(needs))
