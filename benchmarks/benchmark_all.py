@@ -128,7 +128,7 @@ class Plan:
 
 PROFILES = {
     "quick": Plan(
-        starts=1, rounds=12, most_rounds=200, precision=0.1, limit_seconds=290.0, spacing_s=1.5, seconds=0.05,
+        starts=1, rounds=12, most_rounds=200, precision=0.1, limit_seconds=280.0, spacing_s=1.5, seconds=0.05,
         requests=30, queries=0, warmup_seconds=0.03, connections=(1, 16, 64), rows_per_request=(1, 32, 1024),
         open_rounds=3, open_seconds=0.4, rate_shares=(0.1, 0.3, 0.6, 0.9, 1.2), settle_seconds=3.0,
         defaults_in_full=False,
