@@ -258,13 +258,18 @@ ANSWERED = {"content-encoding": "reply_coding", "inference-header-content-length
 def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
     if sent["coding"] == ABSENT and sent["type"] == JSON and body.isascii():  # msgspec skips text unseen
         try:
-            asked = read_asked(body)
-            for key in KEYS.get(_find_form(path), ()):
-                if (table := getattr(asked, key)) is not UNSET:
+            asked, form = read_asked(body), _find_form(path)
+            for key in KEYS.get(form, ()):
+                if (table := getattr(asked, key)) is not UNSET and (form != "tfserving" or _has_once(body, key)):
                     return table
         except NO_TABLE:
             pass
     return exchanges.read_rows(path, _read_headers(sent, ASKED), body)
+
+
+def _has_once(body: bytes, key: str) -> bool:
+    """Whether one member at most has this name: of several TensorFlow Serving reads the first, msgspec the last."""
+    return body.count(f'"{key}"'.encode()) == 1 and b"\\" not in body  # nor is a name escaped
 
 
 def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows:
