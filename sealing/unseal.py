@@ -22,6 +22,7 @@ Exit codes: 0 DIR holds a version; 1 it holds none, or a line names the problem;
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -35,6 +36,7 @@ import sys
 import tempfile
 import time
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -270,6 +272,22 @@ def claim(folder: Path, allow_disk: bool) -> TextIO:
     return lock
 
 
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt only after the block, when a server that has started is known and can be ended."""
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in (number for number, handler in handlers.items() if handler != signal.SIG_IGN):
+        signal.signal(number, lambda *_: came.append(1))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
     """Open the models, start the command if there is one, and watch; return the exit code.
 
@@ -283,7 +301,8 @@ def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
             raise UnsealError(f"no version of {unsealer.server} is accepted")
         (unsealer.folder / READY).write_text("".join(f"{name}\n" for name in sorted(unsealer.opened)))
         if command:
-            server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], start_new_session=True)
+            with deferred_interrupts():
+                server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], start_new_session=True)
         while server.poll() is None if server else watch:
             time.sleep(POLL_S)
             try:

@@ -1237,6 +1237,28 @@ def test_a_server_that_cannot_be_started_is_one_line(home, memory):
     assert done.stderr.splitlines()[-1].startswith("unseal: ") and "no-such-program" in done.stderr
 
 
+def test_an_interruption_while_the_server_starts_ends_it(home, memory, tmp_path, monkeypatch):
+    """Ctrl-C comes when the server runs and unseal.py has not got hold of it yet."""
+    begin = subprocess.Popen
+    started = []
+
+    def popen(*arguments, **options):
+        started.append(begin(*arguments, **options))
+        os.kill(os.getpid(), signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(unseal.subprocess, "Popen", popen)
+    handlers = {number: signal.getsignal(number) for number in unseal.STOP_SIGNALS}
+    try:
+        with unseal.claim(memory / "a", False), pytest.raises(KeyboardInterrupt):
+            unseal.serve(unseal.Unsealer("onnx", memory / "a", home), True, ["sleep", "999"])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert started[0].poll() is not None
+    assert not (memory / "a").exists()
+
+
 def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_path):
     """The server takes its time to end; Ctrl-C again, and SIGTERM, must not end unseal.py before it."""
     program = (
