@@ -110,10 +110,8 @@ def render_guide(measured: Measured, containers: dict[str, ContainerCost], today
         stale=[fact["what"] for kind in ("framework", "fact", "claim") for fact in facts[kind].values()
                if is_stale(fact, today)],
         stale_days=STALE_DAYS,
-        has_local=any(measured.kind(name) == "local" for name in measured.names),
         bound=describe_bound(measured),
         gpu=describe_crossover(),
-        label=measured.label,
     )  # fmt: skip
 
 
