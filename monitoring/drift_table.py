@@ -22,7 +22,7 @@ from pathlib import Path
 try:
     import numpy as np
 
-    from drift import BETS, ERROR_BETS, INPUT_BOUND, INPUT_TOLERANCE, bound_error
+    from drift import ACCURACY_BOUND, BETS, ERROR_BETS, HEAD_START, INPUT_BOUND, INPUT_TOLERANCE, bound_error
 except ModuleNotFoundError as error:
     sys.exit(f"drift_table: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
 
@@ -75,13 +75,13 @@ class ManyDetectors:
     def __init__(self, runs: int, limits: np.ndarray, bets: np.ndarray = BETS):
         self.limits = limits  # (K,)
         self.bets = bets / limits[:, None]
-        self.evidence = np.zeros((runs, *self.bets.shape))
+        self.evidence = np.full((runs, *self.bets.shape), HEAD_START)
 
     def observe(self, z: np.ndarray) -> np.ndarray:
-        """Add (runs, K); return the largest evidence of each run, divided by K, to compare with the bound, (runs,)."""
+        """Add (runs, K); return each run's largest evidence / K - HEAD_START, to compare with the bound, (runs,)."""
         self.evidence += 1
         self.evidence *= 1 + self.bets * (z - self.limits)[:, :, None]
-        return self.evidence.mean(axis=2).max(axis=1) / len(self.limits)
+        return self.evidence.mean(axis=2).max(axis=1) / len(self.limits) - HEAD_START
 
 
 def statistics_of(u: np.ndarray) -> np.ndarray:
@@ -299,7 +299,7 @@ def compare(quick: bool, rng: np.random.Generator, say: Callable[[str], None]) -
         detectors = ManyDetectors(many, np.array([bound_error(7, 114)]), ERROR_BETS)
         steps = 30_000 if rate < 0.1 else 6_000
         errors = (detectors.observe((chance.random(many) < rate).astype(float)[:, None]) for _ in range(steps))
-        found = count_delays(errors, 1e5, 0)
+        found = count_delays(errors, ACCURACY_BOUND, 0)
         results[f"errors {rate:.3f}"] = {"delays": found.tolist(), "labels": steps}
         say(f"  {f'true error {rate:.3f}':45}{describe(found)} (of {steps:,} labels)")
     return results

@@ -1,5 +1,6 @@
 """monitoring/drift.py against other ways to compute the same, and its promises in simulations with fixed chance."""
 
+import itertools
 import json
 import re
 
@@ -17,14 +18,14 @@ REFERENCE = drift.Reference.read(REPOSITORY_DIR / "data")
 def test_the_evidence_is_the_papers_formula():
     limits = np.array([0.55, 0.112])
     rng = np.random.default_rng(1)
-    m = [[0.0] * len(drift.BETS) for _ in limits]
+    m = [[drift.HEAD_START] * len(drift.BETS) for _ in limits]
     observed = rng.random((300, 2)) ** 0.3  # high enough that the threshold is reached on the way
     reached = []
     for z in observed:
         for k, limit in enumerate(limits):
             for j, bet in enumerate(drift.BETS):
                 m[k][j] = (m[k][j] + 1) * (1 + bet / limit * (z[k] - limit))
-        reached.append([np.mean(each) >= 2e6 for each in m])
+        reached.append([np.mean(each) >= 2 * (1e6 + drift.HEAD_START) for each in m])
     assert not reached[0][0] and reached[-1][0]
     for sizes in ([300], [1] * 300, [7, 64, 65, 128, 36]):  # however they are put together
         detectors, parts, start = drift.Detectors(limits, 1e6), [], 0
@@ -34,11 +35,11 @@ def test_the_evidence_is_the_papers_formula():
         assert np.allclose(detectors.evidence, m, rtol=1e-9)
         assert np.array_equal(np.concatenate(parts), reached)
         assert detectors.observations == 300
-    assert detectors.threshold == 2e6
+    assert detectors.threshold == 2 * (1e6 + drift.HEAD_START)
     many = drift_table.ManyDetectors(3, limits)
     for z in observed:
         largest = many.observe(np.tile(z, (3, 1)))
-    assert np.allclose(largest, detectors.evidence.mean(axis=1).max() / 2)
+    assert np.allclose(largest, detectors.evidence.mean(axis=1).max() / 2 - drift.HEAD_START)
 
 
 def test_an_observation_at_the_limit_is_worth_nothing_on_average():
@@ -48,6 +49,18 @@ def test_an_observation_at_the_limit_is_worth_nothing_on_average():
             assert 1 + bet * (0 - limit) > 0  # never negative, or it could not be a bound
             ends = (1 + bet * (0 - limit)) * (1 - limit) + (1 + bet * (1 - limit)) * limit
             assert ends == pytest.approx(1)
+
+
+def test_the_expected_evidence_is_the_head_start_and_one_for_each_observation():
+    """So the expected observations until the threshold, K (bound + head start), are at least the bound."""
+    limit, n, expected = 0.112, 8, 0.0
+    for ends in itertools.product((0.0, 1.0), repeat=n):
+        detectors = drift.Detectors(np.array([limit]), 1e5, drift.ERROR_BETS)
+        detectors.observe(np.array(ends)[:, None])
+        wrong = sum(ends)
+        expected += limit**wrong * (1 - limit) ** (n - wrong) * detectors.evidence.mean()
+    assert expected == pytest.approx(drift.HEAD_START + n)
+    assert detectors.threshold - drift.HEAD_START == 1e5
 
 
 def test_ranks_and_bounds_are_those_of_scipy():
@@ -66,7 +79,10 @@ def test_one_request_of_many_rows_is_one_observation():
     rows = np.repeat([[column[-1] for column in REFERENCE.features]], 2000, axis=0)  # the largest of everything
     assert watch.observe(rows, np.full(2000, 0.5), np.array([0])) == []
     assert watch.detectors["input"].observations == 1
-    assert np.allclose(watch.detectors["input"].evidence[0], 1 + drift.BETS / 0.55 * (1 - 0.5 / 455 - 0.55))
+    assert np.allclose(
+        watch.detectors["input"].evidence[0],
+        (drift.HEAD_START + 1) * (1 + drift.BETS / 0.55 * (1 - 0.5 / 455 - 0.55)),
+    )
     u = np.random.default_rng(1).random((6, 5))
     means = drift.spread_out(u, np.array([0, 1, 4]))
     assert np.allclose(means[1], np.concatenate([u[1:4], 1 - u[1:4], np.abs(2 * u[1:4] - 1)], axis=1).mean(axis=0))

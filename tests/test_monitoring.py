@@ -1071,14 +1071,24 @@ def describe(values: list[float], unit: str = "") -> str:
 
 
 def cpu_s(processes: list[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+    """Return the seconds that all threads have run, which psutil gives in steps of 10 ms only."""
+    files = [path for process in processes for path in Path(f"/proc/{process.pid}/task").glob("*/schedstat")]
+    return sum(int(path.read_text().split()[0]) for path in files) / 1e9
 
 
 def measure_tap(
-    environment: dict[str, str], folder: Path, server: str, connections: int, pause_ms: int
+    environment: dict[str, str],
+    folder: Path,
+    server: str,
+    connections: int,
+    pause_ms: int,
+    collector_cpus: set[int] | None = None,
 ) -> list[tuple[tuple[float, ...], tuple[float, ...]]]:
     """Ask a server through a gateway without and one with the tap, in turn; print and return what each round gave."""
+    cpus = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, collector_cpus or cpus)  # all its threads inherit this
     collector = Collector(folder)
+    os.sched_setaffinity(0, cpus)
     with contextlib.ExitStack() as stack:
         gateways, haproxies = {}, {}
         for name in ("without", "with"):
@@ -1089,16 +1099,17 @@ def measure_tap(
             family = psutil.Process(gateway.process.pid).children(recursive=True)
             haproxies[name] = [process for process in family if process.name() == "haproxy"]
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in gateways}
-        spent = {name: -cpu_s(processes) for name, processes in haproxies.items()}
+        spent: dict[str, list[float]] = {name: [] for name in gateways}  # µs of HAProxy for each request
         of_collector = [psutil.Process(collector.process.pid)]
-        spent["collector"] = -cpu_s(of_collector)
+        collector_s = -cpu_s(of_collector)
         for number in range(12):
             for name in list(gateways) if number % 2 else reversed(gateways):
+                before_s = cpu_s(haproxies[name])
                 found[name].append(ask_with_wrk(gateways[name], folder, connections, 2, pause_ms, server))
-        count = {name: sum(each[3] for each in found[name]) for name in found}
-        collector.wait_for_records(count["with"])
-        for name, processes in {**haproxies, "collector": of_collector}.items():
-            spent[name] += cpu_s(processes)
+                spent[name].append((cpu_s(haproxies[name]) - before_s) / found[name][-1][3] * 1e6)
+        count = sum(each[3] for each in found["with"])
+        collector.wait_for_records(count)
+        collector_s += cpu_s(of_collector)
     assert not sum(each[4] for each in found["with"])
     pairs = list(zip(found["without"], found["with"], strict=True))
     added = [[with_[place] - without[place] for without, with_ in pairs] for place in (0, 1)]
@@ -1106,9 +1117,10 @@ def measure_tap(
         f"\n{server}, {connections} connections, {pause_ms} ms between requests: p50 {describe(added[0], ' ms')}, "
         f"p99 {describe(added[1], ' ms')}, requests/s times {describe([b[2] / a[2] for a, b in pairs])} of "
         f"{statistics.median(a[2] for a, _ in pairs):,.0f}; p50 without "
-        f"{statistics.median(a[0] for a, _ in pairs):.3f} ms. CPU s per 1,000 requests: HAProxy "
-        f"{spent['without'] / count['without'] * 1e3:.3f} without, {spent['with'] / count['with'] * 1e3:.3f} with; "
-        f"collector {spent['collector'] / count['with'] * 1e3:.3f}"
+        f"{statistics.median(a[0] for a, _ in pairs):.3f} ms. CPU time of a request: HAProxy "
+        f"{statistics.median(spent['without']):.0f} µs, with the tap "
+        f"{describe([b - a for a, b in zip(spent['without'], spent['with'], strict=True)], ' µs')}, collector "
+        f"{collector_s / count * 1e6:.0f} µs"
     )
     assert collector.end() == 0
     return pairs
@@ -1130,16 +1142,22 @@ def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
 @pytest.mark.timing
 @needs("wrk")
 @pytest.mark.parametrize("name", TOYS)
-def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name):
-    """Each server alone on one core; gateway, collector and users share the other."""
-    server_cpus, user_cpus = split_cpus()
+@pytest.mark.parametrize("layout", ["apart", "shared"])
+def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name, layout):
+    """Sixteen users without a pause. apart: the collector has a core, server, gateway and users share the other.
+    shared: the server has a core, and the collector takes its time from the gateway and the users on the other."""
+    first, second = split_cpus()
+    if not second:
+        pytest.skip("needs two cores")
+    server_cpus, collector_cpus = (second, first) if layout == "apart" else (first, second)
     before = os.sched_getaffinity(0)
     with ServerProcess(load_endpoints()[name].on_free_ports(), server_cpus) as server:
         address = f"127.0.0.1:{server.endpoint.port}"
         environment = {f"GATEWAY_{name.upper()}_V{version}": address for version in "12"}
-        os.sched_setaffinity(0, user_cpus or before)
+        os.sched_setaffinity(0, second)
         try:
-            pairs = measure_tap(environment, tmp_path, name, 16, 0)
+            print(f"\n{layout}:", end="")
+            pairs = measure_tap(environment, tmp_path, name, 16, 0, collector_cpus)
         finally:
             os.sched_setaffinity(0, before)
     assert statistics.median(with_[2] / without[2] for without, with_ in pairs) >= 0.6
