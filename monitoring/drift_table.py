@@ -5,7 +5,7 @@
 Draws patients from a smooth population (as patients.py does) and, for each
 run, a fresh reference of 455 of them, the size of train.csv. Counts alarms
 without drift, then requests until a shift of one feature by 0.5 standard
-deviations is detected. Takes some five minutes; --quick takes one. Writes
+deviations is detected. Takes two to six minutes; --quick takes one. Writes
 nothing unless --output names a JSON file.
 """
 

@@ -166,9 +166,10 @@ def call_main(script: ModuleType, *arguments: str | Path, columns: int = 200) ->
     return Done(code or 0, out.getvalue(), err.getvalue())
 
 
-def needs(program: str) -> pytest.MarkDecorator:
-    """Skip a test if a program of the system is missing; `make doctor` lists them, and CI allows no skip."""
-    return pytest.mark.skipif(shutil.which(program) is None, reason=f"no {program} on PATH: apt-get install {program}")
+def needs(program: str, package: str = "") -> pytest.MarkDecorator:
+    """Skip a test if a program of Debian's `package` (default: of its name) is missing; CI allows no skip."""
+    reason = f"no {program} on PATH: apt-get install {package or program}"
+    return pytest.mark.skipif(shutil.which(program) is None, reason=reason)
 
 
 def find_port(server: ServerProcess | int) -> int:

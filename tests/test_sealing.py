@@ -1348,7 +1348,7 @@ UNREADABLE = {
 }
 
 
-@needs("setpriv")
+@needs("setpriv", "util-linux")
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_file_that_cannot_be_read_is_named_in_one_line(home, memory, name):
     (memory / "before").mkdir()
@@ -1383,7 +1383,7 @@ def test_a_damaged_key_is_named_when_models_are_sealed(home, name, words):
 
 
 @pytest.mark.slow
-@needs("softhsm2-util")
+@needs("softhsm2-util", "softhsm2")
 def test_a_key_in_a_hardware_token_signs(home, memory, tmp_path):
     """SoftHSM is a token in software; what is signed with its key is verified like all else."""
     pytest.importorskip("PyKCS11", reason="no PyKCS11 in this Python: uv pip install pykcs11")
