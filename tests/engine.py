@@ -225,6 +225,23 @@ def make_tfserving_stand_in(engine: Engine) -> None:
     engine.run("docker", "rm", container)
 
 
+def make_program_stand_in(engine: Engine, image: str, files: dict[str, Path]) -> None:
+    """Put a Debian program, and what it reads, in an image with the official one's name and user, for the wiring.
+
+    `files` are the sources by their path in the image.
+    """
+    with tempfile.TemporaryDirectory(prefix="stand-in-") as folder:
+        for place, source in files.items():
+            target = Path(folder, place)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+        Path(folder, "Dockerfile").write_text(
+            f"FROM {PYTHON_IMAGE}\nCOPY . /\nRUN install --directory --owner=65534 /prometheus\nUSER 65534\n"
+            "LABEL kind=debian\n"
+        )
+        engine.run("docker", "build", "--network=host", "--tag", image, folder)
+
+
 def copy_into(engine: Engine, container: str, archive: list[str]) -> None:
     with subprocess.Popen(archive, stdout=subprocess.PIPE) as tar:
         subprocess.run(

@@ -615,11 +615,12 @@ def test_the_containers_read_the_same_files_with_their_names_for_the_addresses(t
 
 def test_the_gateway_among_containers_logs_predictions_with_the_version_that_the_path_names(tmp_path):
     """containers.cfg on the real HAProxy, with an address where a container has a name."""
-    ports = find_free_ports(["users", "metrics", "toy"])
+    ports = find_free_ports(["users", "health", "metrics", "toy"])
     collector, toy = Collector(tmp_path), Program(TOY, "1", str(ports["toy"]), log=tmp_path / "toy")
     text = (MONITORING.parent / "gateway" / "containers.cfg").read_text()
     for old, new in (
         ("bind :8090", f"bind 127.0.0.1:{ports['users']}"),
+        ("bind 127.0.0.1:8403", f"bind 127.0.0.1:{ports['health']}"),
         ("bind :8404", f"bind 127.0.0.1:{ports['metrics']}"),
         (re.search("server-template onnx .*", text)[0], f"server onnx1 127.0.0.1:{ports['toy']} no-check"),
     ):
@@ -635,6 +636,9 @@ def test_the_gateway_among_containers_logs_predictions_with_the_version_that_the
         haproxy = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         wait_until(lambda: listens(ports["users"]) and listens(ports["toy"]), (tmp_path / "haproxy.log").read_text)
+        image = (MONITORING.parent / "gateway" / "Dockerfile").read_text().replace("\\\n", "")
+        check = json.loads(re.search(r"^HEALTHCHECK .*?CMD (\[.*\])$", image, re.M)[1])  # is no user's prediction
+        run(*(word.replace("127.0.0.1/8403", f"127.0.0.1/{ports['health']}") for word in check), check=True)
         body, keys = json.dumps({"data": [[1.0, 2.0, 3.0, 4.0, 5.0]]}), {}
         for path, version in (("/onnx/predict", "default"), ("/onnx/predict/2", "2"), ("/onnx/predict/1", "1")):
             connection = http.client.HTTPConnection("127.0.0.1", ports["users"], timeout=DEADLINE_S)
@@ -647,6 +651,9 @@ def test_the_gateway_among_containers_logs_predictions_with_the_version_that_the
         kept = collector.ask('SELECT id, server, version, "mean radius", benign, note FROM predictions')
         assert {str(key): version for key, _, version, *_ in kept} == keys
         assert {row[1:2] + row[3:] for row in kept} == {("onnx", 1.0, 0.01, "")}
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports['metrics']}/metrics", timeout=DEADLINE_S) as reply:
+            counts = dict(line.rsplit(" ", 1) for line in reply.read().decode().splitlines())
+        assert counts['haproxy_frontend_http_requests_total{proxy="gateway"}'] == "3", "nor is a probe one"
     finally:
         haproxy.kill()
         haproxy.wait()
