@@ -13,6 +13,9 @@ To withdraw a key, remove its file.
 """
 
 import argparse
+import contextlib
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -29,22 +32,30 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := set(arguments.kinds) - set(KINDS):
         parser.error(f"{min(unknown)} is none of {', '.join(KINDS)}")
+    if not re.fullmatch(r"\w[\w.-]*", name := arguments.name):
+        parser.error(f"{name!r} is no name; use letters and digits")
     for kind in arguments.kinds or KINDS:
-        pair, folders, endings = make_identity(), (f"identities/{kind}", f"recipients/{kind}"), (".txt", ".txt")
+        pair, places = make_identity(), (f"identities/{kind}/{name}.txt", f"recipients/{kind}/{name}.txt")
         if kind == "signing":
-            pair, folders, endings = make_signing_key(), ("signing", "trusted"), (".pem", ".pub")
-        try:
-            for content, folder, ending, mode in zip(pair, folders, endings, (0o600, 0o644), strict=True):
-                path = arguments.home / "keys" / folder / f"{arguments.name}{ending}"
+            pair, places = make_signing_key(), (f"signing/{name}.pem", f"trusted/{name}.pub")
+        paths = [arguments.home / "keys" / place for place in places]
+        if there := [path for path in paths if os.path.lexists(path)]:  # half of a pair, too: the other would not fit
+            print(f"{there[0]} is there already")
+            continue
+        with contextlib.ExitStack() as undo:  # a full disk or Ctrl-C leaves no half of a pair
+            for path, content, mode in zip(paths, pair, (0o600, 0o644), strict=True):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.touch(mode, exist_ok=False)
+                undo.callback(path.unlink)
                 path.write_bytes(content)
-                print(f"wrote {path}")
-        except FileExistsError:
-            print(f"{path} is there already")
-        except OSError as error:
-            sys.exit(f"keys: {error.filename}: {error.strerror}; choose another name, or another folder with --home")
+            undo.pop_all()
+        print("".join(f"wrote {path}\n" for path in paths), end="")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("keys: interrupted; keys written before are complete")
+    except OSError as error:
+        sys.exit(f"keys: {error.filename}: {error.strerror}; choose another name, or another folder with --home")

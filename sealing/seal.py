@@ -16,7 +16,6 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
 import re
 import sys
 import tempfile
@@ -29,11 +28,27 @@ from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place
 Recipient = pyrage.x25519.Recipient
 
 
+def find_versions(source: Path, server: str, model: str, version: str) -> dict[str, Path]:
+    """Return where the versions are that match a pattern; raise ValueError for a name that unseal.py would refuse.
+
+    A backup next to them, such as 2.old, is none of them: each lies exactly where the server looks for it.
+    """
+    find_place(server, model, "1")
+    pattern = PLACES[server][1].format(model=model, version=version)
+    found = [(match[0], place) for place in source.glob(pattern) if (match := re.search("[1-9][0-9]*", place.name))]
+    versions = {number: place for number, place in found if place == source / find_place(server, model, number)}
+    if not versions:
+        sys.exit(f"seal: {source / pattern} not found; train the model first (make train)")
+    return versions
+
+
 def read_files(place: Path) -> dict[str, bytes]:
     """Return the contents of a version by path: of the files in its folder, or of its only file."""
     paths = [path for path in sorted([place, *place.rglob("*")]) if path.is_symlink() or not path.is_dir()]
     if strange := [path for path in paths if path.is_symlink() or not path.is_file()]:
         sys.exit(f"seal: {strange[0]} is no regular file; put one in its place")
+    if not paths:
+        sys.exit(f"seal: {place} is empty; train the model first (make train)")
     base = place if place.is_dir() else place.parent
     return {path.relative_to(base).as_posix(): path.read_bytes() for path in paths}
 
@@ -47,16 +62,13 @@ def read_recipient(path: Path) -> Recipient:
 
 
 def count(path: Path) -> int:
-    """Increment the counter in a file and return it."""
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        text = file.read().strip() or "0"
-        if not text.isdecimal():
-            raise ValueError(f"{path} holds no number; write one into it that is higher than any in state.json")
-        number = int(text) + 1
-        file.seek(0)
-        file.write(f"{number}\n")
-    return number
+    """Increment the counter in a file, in one step, and return it."""
+    text = path.read_text().strip() if path.exists() else "0"
+    if not text.isdecimal():
+        raise ValueError(f"{path} holds no number; write one into it that is higher than any in state.json")
+    path.with_suffix(".new").write_text(f"{int(text) + 1}\n")
+    path.with_suffix(".new").replace(path)
+    return int(text) + 1
 
 
 def seal(release: Release, contents: dict[str, bytes], recipients: list[Recipient], key: Path, to: Path) -> str:
@@ -90,18 +102,17 @@ def main() -> None:
         if not signers or not recipients:
             sys.exit(f"seal: no signing key or no recipient for {server} in {keys}; run python keys.py")
         source = arguments.source or FOLDER.parent / PLACES[server][0]
-        pattern = PLACES[server][1].format(model=arguments.model, version=arguments.version)
-        versions = {found[0]: place for place in source.glob(pattern) if (found := re.search("[0-9]+", place.name))}
-        if not versions:
-            sys.exit(f"seal: {source / pattern} not found; train the model first (make train)")
-        for version, place in sorted(versions.items()):
-            find_place(server, arguments.model, version)  # raises ValueError for a name that unseal.py would refuse
-            contents = read_files(place)
-            files = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            release = Release(server, arguments.model, version, count(keys / "serial"), now, files)
-            digest = seal(release, contents, recipients, signers[-1], arguments.home / "sealed" / release.name)
-            print(f"{release.name}: serial {release.serial}, signed by {signers[-1].stem}, digest {digest}", flush=True)
+        versions = find_versions(source, server, arguments.model, arguments.version)
+        with (keys / "serial.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until all are in place, so that another's older serial cannot follow
+            for version, place in sorted(versions.items()):
+                contents = read_files(place)
+                files = {path: hashlib.sha256(content).hexdigest() for path, content in contents.items()}
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                release = Release(server, arguments.model, version, count(keys / "serial"), now, files)
+                digest = seal(release, contents, recipients, signers[-1], arguments.home / "sealed" / release.name)
+                line = f"{release.name}: serial {release.serial}, signed by {signers[-1].stem}, digest {digest}"
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -586,6 +586,89 @@ def test_no_key_is_written_over_and_secrets_are_the_owners(home):
             assert path.stat().st_mode & 0o777 == 0o600, path
 
 
+def test_half_of_a_pair_is_not_completed_by_a_half_that_does_not_fit(home):
+    (home / "keys/signing/first.pem").unlink()
+    (home / "keys/recipients/onnx/first.txt").unlink()
+    done = call_main(keys, "--home", home)
+    assert "trusted/first.pub is there already" in done.stdout
+    assert not (home / "keys/signing/first.pem").exists()
+    assert not (home / "keys/recipients/onnx/first.txt").exists()
+
+
+def test_an_interruption_leaves_no_half_of_a_pair(home, monkeypatch):
+    write = Path.write_bytes
+
+    def stop(path, content):
+        if path.parent.name == "trusted":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call_main(keys, "second", "signing", "--home", home)
+    assert not list((home / "keys").rglob("second*"))
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "../../a"])
+def test_a_key_has_a_name_that_seal_and_unseal_find(home, name):
+    done = call_main(keys, name, "signing", "--home", home)
+    assert done.returncode == 2 and "is no name" in done.stderr
+
+
+@pytest.mark.parametrize("model", ["", "..", "/etc", "my_*"])
+def test_a_model_that_unseal_would_refuse_is_not_sealed(home, model):
+    with pytest.raises(ValueError, match="no name of a model"):
+        call_main(seal, "onnx", "--model", model, "--home", home)
+
+
+def test_a_backup_next_to_a_version_is_not_sealed_in_its_place(home, memory, tmp_path):
+    models = shutil.copytree(REPOSITORY_DIR / "onnx/models", tmp_path / "models")
+    for name in ("2.old", "old-2", "02", "0", "2.0"):
+        (models / "my_model" / name).mkdir()
+        (models / "my_model" / name / "model.onnx").write_bytes(b"another")
+    done = call_main(seal, "onnx", "--from", models, "--home", home)
+    assert done.returncode == 0 and done.stdout.count("serial") == 2
+    assert Look(home, memory).versions == ["1", "2"]
+    for version in VERSIONS:
+        trained = models / "my_model" / version / "model.onnx"
+        assert (memory / "my_model" / version / "model.onnx").read_bytes() == trained.read_bytes()
+
+
+def test_an_empty_version_is_not_sealed_and_takes_no_serial(home, tmp_path):
+    (tmp_path / "models/my_model/3").mkdir(parents=True)
+    before = (home / "keys/serial").read_text()
+    done = call_main(seal, "onnx", "3", "--from", tmp_path / "models", "--home", home)
+    assert done.returncode == 1 and "my_model/3 is empty" in done.stderr
+    assert (home / "keys/serial").read_text() == before
+
+
+def test_serials_follow_each_other_whatever_was_written_into_the_counter(home):
+    (home / "keys/serial").write_text(" 00099 \n\n")
+    assert ["serial 100," in reseal(home), "serial 101," in reseal(home)] == [True, True]
+
+
+def test_two_that_seal_at_once_leave_the_release_with_the_higher_serial(home, monkeypatch):
+    """The first is stopped after it has its serial; the second, which starts then, must wait for it."""
+    sealing, waiting = seal.seal, []
+
+    def seal_and_start_another(*arguments):
+        if not waiting:
+            command = [sys.executable, SEALING_DIR / "seal.py", "onnx", "2", "--home", home]
+            waiting.append(subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True))
+            other = psutil.Process(waiting[0].pid)
+            holds = home / "keys/serial.lock"
+            wait_until(lambda: not other.is_running() or waiting[0].poll() is not None or
+                       str(holds) in {file.path for file in other.open_files()}, "the other is up")  # fmt: skip
+            assert waiting[0].poll() is None, "the other has overtaken"
+        return sealing(*arguments)
+
+    monkeypatch.setattr(seal, "seal", seal_and_start_another)
+    reseal(home)
+    output, _ = waiting[0].communicate(timeout=DEADLINE_S)
+    serial = json.loads((version_dir(home) / "release.json").read_text())["serial"]
+    assert f"serial {serial}," in output and (home / "keys/serial").read_text() == f"{serial}\n"
+
+
 def test_without_keys_and_without_models_one_line_says_what_to_do(tmp_path, home, memory):
     shutil.copy(SEALING_DIR / "policy.toml", tmp_path)
     assert "run python keys.py" in call_main(seal, "--home", tmp_path).stderr
