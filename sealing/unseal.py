@@ -45,8 +45,10 @@ from typing import TextIO
 from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, pyrage, verify
 
 POLL_S = 1.0
-MAX_FILES = 1_000  # of a version
+MAX_FILES, MAX_DEPTH = 1_000, 50  # of a version
 MAX_NOTE_BYTES = 1 << 20  # of its note and its signature, which are parsed
+SERVER, MODEL, VERSION, DIGEST = f"({'|'.join(PLACES)})", r"\w[\w.-]*", "[1-9][0-9]*", "[0-9a-f]{64}"
+RULES = rf"max_bytes=\d+|floor {SERVER}(/{MODEL}(/{VERSION})?)?=\d+|pin {SERVER}/{MODEL}/{VERSION}='{DIGEST}'"
 LOCK, READY, STAGE = ".lock", ".ready", ".unsealing-"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -85,8 +87,8 @@ class Opened:
             raise Refused(f"it was sealed as {self.release.name}")
         if self.key not in trust.keys.values():
             raise Refused("the key that signed it is not trusted any more")
-        if self.release.serial < floor:
-            raise Refused(f"serial {self.release.serial} is below the policy's floor {floor}")
+        if type(self.release.serial) is not int or self.release.serial < floor:
+            raise Refused(f"serial {self.release.serial!r} is no number, or below the policy's floor {floor}")
         if trust.pin.get(name, self.digest) != self.digest:
             raise Refused(f"its digest {self.digest} is not the one that the policy pins")
 
@@ -97,14 +99,29 @@ def read_trust(home: Path, server: str) -> Trust:
         keys = {path: path.read_bytes() for path in sorted(home.glob("keys/trusted/*.pub"))}
         texts = [path.read_text() for path in sorted(home.glob(f"keys/identities/{server}/*.txt"))]
         identities = [line for text in texts for line in text.splitlines() if line and not line.startswith("#")]
-        return Trust(keys, identities, **tomllib.loads((home / "policy.toml").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        trust = Trust(keys, identities, **tomllib.loads((home / "policy.toml").read_text()))
+        rules = [f"max_bytes={trust.max_bytes!r}", *(f"floor {place}={low!r}" for place, low in trust.floor.items())]
+        rules += [f"pin {name}={digest!r}" for name, digest in trust.pin.items()]
+        if wrong := [rule for rule in rules if not re.fullmatch(RULES, rule, re.ASCII)]:  # would protect from nothing
+            raise ValueError(f"{wrong[0]!r} names no server, model or version, or no value")
+        return trust
+    except Exception as error:  # noqa: BLE001 - whatever is in them
         raise UnsealError(f"policy.toml or keys in {home} cannot be used: {error}") from None
 
 
 def list_files(folder: Path) -> dict[str, os.stat_result]:
-    """Return the status of each path below `folder`, without following links."""
-    return {path.relative_to(folder).as_posix(): path.lstat() for path in islice(folder.rglob("*"), MAX_FILES + 1)}
+    """Return the status of each path below `folder`, of one more than a version may have at most.
+
+    No link is followed, and no more is read, since there may be millions.
+    """
+    found, folders = {}, [str(folder)]
+    for path in folders:
+        with os.scandir(path) as entries:
+            for entry in islice(entries, MAX_FILES + 1 - len(found)):
+                found[entry.path[len(f"{folder}/") :]] = entry.stat(follow_symlinks=False)
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return found
 
 
 def measure_files(folder: Path, max_bytes: int) -> dict[str, int]:
@@ -115,7 +132,18 @@ def measure_files(folder: Path, max_bytes: int) -> dict[str, int]:
         raise Refused("it holds a link, or something that is no file")
     if len(found) > MAX_FILES or sum(file.st_size for file in files.values()) > max_bytes:
         raise Refused("it has too many files, or more bytes than the policy's max_bytes")
+    if any(path.count("/") > MAX_DEPTH for path in files):
+        raise Refused(f"its folders are more than {MAX_DEPTH} deep")
     return {path: file.st_size for path, file in files.items()}
+
+
+def copy_file(source: Path, target: Path, size: int) -> None:
+    """Copy the first `size` bytes of a regular file, which may have become anything since it was measured."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # no link is followed, and no pipe waited for
+    with open(source, "rb", opener=lambda path, _: os.open(path, flags)) as file, target.open("wb") as copy:
+        while size and (copied := os.sendfile(copy.fileno(), file.fileno(), None, size)):
+            size -= copied
 
 
 def find_signer(folder: Path, signature: Path, keys: dict[Path, bytes]) -> bytes:
@@ -125,6 +153,8 @@ def find_signer(folder: Path, signature: Path, keys: dict[Path, bytes]) -> bytes
         try:
             verify(folder, signature, path)
             return key
+        except OSError:  # such as too many open files: another look may find the key
+            raise
         except Exception as error:  # noqa: BLE001 - an attacker's signature can raise anything
             reason = f"{type(error).__name__}: {str(error)[:60]}"
     raise Refused(f"no trusted key has signed these files ({reason})")
@@ -133,16 +163,12 @@ def find_signer(folder: Path, signature: Path, keys: dict[Path, bytes]) -> bytes
 def open_version(name: str, folder: Path, stage: Path, trust: Trust) -> Opened:
     """Verify a version and decrypt it into stage/plain; raise Refused if it may not be served.
 
-    Whoever can write to `folder` may change it at any time. Only this process can change the copy, which is verified
-    and used. The first look at the sizes only keeps out what should not even be copied.
+    Whoever can write to `folder` may change it at any time. Only this process can change the copy, which is used.
     """
     sealed, signature = stage / "sealed", stage / SIGNATURE
-    measure_files(folder, trust.max_bytes)
-    try:
-        shutil.copytree(folder, sealed, symlinks=True, copy_function=shutil.copyfile)
-    except shutil.Error as error:  # a list of source, target and reason of each file that was not copied
-        raise OSError(error.args[0][0][2]) from None
-    sizes = measure_files(sealed, trust.max_bytes)
+    sizes = measure_files(folder, trust.max_bytes)
+    for path, size in sizes.items():
+        copy_file(folder / path, sealed / path, size)
     if not {NOTE, SIGNATURE} <= sizes.keys() or max(sizes[NOTE], sizes[SIGNATURE]) > MAX_NOTE_BYTES:
         raise Refused(f"{NOTE} or {SIGNATURE} is missing or too large")
     (sealed / SIGNATURE).rename(signature)
@@ -231,7 +257,7 @@ def read_state(home: Path) -> dict[str, tuple[int, str]]:
         return {name: (int(serial), str(digest)) for name, (serial, digest) in state.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever is in it
         problem = f"state.json is damaged ({error}): put back a copy, or raise the floor and remove it"
         raise UnsealError(problem) from None
 
@@ -260,7 +286,8 @@ def claim(folder: Path, allow_disk: bool) -> TextIO:
     if not allow_disk and not re.search(memory, Path("/proc/self/mountinfo").read_text(), re.MULTILINE):
         raise UnsealError(f"{folder} is not in memory; choose a folder in /dev/shm, or --allow-disk")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid not in (0, os.geteuid()) or (not (folder / LOCK).exists() and list(folder.iterdir())):
+    is_ours = folder.lstat().st_uid in (0, os.geteuid()) and folder != Path("/dev/shm")  # which is all programs'
+    if not is_ours or (not (folder / LOCK).exists() and any(folder.iterdir())):
         raise UnsealError(f"{folder} is another user's, or holds other files; choose an empty folder")
     lock = (folder / LOCK).open("w")
     try:
@@ -270,6 +297,14 @@ def claim(folder: Path, allow_disk: bool) -> TextIO:
     for path in [*folder.glob(READY), *folder.glob(f"{STAGE}*")]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return lock
+
+
+def interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt at the first signal; a second one must not stop what is cleaned up after it."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, lambda *_: None)
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -285,7 +320,7 @@ def deferred_interrupts() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if came:
-        raise KeyboardInterrupt
+        interrupt()
 
 
 def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
@@ -313,12 +348,14 @@ def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
         return server.returncode if server else 0
     finally:
         if command:
-            for number in STOP_SIGNALS:  # a second Ctrl-C must not leave models behind
-                signal.signal(number, signal.SIG_IGN)
-            if server:
-                server.terminate()
-                server.wait()
-            shutil.rmtree(unsealer.folder)
+            try:
+                for number in STOP_SIGNALS:  # a first signal may come until here
+                    signal.signal(number, signal.SIG_IGN)
+            finally:
+                if server:
+                    server.terminate()
+                    server.wait()
+                shutil.rmtree(unsealer.folder, ignore_errors=True)  # the folder itself may be a mount, which stays
 
 
 def main() -> None:
@@ -333,12 +370,13 @@ def main() -> None:
     arguments = parser.parse_args(words[: words.index("--")])
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
     try:
         if command and not shutil.which(command[0]):
             raise UnsealError(f"{command[0]} is no program on PATH")
-        with claim(arguments.to, arguments.allow_disk):
-            sys.exit(serve(Unsealer(arguments.server, arguments.to, arguments.home), arguments.watch, command))
+        folder = Path(os.path.realpath(arguments.to))  # a link cannot be removed, and may lead elsewhere later
+        with claim(folder, arguments.allow_disk):
+            sys.exit(serve(Unsealer(arguments.server, folder, arguments.home), arguments.watch, command))
     except OSError as error:
         sys.exit(f"unseal: {error}")
     except KeyboardInterrupt:

@@ -273,6 +273,8 @@ TAMPERED = {
     "note without a serial": lambda home: lie(home, serial=None),
     "note of a text as serial": lambda home: lie(home, serial="99"),
     "note of a list as files": lambda home: lie(home, files=["model.onnx"]),
+    "note of a serial that is no number": lambda home: lie(home, serial=float("nan")),
+    "note of true as serial": lambda home: lie(home, serial=True),
     "note of another server": lambda home: lie(home, server="tfserving"),
     "note of another version": lambda home: lie(home, version="3"),
 }
@@ -375,6 +377,76 @@ def test_nothing_else_is_accepted_when_a_file_turns_into_a_link_and_back(home, m
     assert Look(home, memory).versions == ["1", "2"]
 
 
+@pytest.mark.parametrize("what", ["pipe", "link to a pipe", "longer"])
+def test_a_file_that_turns_into_something_else_after_it_was_measured_is_not_waited_for(home, memory, what, monkeypatch):
+    path, measure = version_dir(home) / "model.onnx.age", unseal.measure_files
+
+    def measure_and_change(folder, max_bytes):
+        sizes = measure(folder, max_bytes)
+        if folder == path.parent and what == "longer":
+            os.truncate(path, 1 << 26)
+        elif folder == path.parent:
+            path.rename(home / "kept")
+            os.mkfifo(home / "pipe")
+            if what == "pipe":
+                (home / "pipe").rename(path)
+            else:
+                path.symlink_to(home / "pipe")
+        return sizes
+
+    monkeypatch.setattr(unseal, "measure_files", measure_and_change)
+    assert Look(home, memory).versions == (["1", "2"] if what == "longer" else ["1"])
+    assert list_plaintext(memory) == [f"my_model/{v}/model.onnx" for v in VERSIONS[: 2 if what == "longer" else 1]]
+
+
+def test_of_millions_of_files_only_as_many_are_looked_at_as_a_version_may_have(home, memory, monkeypatch):
+    monkeypatch.setattr(unseal, "MAX_FILES", 20)
+    for number in range(50):
+        add(home, f"{number % 5}/{number}")
+    scan, seen = os.scandir, []
+
+    class Scan:
+        def __init__(self, path):
+            self.entries = scan(path)
+
+        def __enter__(self):
+            return (seen.append(entry.name) or entry for entry in self.entries)
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+    monkeypatch.setattr(unseal.os, "scandir", Scan)
+    assert len(unseal.list_files(version_dir(home))) == len(seen) == 21
+
+
+def test_folders_in_folders_leave_nothing_behind_where_few_files_can_be_open(home, memory):
+    nest(home, 250)
+    here = version_dir(home)
+    (here / "/".join("d" * 250) / "x.age").touch()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+    try:
+        look = Look(home, memory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert look.versions == ["1"] and "deep" in look.printed["onnx/my_model/2"]
+    assert not list(memory.glob(f"{unseal.STAGE}*"))
+
+
+def test_what_could_not_be_verified_for_want_of_means_is_tried_again(home, memory, monkeypatch):
+    verify, failures = unseal.verify, [OSError(24, "Too many open files")]
+
+    def fail_once(*arguments):
+        if failures and json.loads((arguments[0] / "release.json").read_text())["version"] == "2":
+            raise failures.pop()
+        verify(*arguments)
+
+    monkeypatch.setattr(unseal, "verify", fail_once)
+    look = Look(home, memory)
+    assert look.versions == ["1"] and "Too many open files" in look.printed["onnx/my_model/2"]
+    assert Look(home, memory, unsealer=look.unsealer).versions == ["1", "2"]
+
+
 # What is refused: the old and the displaced.
 
 
@@ -427,7 +499,11 @@ def test_a_clock_that_is_set_back_changes_nothing(home, memory, monkeypatch):
     assert look.unsealer.opened["onnx/my_model/2"].release.created.startswith("1999")
 
 
-@pytest.mark.parametrize("junk", ["", "{", "[]", '{"onnx/my_model/1": 3}', '{"onnx/my_model/1": ["x", "y"]}', "\0"])
+@pytest.mark.parametrize(
+    "junk",
+    ["", "{", "[]", '{"onnx/my_model/1": 3}', '{"onnx/my_model/1": ["x", "y"]}', '{"onnx/my_model/1": [1e999, "x"]}',
+     pytest.param("[" * 100_000, id="nested"), "\0"],
+)  # fmt: skip
 def test_with_a_damaged_state_nothing_is_accepted_and_a_line_says_what_to_do(home, memory, junk):
     (home / "state").mkdir()
     (home / "state/state.json").write_text(junk)
@@ -459,8 +535,10 @@ def test_with_a_pin_one_release_only_is_accepted(home, memory):
 
 
 @pytest.mark.parametrize(
-    "policy", ["", "max_bytes = 1", "junk", "max_bytes = 1\nflor = 2\n[floor]\n[pin]\n", "\udcff", None]
-)
+    "policy",
+    ["", "max_bytes = 1", "junk", "max_bytes = 1\nflor = 2\n[floor]\n[pin]\n", "\udcff", None,
+     pytest.param("max_bytes = " + "[" * 10_000, id="nested")],
+)  # fmt: skip
 def test_with_a_policy_that_cannot_be_read_nothing_is_accepted(home, memory, policy):
     (home / "policy.toml").unlink()
     if policy is not None:
@@ -475,14 +553,26 @@ def test_with_a_policy_that_cannot_be_read_nothing_is_accepted(home, memory, pol
     "rules",
     ['max_bytes = "x"\n[floor]\n[pin]\n', 'max_bytes = 1000000\nfloor = 3\n[pin]\n',
      'max_bytes = 1000000\n[floor]\n"onnx" = "3"\n[pin]\n',
-     'max_bytes = 1000000\n[floor]\n[pin]\n"onnx/my_model/1" = 3\n'],
+     'max_bytes = 1000000\n[floor]\n[pin]\n"onnx/my_model/1" = 3\n',
+     "max_bytes = nan\n[floor]\n[pin]\n",
+     "max_bytes = 1000000\n[floor]\nonnx = nan\n[pin]\n",
+     "max_bytes = 1000000\n[floor]\nonxn = 999\n[pin]\n",
+     'max_bytes = 1000000\n[floor]\n"onnx/" = 999\n[pin]\n',
+     'max_bytes = 1000000\n[floor]\n"onnx/my_model/02" = 999\n[pin]\n',
+     'max_bytes = 1000000\n[floor]\n[pin]\n"onnx/my_model" = "' + 64 * "0" + '"\n'],
 )  # fmt: skip
-def test_with_a_policy_of_the_wrong_types_nothing_is_accepted_that_it_is_about(home, memory, rules):
+def test_a_policy_with_a_rule_that_would_protect_from_nothing_cannot_be_used(home, memory, rules):
     (home / "policy.toml").write_text(rules)
-    shutil.rmtree(version_dir(home))
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
     assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith("unseal: policy.toml or keys in ") and done.stderr.count("\n") == 1
     assert not list_plaintext(memory)
+
+
+def test_a_floor_is_that_of_a_server_a_model_or_a_version(home, memory):
+    for place in ("onnx", "onnx/my_model", "onnx/my_model/2"):
+        (home / "policy.toml").write_text(f'max_bytes = 1_000_000\n[floor]\n"{place}" = 999\n[pin]\n')
+        assert Look(home, memory).versions == (["1"] if place.endswith("2") else [])
 
 
 def test_a_policy_that_is_spoilt_while_it_serves_changes_nothing(home, memory):
@@ -706,6 +796,34 @@ def test_a_folder_with_other_files_is_left_alone(home, memory):
     done = call_main(unseal, "onnx", "--to", memory, "--home", home)
     assert done.returncode == 1 and "choose an empty folder" in done.stderr
     assert [path.name for path in memory.iterdir()] == ["mine"]
+
+
+def test_a_folder_that_a_link_leads_to_is_filled_and_removed(home, memory, tmp_path):
+    (memory / "real").mkdir()
+    (tmp_path / "link").symlink_to(memory / "real")
+    done = run_python(SEALING_DIR / "unseal.py", "onnx", "--to", tmp_path / "link", "--home", home, "--", "true")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (memory / "real").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: nothing can be mounted")
+def test_a_folder_that_is_a_mount_is_emptied_and_the_code_is_the_servers(home, memory):
+    run("mount", "-t", "tmpfs", "tmpfs", memory, check=True)
+    try:
+        command = ["onnx", "--to", memory, "--home", home, "--", "sh", "-c", "exit 3"]
+        done = run_python(SEALING_DIR / "unseal.py", *command)
+        assert (done.returncode, done.stderr, list(memory.iterdir())) == (3, "", [])
+    finally:
+        run("umount", memory, check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="not root: nothing can be mounted")
+@needs("unshare")
+def test_the_folder_of_all_programs_memory_is_refused(home):
+    """It may be empty, as in a new container, and would be removed at the end, with what others have put there."""
+    words = f"{sys.executable} {SEALING_DIR / 'unseal.py'} onnx --to /dev/shm --home {home} -- true"
+    done = run("unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs /dev/shm && {words}; ls -A /dev/shm")
+    assert done.stdout == "" and "choose an empty folder" in done.stderr
 
 
 def test_versions_that_only_an_earlier_run_accepted_are_removed_before_a_server_starts(home, memory):
@@ -1366,6 +1484,24 @@ def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_p
         (tmp_path / "go").touch()
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert len(family) == 2
+    _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
+    assert (process.returncode, alive, output) == (0, [], "")
+    assert not (memory / "a").exists()
+
+
+def test_two_signals_at_the_same_time_leave_no_server_and_no_model(home, memory):
+    """As systemd sends SIGTERM and SIGHUP. It is stopped until both have come."""
+    process = spawn(
+        "onnx", "--to", memory / "a", "--home", home, "--watch", "--", "sh", "-c", "echo up; exec sleep 999"
+    )
+    try:
+        wait_until(lambda: process.stdout.readline() == "up\n", "the server is up", process)
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT):
+            process.send_signal(number)
+    finally:
+        process.terminate()
+        output, _ = process.communicate(timeout=DEADLINE_S)
     _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
     assert (process.returncode, alive, output) == (0, [], "")
     assert not (memory / "a").exists()
