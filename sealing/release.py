@@ -109,7 +109,7 @@ def sign(folder: Path, signature: Path, key: Path) -> None:
         else:
             signer.use_elliptic_key_signer(private_key=key)
     except Exception as error:  # noqa: BLE001 - the token's library raises exceptions of its own
-        raise ValueError(f"{key}: {error}") from None
+        raise ValueError(f"{key}: {str(error) or 'no such library, token or key'}") from None
     signer.sign(folder, signature)
 
 

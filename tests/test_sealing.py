@@ -1601,6 +1601,14 @@ def test_a_damaged_key_is_named_when_models_are_sealed(home, name, words):
     assert line.startswith("seal: ") and words in line
 
 
+def test_a_token_whose_library_is_missing_is_explained(home):
+    uri = "pkcs11:token=release;object=first?pin-value=1234&module-path=/nonexistent/library.so"
+    (home / "keys/signing/token.pkcs11").write_text(uri)
+    with pytest.raises(ValueError, match="token.pkcs11: no such library") as caught:
+        call_main(seal, "onnx", "2", "--home", home)
+    assert "1234" not in str(caught.value)
+
+
 @pytest.mark.slow
 @needs("softhsm2-util", "softhsm2")
 def test_a_key_in_a_hardware_token_signs(home, memory, tmp_path):
