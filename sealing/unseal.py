@@ -36,11 +36,11 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from release import FOLDER, NOTE, PLACES, SIGNATURE, SUFFIX, Release, find_place, put, pyrage, verify
 
@@ -299,11 +299,15 @@ def claim(folder: Path, allow_disk: bool) -> TextIO:
     return lock
 
 
+def catch(handler: Callable[..., object]) -> dict[int, Any]:
+    """Handle the signals that stop this process, but those that are ignored, as by nohup; return the old handlers."""
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 def interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt at the first signal; a second one must not stop what is cleaned up after it."""
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, lambda *_: None)
+    catch(lambda *_: None)
     raise KeyboardInterrupt
 
 
@@ -311,9 +315,7 @@ def interrupt(*_: object) -> None:
 def deferred_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt only after the block, when a server that has started is known and can be ended."""
     came: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number in (number for number, handler in handlers.items() if handler != signal.SIG_IGN):
-        signal.signal(number, lambda *_: came.append(1))
+    handlers = catch(lambda *_: came.append(1))
     try:
         yield
     finally:
@@ -349,8 +351,7 @@ def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
     finally:
         if command:
             try:
-                for number in STOP_SIGNALS:  # a first signal may come until here
-                    signal.signal(number, signal.SIG_IGN)
+                catch(lambda *_: None)  # a first signal may come until here
             finally:
                 if server:
                     server.terminate()
@@ -368,9 +369,7 @@ def main() -> None:
     words = [*sys.argv[1:], "--"]
     command = words[words.index("--") + 1 : -1]
     arguments = parser.parse_args(words[: words.index("--")])
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, interrupt)
+    catch(interrupt)
     try:
         if command and not shutil.which(command[0]):
             raise UnsealError(f"{command[0]} is no program on PATH")
