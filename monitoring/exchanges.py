@@ -13,7 +13,7 @@ short reason.
 |---|---|---|
 | `/v1/models/M[/versions/N or /labels/L]:predict` | `instances` or `inputs` | `predictions` or `outputs` |
 | `/v2/models/M[/versions/N]/infer` | the one input; JSON, or bytes behind it | the one output of two columns |
-| `/predictions/M[/V]` | `data` in JSON, or a field `data` of a form | list |
+| `/predictions/M[/V]`, `/invocations`, `/models/M/invoke` | `data` in JSON, or a field `data` of a form | list |
 | `/predict[/V]`, `/predict_ab`, `/predict_batched` | `data`, `features`, `rows` | `predictions`, `probability`, list |
 
 A body of no row, rows of different lengths, and what no number is are Unreadable; so are probabilities outside 0 to 1.
@@ -43,7 +43,7 @@ NUMBERS = {  # struct's letters of the Open Inference Protocol's data types that
 PATHS = {  # searched for, in this order
     "tfserving": re.compile(r"/v1/models/[^/:]+(?:/(?:versions|labels)/[^/:]+)?:predict$"),
     "inference": re.compile(r"/v2/models/[^/]+(?:/versions/[^/]+)?/infer$"),
-    "torchserve": re.compile(r"/predictions/[^/]+(?:/[^/]+)?$"),
+    "torchserve": re.compile(r"/(?:predictions/[^/]+(?:/[^/]+)?|invocations|models/[^/]+/invoke)$"),
     "predict": re.compile(r"/predict(?:_ab|_batched|/[^/]+)?$"),
 }
 
@@ -117,8 +117,11 @@ def join_headers(headers: Headers) -> dict[str, str]:
     return joined
 
 
-def decompress(body: bytes, encodings: str) -> bytes:
-    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied."""
+def decompress(body: bytes, encodings: str, most: int = MAX_BODY_BYTES) -> bytes:
+    """Return a body as it was before its Content-Encoding, a list in the order in which the codings were applied.
+
+    Unreadable if it is larger than `most` bytes then.
+    """
     for word in reversed(encodings.lower().split(",")):
         if (word := word.strip()) in ("", "identity"):
             continue
@@ -130,11 +133,11 @@ def decompress(body: bytes, encodings: str) -> bytes:
         while rest:  # gzip may come in several members
             decoder = zlib.decompressobj(wbits=-15 if is_raw else 47)  # 47: gzip or zlib, as the first bytes say
             try:
-                body += decoder.decompress(rest, MAX_BODY_BYTES + 1 - len(body))
+                body += decoder.decompress(rest, most + 1 - len(body))
             except zlib.error:
                 raise Unreadable(f"the body is not {word}") from None
-            if len(body) > MAX_BODY_BYTES:
-                raise Unreadable(f"the body is larger than {MAX_BODY_BYTES} bytes when decompressed")
+            if len(body) > most:
+                raise Unreadable(f"the body is larger than {most} bytes when decompressed")
             if not decoder.eof:
                 raise Unreadable(f"the body's {word} is cut off")
             rest = decoder.unused_data

@@ -14,7 +14,7 @@ import zlib
 from collections import defaultdict
 from itertools import chain
 
-from exchanges import MAX_BODY_BYTES, Rows, Unreadable, check_table, choose_probabilities, fold, parse
+from exchanges import Rows, Unreadable, check_table, choose_probabilities, fold, parse
 
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 INFER = "/inference.GRPCInferenceService/ModelInfer"
@@ -22,6 +22,13 @@ PREDICTIONS = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Prediction
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 LONGEST_VARINT = 10  # bytes
 FLOATS = {1: "f", 2: "d"}  # TensorFlow's DT_FLOAT and DT_DOUBLE
+# Whose requests have no end: they are not read.
+STREAMS = (
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+    "/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions",
+    "/org.pytorch.serve.grpc.inference.InferenceAPIsService/StreamPredictions2",
+)
+MOST_DECOMPRESSED = 100_000  # bytes
 MOST_NUMBERS = 100_000  # that a few bytes may stand for
 DATATYPES = {"FP32": "f", "FP64": "d"}
 Fields = dict[int, list[bytes]]
@@ -63,7 +70,7 @@ def unframe(body: bytes) -> bytes:
         return body[5:]
     decoder = zlib.decompressobj(wbits=47)  # gzip or deflate, by the first bytes
     try:
-        message = decoder.decompress(body[5:], MAX_BODY_BYTES)
+        message = decoder.decompress(body[5:], MOST_DECOMPRESSED)
     except zlib.error:
         raise Unreadable("the message cannot be decompressed") from None
     if not decoder.eof:

@@ -25,11 +25,14 @@ RECORD = re.compile(
     rb"\[p@1 us=\"(\d+)\" %b\] (\{.*\})\s*$" % b" ".join(b'%b="([^"]*)"' % name.encode() for name in SENT), re.DOTALL
 )
 MOST_LOGGED = 20_000  # bytes of a body, as in haproxy.cfg
+# What such a body may stand for, or a few bytes would fill the disk: gzip and TensorFlow's tensors repeat a number.
+MOST_DECOMPRESSED, MOST_ROWS = grpc_exchanges.MOST_DECOMPRESSED, 1000
 ABSENT = b"-"  # HAProxy writes this for an absent value; it is not valid base64
 NOWHERE = ("-", "<NOSRV>")  # the same, in the object
 NO_ROW, NO_PAIR = [None] * len(FEATURES), [None] * len(CLASSES)
 # gRPC's codes that say that the server failed: UNKNOWN, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, INTERNAL, UNAVAILABLE,
 # DATA_LOSS. What else is not 0 is the client's doing.
+GRPC_PATHS = {grpc_exchanges.PREDICT, grpc_exchanges.INFER, grpc_exchanges.PREDICTIONS, *grpc_exchanges.STREAMS}
 FAILED_GRPC = {"2", "4", "8", "13", "14", "15"}
 
 
@@ -168,10 +171,14 @@ def read_record(line: bytes) -> Record:
         path=_blank(said.path),
         status=said.status,
         grpc_status=_decode_text(sent["grpc_status"]),
-        seconds=int(said.total_us) / 1e6,
+        seconds=max(0, int(said.total_us)) / 1e6,  # the clock may have been set back
     )
-    record.is_prediction = said.method == "POST" and _predicts(record)
-    if record.is_prediction:
+    has_body = sent["body"] != ABSENT or said.bytes_in > MOST_LOGGED
+    # TorchServe predicts whatever the method is.
+    record.is_prediction = (said.method == "POST" or has_body) and _predicts(record)
+    if record.path in grpc_exchanges.STREAMS:
+        record.note = "stream"
+    elif record.is_prediction:
         _read_exchange(record, sent, is_cut=(said.bytes_in > MOST_LOGGED, said.bytes_out > MOST_LOGGED))
     record.code = _find_code(record, said.end)
     return record
@@ -182,7 +189,7 @@ def _predicts(record: Record) -> bool:
     if not (record.server and record.version and record.owner):
         return False
     if record.protocol == "gRPC":
-        return record.path in (grpc_exchanges.PREDICT, grpc_exchanges.INFER, grpc_exchanges.PREDICTIONS)
+        return record.path in GRPC_PATHS
     return bool(_find_form(record.path))
 
 
@@ -213,6 +220,7 @@ def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, b
             raise Unreadable(f"rows of {len(rows[0])} numbers")
         if not all(map(math.isfinite, chain.from_iterable(rows))):
             raise Unreadable("a number in a row is not finite")
+        _check_count(rows)
         record.rows = rows
     except Unreadable as error:
         notes.append(_blank_quotes(error))
@@ -236,10 +244,16 @@ def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, b
             probabilities = _read_probabilities(record.path, sent, reply)
         if record.rows and len(record.rows) != len(probabilities):
             raise Unreadable(f"{len(probabilities)} answers to {len(record.rows)} rows")
+        _check_count(probabilities)
         record.probabilities = probabilities
     except Unreadable as error:
         notes.append(_blank_quotes(error))
     record.note = "; ".join(notes)
+
+
+def _check_count(table: Rows) -> None:
+    if len(table) > MOST_ROWS:
+        raise Unreadable(f"{len(table)} rows are too many to be logged")
 
 
 def _find_code(record: Record, end: str) -> str:
@@ -264,7 +278,9 @@ def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
                     return table
         except NO_TABLE:
             pass
-    return exchanges.read_rows(path, _read_headers(sent, ASKED), body)
+    headers = _read_headers(sent, ASKED)
+    body = exchanges.decompress(body, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
+    return exchanges.read_rows(path, headers, body)
 
 
 def _has_once(body: bytes, key: str) -> bool:
@@ -284,7 +300,9 @@ def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows
                     return pairs
         except NO_TABLE:
             pass
-    return exchanges.read_probabilities(path, _read_headers(sent, ANSWERED), reply)
+    headers = _read_headers(sent, ANSWERED)
+    reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
+    return exchanges.read_probabilities(path, headers, reply)
 
 
 def _blank(word: str) -> str:
