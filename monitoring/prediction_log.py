@@ -6,7 +6,6 @@
 The hour, in UTC, is that of a record's arrival, so that no file changes after its hour.
 """
 
-import contextlib
 import errno
 import fcntl
 import mmap
@@ -45,8 +44,22 @@ COLUMNS = {
 # An hour's lines in the order of their columns. Lines that a full disk has cut, nulls to DuckDB, are left out.
 READ_LINES = (
     "SELECT * REPLACE (make_timestamp(time) AS time) "
-    "FROM read_json(?, format='newline_delimited', {columns}) WHERE id IS NOT NULL"
+    "FROM read_json({files}, format='newline_delimited', {columns}) WHERE id IS NOT NULL"
 )
+# What is left out of lines that the file of Parquet has already: a crash, or a clock that was set back, leaves both.
+NOT_KNOWN = (
+    "SELECT new.* FROM ({lines}) new ANTI JOIN read_parquet('{known}', hive_partitioning=false) old "
+    "ON new.id = old.id AND new.row IS NOT DISTINCT FROM old.row"
+)
+# A label is a line `id,row,target`; other lines are left out, whatever they are. The collector reads them itself.
+READ_LABELS = (
+    "SELECT TRY_CAST(fields[1] AS UUID) AS id, TRY_CAST(fields[2] AS USMALLINT) AS row, "
+    "TRY_CAST(fields[3] AS UTINYINT) AS target FROM (SELECT list_transform(string_split(line, ','), "
+    "lambda field: trim(field, ' \t\r\"')) AS fields FROM read_csv({files}, auto_detect=false, header=false, "
+    "delim='\x01', quote='', escape='', strict_mode=false, ignore_errors=true, columns={{'line': 'VARCHAR'}})) "
+    "WHERE len(fields) = 3 AND id IS NOT NULL AND row IS NOT NULL AND target IN (0, 1)"
+)
+BESIDE_FIELDS, LARGEST_ROW = ' \t\r"', 65_535
 ID = re.compile(rb'"id":"([^"]+)"')
 LAST_BYTES = 1 << 20  # of the newest lines: more than one reading of HAProxy's connection becomes
 PARQUET = "(FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL 9, PARQUET_VERSION V2)"
@@ -62,7 +75,9 @@ class Count:
     def __init__(self, path: Path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.ftruncate(descriptor, 8)
+            if os.fstat(descriptor).st_size != 8:  # written, or a full disk would end the process later on
+                os.pwrite(descriptor, bytes(8), 0)
+                os.ftruncate(descriptor, 8)
             self._memory = mmap.mmap(descriptor, 8)
         finally:
             os.close(descriptor)
@@ -82,6 +97,7 @@ class PredictionLog:
         self.folder, self.keep_days = folder, keep_days
         self._file: int | None = None
         self._hour = ""
+        self._told: set[Path] = set()  # files that cannot become Parquet
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (folder.parent / "collector.pid").open("a+")
@@ -103,20 +119,23 @@ class PredictionLog:
         if hour != self._hour or not os.fstat(self._file).st_nlink:  # else somebody has deleted the file
             self._open(hour)
         written = os.write(self._file, lines)
-        if written < len(lines):  # the disk is full: what is cut must not join the next line
-            with contextlib.suppress(OSError):
-                os.write(self._file, b"\n")
-            raise OSError(28, "No space left on device")
+        if written < len(lines):  # the disk is full: `_open` separates what is cut from the next line
+            self._close()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _open(self, hour: str) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file, self._hour = None, ""
+        self._close()
         path = self.folder / hour
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        self._file, self._hour = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), hour
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         if (size := os.fstat(self._file).st_size) and os.pread(self._file, 1, size - 1) != b"\n":
-            os.write(self._file, b"\n")  # a line was cut when the machine went down
+            os.write(self._file, b"\n")  # a line was cut when the disk was full or the machine went down
+        self._hour = hour
+
+    def _close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+        self._file, self._hour = None, ""
 
     def last_ids(self) -> frozenset[str]:
         """Return the ids of the newest lines."""
@@ -130,9 +149,17 @@ class PredictionLog:
     def tidy(self, now: datetime) -> list[str]:
         """Compress earlier hours and remove days that are too old; return a line for each."""
         done = []
+        # An hour is over a minute later: until then a slow disk may still write its last lines.
+        open_hours = [self.folder / f"{at:date=%Y-%m-%d/%H.jsonl}" for at in (now, now - timedelta(minutes=1))]
         for path in sorted(self.folder.glob("date=*/*.jsonl")):
-            if path != self.folder / f"{now:date=%Y-%m-%d/%H.jsonl}":
+            if path in open_hours:
+                continue
+            try:
                 done.append(f"{path.parent.name}/{path.stem}: {compress(path):,} rows in Parquet")
+            except (OSError, duckdb.Error) as error:  # the other hours are compressed, and days removed, all the same
+                if path not in self._told:
+                    done.append(f"{path} does not become Parquet: {str(error).splitlines()[0]}")
+                self._told.add(path)
         oldest = f"{now - timedelta(days=self.keep_days):date=%Y-%m-%d}"
         for day in sorted(self.folder.glob("date=????-??-??")):
             if day.name < oldest:
@@ -141,31 +168,44 @@ class PredictionLog:
         return done
 
     def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        self._close()
         self._lock.close()
 
 
 def compress(path: Path) -> int:
-    """Replace a file of lines by a Parquet file; return its number of rows.
+    """Replace a file of lines by a Parquet file, or add them to the one that is there; return its number of rows.
 
     After a crash the lines are still there, with or without the Parquet file, and are compressed again.
     """
     target, temporary = path.with_suffix(".parquet"), path.with_suffix(".writing")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600))
+    rows = read_lines([str(path)])
+    if target.exists():
+        known = _quote(target)
+        rows = f"SELECT * FROM read_parquet('{known}', hive_partitioning=false) UNION ALL " + NOT_KNOWN.format(
+            lines=rows, known=known
+        )
     with duckdb.connect() as connection:
-        connection.execute(f"COPY ({read_lines()}) TO '{_quote(temporary)}' {PARQUET}", [str(path)])
+        connection.execute(f"COPY ({rows}) TO '{_quote(temporary)}' {PARQUET}")
         [(count,)] = connection.execute("SELECT count(*) FROM read_parquet(?)", [str(temporary)]).fetchall()
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())  # before the lines are removed
     temporary.replace(target)
     path.unlink()
     return count
 
 
-def read_lines() -> str:
-    """Return the query that reads lines of JSON; its parameter is the path, or a list of paths."""
+def read_lines(paths: list[str]) -> str:
+    """Return the query that reads the lines of JSON in these files."""
     columns = ", ".join(f"'{name}': '{kind}'" for name, kind in COLUMNS.items())
-    return READ_LINES.format(columns=f"columns={{{columns}}}, ignore_errors=true, hive_partitioning=false")
+    return READ_LINES.format(
+        files=_list(paths), columns=f"columns={{{columns}}}, ignore_errors=true, hive_partitioning=false"
+    )
+
+
+def find_labels(folder: Path) -> list[Path]:
+    """Return the files of labels; a folder or a pipe of such a name is none."""
+    return [path for path in sorted(folder.glob("*.csv")) if path.is_file()]
 
 
 def open_view(folder: Path, labels: Path | None = None) -> duckdb.DuckDBPyConnection:
@@ -173,22 +213,20 @@ def open_view(folder: Path, labels: Path | None = None) -> duckdb.DuckDBPyConnec
     connection = duckdb.connect()
     connection.execute("SET TimeZone = 'UTC'")
     parquet = sorted(map(str, folder.glob("date=*/*.parquet")))
-    lines = [path for path in sorted(map(str, folder.glob("date=*/*.jsonl"))) if path[:-6] + ".parquet" not in parquet]
+    lines = sorted(map(str, folder.glob("date=*/*.jsonl")))
+    beside = [path for path in lines if path[:-6] + ".parquet" in parquet]
+    lines = [path for path in lines if path not in beside]
     columns = ", ".join(f'NULL::{kind} AS "{name}"' for name, kind in COLUMNS.items())
     parts = [f"SELECT * REPLACE (make_timestamp(time) AS time) FROM (SELECT {columns}) WHERE false"]
     if parquet:
         parts.append(f"SELECT * FROM read_parquet({_list(parquet)}, hive_partitioning=false)")
     if lines:
-        parts.append(read_lines().replace("?", _list(lines)))
+        parts.append(read_lines(lines))
+    parts += [NOT_KNOWN.format(lines=read_lines([path]), known=_quote(path[:-6] + ".parquet")) for path in beside]
     connection.execute(f"CREATE VIEW predictions AS {' UNION ALL '.join(parts)}")
-    files = sorted(map(str, labels.glob("*.csv"))) if labels else []
-    source = (
-        f"read_csv({_list(files)}, header=false, delim=',', ignore_errors=true, null_padding=true, "
-        "columns={'id': 'UUID', 'row': 'USMALLINT', 'target': 'UTINYINT'})"
-        if files
-        else "(SELECT NULL::UUID AS id, NULL::USMALLINT AS row, NULL::UTINYINT AS target) WHERE false"
-    )
-    connection.execute(f"CREATE VIEW labels AS SELECT * FROM {source}")
+    files = list(map(str, find_labels(labels))) if labels else []
+    nothing = "SELECT NULL::UUID AS id, NULL::USMALLINT AS row, NULL::UTINYINT AS target WHERE false"
+    connection.execute(f"CREATE VIEW labels AS {READ_LABELS.format(files=_list(files)) if files else nothing}")
     return connection
 
 
