@@ -9,6 +9,7 @@ Reads state/predictions and state/labels, also while they are written.
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -74,7 +75,10 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:
-        sys.exit(0)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`; Python would try again at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        sys.exit(f"ask: {error.filename or 'the output'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit("ask: interrupted")

@@ -9,6 +9,7 @@ GATEWAY_PREDICTIONS=127.0.0.1:8406.
 
 import argparse
 import ctypes
+import json
 import os
 import select
 import shutil
@@ -30,6 +31,7 @@ POLL_S = 0.1
 RESTART_AFTER_S = 1.0
 MOST_SHORT_RUNS, SHORT_RUN_S = 3, 10.0
 RECEIVE_BUFFER = 1 << 20  # bytes, as in collect.py
+MOST_DAYS = 36_500  # as in collect.py
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 PORTS = {"collector": 8405, "records": 8406, "prometheus": 9090, "alertmanager": 9093}
 GATEWAY_METRICS = "127.0.0.1:8404"
@@ -192,8 +194,8 @@ def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, tar
     replaced = {
         **{f"127.0.0.1:{PORTS[role]}": f"127.0.0.1:{port}" for role, port in ports.items()},
         GATEWAY_METRICS: gateway_metrics,
-        "../gateway/state/targets.json": str(targets),
-        "rules.yml": str(FOLDER / "rules.yml"),
+        "../gateway/state/targets.json": json.dumps(str(targets))[1:-1],  # within the quotes of YAML
+        "rules.yml": json.dumps(str(FOLDER / "rules.yml"))[1:-1],
     }
     for name in ("prometheus.yml", "alertmanager.yml"):
         text = (FOLDER / name).read_text()
@@ -269,8 +271,8 @@ def run(arguments: argparse.Namespace) -> None:
                 if time.monotonic() > deadline_s:
                     raise MonitorError(f"{program.name} is not ready within {READY_TIMEOUT_S:.0f} s")
                 keeper.wait(POLL_S)
-            print(f"{program.name}: {program.address}", flush=True)
-        print("monitoring, Ctrl-C to stop", flush=True)
+            say(f"{program.name}: {program.address}")
+        say("monitoring, Ctrl-C to stop")
         while True:
             keeper.wait(POLL_S)
             for program in programs:
@@ -278,12 +280,15 @@ def run(arguments: argparse.Namespace) -> None:
                     continue
                 if not program.ended_s:
                     program.note_end()
-                    print(
-                        f"{program.name} has ended with {program.process.returncode}; it is started again", flush=True
-                    )
+                    say(f"{program.name} has ended with {program.process.returncode}; it is started again")
                 elif time.monotonic() > program.ended_s + RESTART_AFTER_S:
                     program.ended_s = 0.0
                     program.start(logs[program.name])
+
+
+def say(text: str) -> None:
+    with suppress(OSError):  # no terminal any more, as after SIGHUP, or a full disk
+        print(text, flush=True)
 
 
 def last_words(log: Path | None) -> str:
@@ -309,13 +314,15 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--keep-days", type=int, default=30, help="days of predictions and metrics (default: 30)")
     arguments = parser.parse_args()
-    if arguments.keep_days < 1:
-        parser.error("--keep-days must be at least 1")
+    if not 1 <= arguments.keep_days <= MOST_DAYS:
+        parser.error(f"--keep-days must be from 1 to {MOST_DAYS}")
+    for role in PORTS:
+        if not 0 < getattr(arguments, role) < 65536:
+            parser.error(f"--{role} must be from 1 to 65535")
     try:
         run(arguments)
     except KeyboardInterrupt:
-        with suppress(OSError):  # after SIGHUP there is no terminal to print to
-            print("stopped", flush=True)
+        say("stopped")
     except MonitorError as error:
         sys.exit(f"monitor: {error}")
 

@@ -15,6 +15,7 @@ import argparse
 import csv
 import http.client
 import json
+import math
 import os
 import re
 import signal
@@ -172,9 +173,12 @@ class Clinic:
             while self.waiting and self.waiting[0][0] <= time.monotonic():
                 due.append(self.waiting.popleft()[1])
         if due:
-            self.arguments.labels.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with (self.arguments.labels / f"patients-{os.getpid()}.csv").open("a") as file:
-                file.write("".join(due))
+            try:
+                self.arguments.labels.mkdir(parents=True, exist_ok=True, mode=0o700)
+                with (self.arguments.labels / f"patients-{os.getpid()}.csv").open("a") as file:
+                    file.write("".join(due))
+            except OSError as error:
+                raise PatientsError(f"{self.arguments.labels}: {error.strerror}; choose another --labels") from None
             self._count("labels", sum(lines.count("\n") for lines in due))
 
     def _count(self, what: str, more: int = 1) -> None:
@@ -198,9 +202,28 @@ def parse_drift(text: str) -> tuple[str, float]:
 
 
 def positive(text: str) -> float:
-    if not float(text) > 0:
+    if not 0 < float(text) < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return float(text)
+
+
+def duration(text: str) -> float:
+    if not 0 <= float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number of seconds from 0 on")
+    return float(text)
+
+
+def whole_number(text: str, least: int = 1) -> int:
+    if not least <= int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {least} to {(1 << 31) - 1}")
+    return int(text)
+
+
+def gateway_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name and a port, as in localhost:8443")
+    return text
 
 
 def main() -> None:
@@ -208,16 +231,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=positive, default=20.0, help="patients a second (default: 20)")
     parser.add_argument("--seconds", type=positive, help="how long (default: until Ctrl-C)")
-    parser.add_argument("--count", type=int, help="how many (default: until Ctrl-C)")
-    parser.add_argument("--rows", type=int, default=1, help="rows of each request (default: 1)")
-    parser.add_argument("--users", type=int, default=1000, help="how many different user ids (default: 1000)")
+    parser.add_argument("--count", type=whole_number, help="how many (default: until Ctrl-C)")
+    parser.add_argument("--rows", type=whole_number, default=1, help="rows of each request (default: 1)")
+    parser.add_argument("--users", type=whole_number, default=1000, help="how many different user ids (default: 1000)")
     parser.add_argument("--servers", nargs="+", metavar="NAME", help="asked in turn (default: all behind the gateway)")
     parser.add_argument(
         "--drift", type=parse_drift, action="append", default=[], metavar="FEATURE=±Xsd",
         help="move a feature by X standard deviations (default: none)",
     )  # fmt: skip
     parser.add_argument(
-        "--labels-after", type=float, metavar="S", help="seconds until the diagnosis (default: none comes)"
+        "--labels-after", type=duration, metavar="S", help="seconds until the diagnosis (default: none comes)"
     )
     parser.add_argument(
         "--wrong-labels", type=float, default=0.0, metavar="SHARE", help="share of inverted diagnoses (default: 0)"
@@ -225,14 +248,19 @@ def main() -> None:
     parser.add_argument(
         "--labels", type=Path, default=FOLDER / "state" / "labels", help="folder for diagnoses (default: state/labels)"
     )
-    parser.add_argument("--gateway", default="localhost:8443", help="its address (default: localhost:8443)")
+    parser.add_argument(
+        "--gateway", type=gateway_address, default="localhost:8443", help="its address (default: localhost:8443)"
+    )
     parser.add_argument("--ca", type=Path, default=state / "tls.pem", help="its certificate (default: the gateway's)")
-    parser.add_argument("--connections", type=int, default=4, help="requests at once (default: 4)")
-    parser.add_argument("--seed", type=int, help="for the same patients every time (default: other ones)")
+    parser.add_argument("--connections", type=whole_number, default=4, help="requests at once (default: 4)")
+    parser.add_argument(
+        "--seed", type=lambda text: whole_number(text, 0), help="for the same patients every time (default: other ones)"
+    )
     arguments = parser.parse_args()
-    if min(arguments.rows, arguments.users, arguments.connections) < 1 or not 0 <= arguments.wrong_labels <= 1:
-        parser.error("rows, users and connections are at least 1, wrong-labels is 0 to 1")
-    if not (key := os.environ.get("KEY")):
+    if not 0 <= arguments.wrong_labels <= 1:
+        parser.error("wrong-labels is 0 to 1")
+    key = os.environ.get("KEY", "")
+    if not (key.isascii() and key.isprintable() and key):
         raise PatientsError("no KEY: export KEY=$(cd ../gateway && python gateway.py keys add alice)")
     clinic = Clinic(arguments, Population(DATA_DIR, dict(arguments.drift)), key)
 
