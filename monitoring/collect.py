@@ -25,7 +25,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import chain
+from itertools import chain, permutations
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -35,7 +35,16 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
     from drift import Reference, Watch
-    from prediction_log import Count, LogError, PredictionLog, open_view, utc_now
+    from prediction_log import (
+        BESIDE_FIELDS,
+        LARGEST_ROW,
+        Count,
+        LogError,
+        PredictionLog,
+        find_labels,
+        open_view,
+        utc_now,
+    )
     from records import FEATURES, Record, read_record
 except ModuleNotFoundError as error:
     sys.exit(f"collect: {error.name} is not installed in this Python; run `source ../.venv/bin/activate` first")
@@ -62,6 +71,8 @@ STOP_TIMEOUT_S = 5.0
 ENDED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # macOS has no POLLRDHUP
 DRAIN_S = 1.0  # for HAProxy to end its connections
 WATCHDOG_SILENCE_S = 180.0
+MOST_DAYS = 36_500  # more, and no date is that old
+LABELS_BYTES = 1 << 20  # read at once of each file
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
 
@@ -83,8 +94,9 @@ class Collector:
         self.deciles = np.quantile(self.reference.features, np.arange(1, 10) / 10, axis=1).T  # (5, 9)
         self.watches: dict[tuple[str, str], Watch] = {}
         self.offsets: dict[str, int] = {}  # bytes read of each file of labels
+        self.last_labels: dict[tuple[str, str], float] = {}  # when one came, in s since 1970, by server and version
         self.labelled: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self.alerts: dict[str, str] = {}  # status by fingerprint
+        self.alerts: dict[str, tuple[str, str | None]] = {}  # status and beginning, as last posted, by fingerprint
         self.watchdog_s = 0.0  # when Alertmanager last said that it is there; 0: not yet
         self.uncounted: list[Record] = []
         self.durations: dict[tuple[str, str, str], np.ndarray] = {}  # by server, version, code: requests by bucket
@@ -197,6 +209,8 @@ class Collector:
             groups[record.server, record.version].append(record)
         self.uncounted = []
         for (server, version), records in groups.items():
+            for answered, wanted in permutations(self.reference.benign, 2):
+                self._of(self.fallbacks, server, answered, wanted)  # from 0 on, as CODES
             self._count_durations(server, version, records)
             for record in records:
                 if record.wanted != version:
@@ -250,19 +264,22 @@ class Collector:
     def _read_new_labels(self, offsets: dict[str, int]) -> dict[tuple[str, int], int]:
         """Return the targets, by id and row, of the complete lines behind the offsets, which move on."""
         labels = {}
-        for path in sorted(self.labels_dir.glob("*.csv")):
+        for path in find_labels(self.labels_dir):
             start = offsets.get(path.name, 0)
             with contextlib.suppress(OSError), path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size < start:
                     start = 0  # the file has been replaced
                 file.seek(start)
-                whole, end, _ = file.read(1 << 20).rpartition(b"\n")
+                data = file.read(LABELS_BYTES)
+                whole, end, _ = data.rpartition(b"\n")
+                if not end and len(data) == LABELS_BYTES:
+                    whole = data  # one line that is no label: what follows it is read
                 offsets[path.name] = start + len(whole) + len(end)
-                for line in whole.decode(errors="replace").splitlines():
+                for line in whole.decode("utf-8-sig", errors="replace").split("\n"):
                     with contextlib.suppress(ValueError):
-                        name, row, target = line.split(",")
-                        key = name.strip().lower(), int(row)
-                        if target.strip() in ("0", "1") and key not in self.labelled:
+                        name, row, target = (field.strip(BESIDE_FIELDS) for field in line.split(","))
+                        key = name.lower(), int(row)
+                        if 0 <= key[1] <= LARGEST_ROW and target in ("0", "1") and key not in self.labelled:
                             labels.setdefault(key, int(target))
         return labels
 
@@ -292,9 +309,13 @@ class Collector:
             for (server, version), errors in groups.items():
                 self._of(self.labels, server, version, "no").inc(sum(errors))
                 self._of(self.labels, server, version, "yes").inc(len(errors) - sum(errors))
-                self._of(self.last_label, server, version).set(time.time())
+                self._note_label(server, version, time.time())
                 for kind, statistic in self._watch(server, version).observe_labels(np.array(errors)):
                     say(f"drift: {server} version {version}, {kind}: {statistic}")
+
+    def _note_label(self, server: str, version: str, at_s: float) -> None:
+        self.last_labels[server, version] = at_s
+        self._of(self.last_label, server, version).set(at_s)
 
     def reset(self, server: str, version: str) -> int:
         """Reset the detectors of a server's version, an empty name meaning all; return how many were reset."""
@@ -308,11 +329,12 @@ class Collector:
 
     def keep(self) -> None:
         """Save the state that a restart needs, in one atomic step."""
-        with self.lock:
-            watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
-            content = json.dumps({"watches": watches, "offsets": self.offsets})
         temporary = self.state / "collector.json.writing"
         with self.keeping, contextlib.suppress(OSError):  # a full disk: already reported by the log
+            with self.lock:
+                watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
+                last_labels = [[*key, at_s] for key, at_s in self.last_labels.items()]
+                content = json.dumps({"watches": watches, "offsets": self.offsets, "last_labels": last_labels})
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content)
@@ -325,9 +347,11 @@ class Collector:
             self.offsets = {str(name): int(offset) for name, offset in kept["offsets"].items()}
             for server, version, watch in kept["watches"]:
                 self._watch(server, version).load(watch)
+            for server, version, at_s in kept.get("last_labels", []):
+                self._note_label(server, version, float(at_s))
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             say(f"{path} is damaged: the drift detectors begin again")
             self.watches, self.offsets = {}, {}
 
@@ -335,9 +359,9 @@ class Collector:
         """Print and keep what Alertmanager posts: each alert when it begins and when it ends."""
         for alert in posted["alerts"]:
             name, status = alert["fingerprint"], alert["status"]
-            if self.alerts.get(name, "resolved") == status:
+            if self.alerts.get(name) == (status, alert.get("startsAt")):
                 continue  # repeated while the alert lasts
-            self.alerts[name] = status
+            self.alerts[name] = status, alert.get("startsAt")
             labels, notes = alert["labels"], alert["annotations"]
             words = f"{labels.get('severity', '')} {labels['alertname']}: {notes.get('summary', '')}"
             runbook = f"; what to do: {notes['runbook']}" if status == "firing" and "runbook" in notes else ""
@@ -565,12 +589,17 @@ class HttpServer(ThreadingHTTPServer):
 
 
 def repeat(task: Callable[[], None], every_s: float, ending: threading.Event) -> None:
-    """Do a task again and again until `ending` is set."""
+    """Do a task again and again until `ending` is set; say once what keeps it from succeeding."""
+    said = ""
     while not ending.wait(every_s):
         try:
             task()
+            said = ""
         except Exception as error:  # noqa: BLE001  # whatever it is, it must be done again
-            say(f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            text = f"collector: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if text != said:
+                say(text)
+            said = text
 
 
 def start_tasks(collector: Collector, ending: threading.Event) -> list[threading.Thread]:
@@ -597,8 +626,9 @@ def start_tasks(collector: Collector, ending: threading.Event) -> list[threading
 
 def say(text: str) -> None:
     printable = "".join(character if character.isprintable() else "?" for character in text)
-    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {printable}\n")  # in one piece: several threads say something
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # a full disk, or a reader that has gone: records are taken all the same
+        sys.stdout.write(f"{time.strftime('%H:%M:%S')} {printable}\n")  # in one piece: several threads say something
+        sys.stdout.flush()
 
 
 def join(address: tuple[str, int]) -> str:
@@ -629,8 +659,8 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--keep-days", type=int, default=30, help="days of predictions to keep (default: 30)")
     arguments = parser.parse_args()
-    if arguments.keep_days < 1:
-        parser.error("--keep-days must be at least 1")
+    if not 1 <= arguments.keep_days <= MOST_DAYS:
+        parser.error(f"--keep-days must be from 1 to {MOST_DAYS}")
     os.umask(0o077)
     os.nice(10)  # on a busy machine users come first: records can wait in HAProxy
     try:

@@ -185,10 +185,16 @@ class Watch:
         return {"detectors": detectors, "alarms": self.alarms}
 
     def load(self, kept: dict) -> None:
-        """Restore the state of `dump`. A detector whose state does not fit begins again, which keeps its bound."""
+        """Restore the state of `dump`; ValueError, KeyError, TypeError, AttributeError or OverflowError if it is none.
+
+        A detector whose state does not fit begins again, which keeps its bound.
+        """
         for kind, (observations, evidence) in kept["detectors"].items():
             detectors = self.detectors.get(kind)
             if detectors and np.shape(evidence) == detectors.evidence.shape:
-                detectors.observations, detectors.evidence = int(observations), np.array(evidence, float)
+                numbers = np.array(evidence, float)
+                if not ((numbers >= 0) & (numbers <= LARGEST)).all():  # NaN would never be at the threshold
+                    raise ValueError("evidence is from 0 to LARGEST")
+                detectors.observations, detectors.evidence = int(observations), numbers
         for kind in self.KINDS:
             self.alarms[kind] = {str(name): int(at) for name, at in kept["alarms"].get(kind, {}).items()}

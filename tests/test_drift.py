@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 
 import numpy as np
@@ -140,6 +141,11 @@ def test_an_alarm_stays_until_the_reset_and_survives_a_restart():
     assert again.detectors["input"].observations == 0
     again.load({"detectors": {"input": [7, [[1.0]]], "other": [1, []]}, "alarms": {}})  # of other statistics
     assert again.detectors["input"].observations == 0
+    for wrong in (math.nan, math.inf, -1.0):  # NaN would never raise an alarm
+        damaged = watch.dump()
+        damaged["detectors"]["input"][1][0][0] = wrong
+        with pytest.raises(ValueError, match="evidence"):
+            again.load(damaged)
 
 
 def test_a_version_without_a_reference_is_watched_by_its_inputs():
@@ -168,6 +174,10 @@ def test_patients_are_like_those_of_the_files_but_none_twice():
         (("--drift", "mean size=+1sd"), "no feature 'mean size'; there are mean radius"),
         (("--servers", "nobody"), "no server called 'nobody'; there are bentoml"),
         (("--rate", "0"), "expected a number above 0"),
+        (("--rate", "inf"), "expected a number above 0"),
+        (("--count", "0"), "expected a whole number from 1"),
+        (("--labels-after", "nan"), "expected a number of seconds from 0 on"),
+        (("--gateway", "localhost"), "expected a name and a port"),
         (("--wrong-labels", "2"), "wrong-labels is 0 to 1"),
         (("--ca", "/nowhere/tls.pem"), "no certificate /nowhere/tls.pem: start the gateway"),
     ],

@@ -835,6 +835,227 @@ def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
     assert fast > 5
 
 
+def test_a_method_that_is_not_post_a_stream_and_other_paths_of_torchserve_are_logged(gateway, collector):
+    """TorchServe predicts at /invocations and /models/M/invoke, too, and whatever the method is."""
+    body = json.dumps({"data": toy_rows(1)}).encode()
+    for path, method in (
+        ("/predictions/my_model", "PUT"),
+        ("/invocations", "POST"),
+        ("/models/my_model/invoke", "PUT"),
+    ):
+        connection = http.client.HTTPSConnection("localhost", gateway.port, context=gateway.context())
+        with contextlib.closing(connection):
+            connection.request(method, f"/torchserve{path}", body, {"X-API-Key": gateway.key})
+            reply = connection.getresponse()
+            assert (reply.status, bool(reply.read())) == (200, True)
+        status, _, radius, _ = fresh(collector, reply.headers["X-Request-Id"])
+        assert (status, radius) == (200, 0.25)
+    for path in grpc_exchanges.STREAMS:
+        [line] = make_records(1)
+        line = line.replace(b"YXBwbGljYXRpb24vanNvbg==", base64.b64encode(b"application/grpc"))
+        record = records.read_record(line.replace(b"/onnx/predict", path.encode()))
+        assert (record.is_prediction, record.note, record.lines().count(b"\n")) == (True, "stream", 1)
+
+
+def test_the_longest_headers_and_bodies_leave_a_record_whole(gateway, collector):
+    rows = [[0.25, 0.5, 0.1, 0.1, 0.2]] * 600
+    body = json.dumps({"data": rows}).encode().ljust(20_000)
+    headers = {"Content_Type": "application/json;" + "x" * 7500}
+    answered, replied, reply = gateway.ask("/onnx/predict", body, **headers)
+    assert (answered, len(reply) > 8000) == (200, True)
+    key = replied["x-request-id"]
+    wait_until(lambda: len(collector.ask(f"SELECT id FROM predictions WHERE id = '{key}'")) == 600, collector.log)
+
+
+def test_few_bytes_that_stand_for_many_rows_do_not_fill_the_disk():
+    """Compressed, or TensorFlow's tensors, whose last number is repeated until their shape is filled."""
+    many = ("[" + ", ".join(["[1, 1, 1, 1, 1]"] * 100_000) + "]").encode()
+    packed = gzip.compress(b'{"data": ' + many + b"}")
+    [line] = make_records(1)
+    body, reply = re.search(rb' body="([^"]*)" reply="([^"]*)"', line).groups()
+    tensor = b"\x08\x01\x12\x09\x12\x03\x08\x90\x4e\x12\x02\x08\x05\x2a\x04" + b"\0\0\x80\x3f"  # 10,000 × 5 floats
+    entry = b"\x0a\x01x\x12" + bytes([len(tensor)]) + tensor
+    message = b"\x12" + bytes([len(entry)]) + entry
+    framed = b"\0" + len(message).to_bytes(4, "big") + message
+    grown = b"\1" + len(gzip.compress(bytes(1 << 20))).to_bytes(4, "big") + gzip.compress(bytes(1 << 20))
+    as_grpc = line.replace(b"YXBwbGljYXRpb24vanNvbg==", base64.b64encode(b"application/grpc")).replace(
+        b"/onnx/predict", grpc_exchanges.PREDICT.encode()
+    )
+    for sent, note in (
+        (line.replace(body, base64.b64encode(packed)).replace(b' coding="-"', b' coding="Z3ppcA=="'),
+         "the body is larger than 100000 bytes when decompressed"),
+        (line.replace(reply, base64.b64encode(gzip.compress(many))).replace(
+            b'reply_coding="-"', b'reply_coding="Z3ppcA=="'), "the body is larger than 100000 bytes when decompressed"),
+        (as_grpc.replace(body, base64.b64encode(framed)), "10000 rows are too many to be logged"),
+        (as_grpc.replace(body, base64.b64encode(grown)), "the compressed message is cut off or too large"),
+    ):  # fmt: skip
+        assert len(sent) < 65_536
+        record = records.read_record(sent)
+        assert note in record.note
+        assert len(record.lines()) < 1000
+
+
+def labels_of(folder: Path) -> list[tuple[int, int]]:
+    with prediction_log.open_view(folder / "predictions", folder / "labels") as view:
+        return view.execute("SELECT row, target FROM labels ORDER BY ALL").fetchall()
+
+
+def test_whatever_lies_among_the_labels_spoils_neither_the_others_nor_the_log(tmp_path):
+    collector = load_together(MONITORING, "collect")[0].Collector(tmp_path, 30)
+    key, folder = "00000000-0000-0000-0000-000000000000", collector.labels_dir
+    (folder / "bom.csv").write_bytes(f'\ufeff{key},0,1\r\nid,row,target\r\n"{key}", 1 ,0\r\n'.encode())
+    (folder / "poison.csv").write_text(f"{key},{10**40},1\n{key},-1,1\n{key},70000,1\n{key},2,1,x\n\0,0,1\n{key},2,1\n")
+    (folder / "binary.csv").write_bytes(np.random.default_rng(1).bytes(5000) + f"\n{key},3,0\n".encode())
+    (folder / "long.csv").write_bytes(b"x" * (1 << 20) + f"x\n{key},4,0\n".encode())
+    (folder / "empty.csv").touch()
+    (folder / "folder.csv").mkdir()
+    os.mkfifo(folder / "pipe.csv")
+    for _ in range(3):
+        collector.look_for_labels()
+    assert collector.unknown_labels._value.get() == 6  # with \0,0,1, whose id is none
+    assert labels_of(tmp_path) == [(0, 1), (1, 0), (2, 1), (3, 0), (4, 0)]
+
+
+def test_a_clock_that_is_set_back_over_the_hour_loses_no_row_and_none_comes_twice(tmp_path):
+    log = prediction_log.PredictionLog(tmp_path / "predictions")
+    now = prediction_log.utc_now().replace(minute=30, second=0)
+    before = now - prediction_log.timedelta(hours=1)
+    lines = [b'{"id": "00000000-0000-0000-0000-%012d", "row": 0}\n' % number for number in range(4)]
+
+    def ids() -> list[str]:
+        with prediction_log.open_view(log.folder) as view:
+            return [str(key)[-1] for (key,) in view.execute("SELECT id FROM predictions ORDER BY id").fetchall()]
+
+    log.append(lines[0] + lines[1], before)
+    kept = next(log.folder.glob("*/*.jsonl")).read_bytes()
+    log.tidy(now)
+    log.append(kept + lines[2], before)  # also those that a crash has left beside the Parquet file
+    assert ids() == ["0", "1", "2"]
+    log.append(lines[3], now)
+    assert ["3 rows in Parquet" in line for line in log.tidy(now)] == [True]
+    assert ids() == ["0", "1", "2", "3"]
+    late = now.replace(minute=0) + prediction_log.timedelta(hours=1)  # the hour is over, its last lines may still come
+    assert log.tidy(late + prediction_log.timedelta(seconds=30)) == []
+    damaged = next(log.folder.glob("*/*.parquet"))
+    damaged.write_bytes(b"")
+    log.append(lines[0], before)
+    [told, done] = log.tidy(late + prediction_log.timedelta(seconds=90))
+    assert "does not become Parquet: " in told and "1 rows in Parquet" in done  # the other hour's
+    assert log.tidy(late + prediction_log.timedelta(seconds=90)) == []  # once is enough
+    log.close()
+
+
+def test_what_a_full_disk_has_cut_does_not_join_the_next_line(tmp_path, monkeypatch):
+    log, now = prediction_log.PredictionLog(tmp_path / "predictions"), prediction_log.utc_now()
+    write, room = os.write, 60
+
+    def write_what_fits(descriptor: int, data: bytes) -> int:
+        nonlocal room
+        if not room:
+            raise OSError(28, "No space left on device")
+        written = write(descriptor, data[:room])
+        room -= written
+        return written
+
+    lines = [b'{"id": "00000000-0000-0000-0000-%012d"}\n' % number for number in range(3)]
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_log.os, "write", write_what_fits)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                log.append(lines[0] + lines[1], now)
+    log.append(lines[2], now)
+    with prediction_log.open_view(log.folder) as view:
+        assert view.execute("SELECT right(id::VARCHAR, 1) FROM predictions ORDER BY id").fetchall() == [("0",), ("2",)]
+    log.close()
+
+
+def test_an_output_that_cannot_be_written_costs_no_record(tmp_path):
+    """A full disk, to which nohup writes, or a reader that has gone."""
+    if not os.access("/dev/full", os.W_OK):
+        pytest.skip("no /dev/full on this system")
+    ports = find_free_ports(["records", "http"])
+    options = ["--records", f"127.0.0.1:{ports['records']}", "--http", f"127.0.0.1:{ports['http']}"]
+    with Path("/dev/full").open("w") as full, subprocess.Popen(
+        [sys.executable, "collect.py", "--state", tmp_path, *options], cwd=MONITORING, stdout=full,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    ) as collector:  # fmt: skip
+        try:
+            wait_until(lambda: listens(ports["records"]), "it listens", while_alive=collector)
+            with socket.create_connection(("127.0.0.1", ports["records"]), timeout=DEADLINE_S) as connection:
+                connection.sendall(frame(make_records(10)))
+                taken = prediction_log.Count(tmp_path / "records.count")
+                wait_until(lambda: taken.value == 10, "all are taken", while_alive=collector)
+            collector.terminate()
+            collector.wait(DEADLINE_S)
+        finally:
+            collector.kill()
+
+
+def test_a_query_whose_reader_has_gone_and_a_log_that_may_not_be_read_end_quietly(tmp_path):
+    (tmp_path / "predictions").mkdir()
+    done = run(
+        "sh", "-c", f"{sys.executable} ask.py --state {tmp_path} 'SELECT range FROM range(50000)' | head -1; "
+        f"{sys.executable} ask.py | true", cwd=MONITORING, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["range"]
+    assert done.stderr == ""
+
+
+def test_a_restart_keeps_when_labels_came_and_alerts_that_come_again_are_printed(tmp_path, capsys):
+    collect = load_together(MONITORING, "collect")[0]
+    collector = collect.Collector(tmp_path, 30)
+    collector._count_labels([("onnx", "1", 0)], {("x", 0): 1}, {})
+    collector.take(make_records(1))
+    assert (
+        b'gateway_fallbacks_total{server="onnx",version="1",wanted="2"} 0.0' in collector.render()
+    )  # before the first
+    collector.keep()
+    collector.log.close()
+    again = collect.Collector(tmp_path, 30)
+    assert again.last_labels == collector.last_labels
+    assert b'gateway_last_label_seconds{server="onnx",version="1"} 1.' in again.render()
+
+    def printed(status: str, start: str) -> bool:
+        alert = {
+            "fingerprint": "f",
+            "status": status,
+            "startsAt": start,
+            "labels": {"alertname": "A"},
+            "annotations": {},
+        }
+        again.take_alerts({"alerts": [alert]})
+        return " A: " in capsys.readouterr().out
+
+    assert printed("resolved", "1")  # it was printed as firing before the restart
+    assert not printed("resolved", "1")
+    assert printed("firing", "2")
+    assert not printed("firing", "2")
+    assert printed("firing", "3")  # the end of the second was lost with a killed Alertmanager
+    again.log.close()
+    for damage in (
+        '{"watches": [["onnx", "1", {"detectors": {"input": [Infinity, []]}}]], "offsets": {"a": 1e999}}',
+        "[" * 9999,
+    ):
+        (tmp_path / "collector.json").write_text(damage)
+        last = collect.Collector(tmp_path, 30)
+        assert "collector.json is damaged: the drift detectors begin again" in capsys.readouterr().out
+        last.log.close()
+
+
+def test_what_fails_again_and_again_is_said_once(capsys):
+    collect, ending, times = load_together(MONITORING, "collect")[0], threading.Event(), iter(range(9))
+
+    def task() -> None:
+        number = next(times)
+        if number == 8:
+            ending.set()
+        if number != 4:
+            raise OSError("a disk that fails")
+
+    collect.repeat(task, 0.001, ending)
+    assert capsys.readouterr().out.count("a disk that fails") == 2  # and again after a success
+
+
 def send_many(gateway: Gateway, count: int, connections: int = 4) -> tuple[int, float]:
     """Send `count` requests of one row as fast as they are answered; return how many failed, and the slowest."""
     failed, slowest, numbers, lock = 0, 0.0, iter(range(count)), threading.Lock()
