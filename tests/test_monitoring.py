@@ -857,16 +857,6 @@ def test_a_method_that_is_not_post_a_stream_and_other_paths_of_torchserve_are_lo
         assert (record.is_prediction, record.note, record.lines().count(b"\n")) == (True, "stream", 1)
 
 
-def test_the_longest_headers_and_bodies_leave_a_record_whole(gateway, collector):
-    rows = [[0.25, 0.5, 0.1, 0.1, 0.2]] * 600
-    body = json.dumps({"data": rows}).encode().ljust(20_000)
-    headers = {"Content_Type": "application/json;" + "x" * 7500}
-    answered, replied, reply = gateway.ask("/onnx/predict", body, **headers)
-    assert (answered, len(reply) > 8000) == (200, True)
-    key = replied["x-request-id"]
-    wait_until(lambda: len(collector.ask(f"SELECT id FROM predictions WHERE id = '{key}'")) == 600, collector.log)
-
-
 def test_few_bytes_that_stand_for_many_rows_do_not_fill_the_disk():
     """Compressed, or TensorFlow's tensors, whose last number is repeated until their shape is filled."""
     many = ("[" + ", ".join(["[1, 1, 1, 1, 1]"] * 100_000) + "]").encode()
