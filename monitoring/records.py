@@ -260,6 +260,8 @@ def _find_code(record: Record, end: str) -> str:
     """Return how the request ended. Over gRPC a failed request has HTTP status 200, too."""
     if record.status < 100 or (end.startswith("C") and record.status >= 400):
         return "aborted"
+    if end[:2] in ("SD", "sD"):  # the server broke its reply off, or stopped sending it, after the status
+        return "5xx"
     if record.status == 200 and record.grpc_status not in ("", "0"):
         return "5xx" if record.grpc_status in FAILED_GRPC else "4xx"
     return f"{record.status // 100}xx"

@@ -525,6 +525,16 @@ def make_records(n: int) -> list[bytes]:
     return lines
 
 
+@pytest.mark.parametrize(
+    ("end", "status", "code"),
+    [("--", 200, "2xx"), ("SD", 200, "5xx"), ("sD", 200, "5xx"), ("CD", 200, "2xx"), ("CD", 400, "aborted")],
+)
+def test_a_reply_that_its_server_broke_off_is_a_failure_whatever_its_status(end, status, code):
+    [line] = make_records(1)
+    line = line.replace(b'"end": "--"', f'"end": "{end}"'.encode()).replace(b"200", str(status).encode())
+    assert records.read_record(line).code == code
+
+
 def frame(lines: list[bytes]) -> bytes:
     """Return the lines as HAProxy sends them, each after its length."""
     return b"".join(b"%d %s" % (len(line), line) for line in lines)
