@@ -684,8 +684,10 @@ def main() -> None:
         )
     gc.freeze()  # what is there by now stays: no collection of garbage need look at it
     stop, stopping = os.pipe()
+    os.set_blocking(stopping, False)
+    signal.set_wakeup_fd(stopping)  # written whichever thread the kernel gives the signal, unlike what a handler does
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: os.write(stopping, b"."))
+        signal.signal(number, lambda *_: None)
     intake, ending = Intake(collector, source), threading.Event()
     threading.Thread(target=http.serve_forever, daemon=True).start()
     tasks = start_tasks(collector, ending)

@@ -663,6 +663,17 @@ def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_p
     assert prediction_log.Count(state / "records.count").value == sent
 
 
+def test_a_collector_that_was_suspended_ends_with_the_first_signal(tmp_path):
+    """While it continues, the kernel may give the signal to another thread than the first, which waits for it."""
+    for _ in range(3):
+        collector = Collector(tmp_path)
+        process = psutil.Process(collector.process.pid)
+        process.suspend()
+        wait_until(lambda process=process: process.status() == psutil.STATUS_STOPPED)
+        process.resume()
+        assert collector.end() == 0
+
+
 def test_a_connection_with_nonsense_ends_also_for_monitor_py(tmp_path):
     monitor, collect = load_together(MONITORING, "monitor", "collect")
     port = find_free_ports(["records"])["records"]
