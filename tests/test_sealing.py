@@ -1416,7 +1416,8 @@ def test_with_a_command_it_ends_with_the_server_and_its_code_and_removes_the_fol
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_ends_the_server_too(home, memory, number):
     program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print('up', flush=True); time.sleep(999)"
+        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print('up', flush=True)\n"
+        "while True: time.sleep(0.02)"
     )
     process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", sys.executable, "-c", program)
     try:
@@ -1463,13 +1464,15 @@ def test_an_interruption_while_the_server_starts_ends_it(home, memory, tmp_path,
 def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_path):
     """The server takes its time to end; Ctrl-C again, and SIGTERM, must not end unseal.py before it."""
     program = (
-        "import pathlib, signal, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
         "def end(*_):\n"
-        "    print('ending', flush=True)\n"
+        "    os.write(1, b'ending\\n')\n"  # print would fail within the other print
         "    while not pathlib.Path(sys.argv[1]).exists():\n"
         "        time.sleep(0.02)\n"
         "    sys.exit()\n"
-        "signal.signal(15, end); print('up', flush=True); time.sleep(999)"
+        "signal.signal(15, end); print('up', flush=True)\n"
+        "while True:\n"  # a signal that comes just before a long sleep would be handled after it
+        "    time.sleep(0.02)\n"
     )
     command = (sys.executable, "-c", program, tmp_path / "go")
     process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", *command)
