@@ -76,6 +76,7 @@ def test_a_server_is_asked_at_its_address_with_the_prefix_and_the_hosts_name(gat
     assert set(hosts) == {address.removeprefix("http://").removesuffix(PREFIX)}
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_a_result_of_what_answers_there(gateway, tmp_path):
     address, _ = gateway
     path = tmp_path / "result.json"

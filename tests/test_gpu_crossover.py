@@ -236,6 +236,7 @@ def script():
     return importlib.import_module("gpu_crossover")
 
 
+@pytest.mark.slow
 def test_the_processors_half_runs_end_to_end(script, tmp_path):
     path = tmp_path / "gpu.json"
     done = call_main(

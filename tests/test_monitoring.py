@@ -614,6 +614,7 @@ def test_what_a_killed_collector_had_written_but_not_taken_is_not_written_again(
     collector.log.close()
 
 
+@pytest.mark.slow
 def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_py_keeps(tmp_path):
     """monitor.py's part, its Keeper, is in this process, and so is HAProxy's: it sends some 2,000 records/s."""
     keeper_of = load_together(MONITORING, "monitor")[0].Keeper

@@ -1227,7 +1227,8 @@ def send_to(endpoint: Endpoint, role: str, request) -> tuple[int, bytes]:
     return send(endpoint.ports[role], request, DEADLINE_S)
 
 
-@pytest.mark.parametrize("server", EVERY_SERVER)
+@pytest.mark.slow
+@pytest.mark.parametrize("server", SERVERS)
 def test_both_kinds_of_keys_are_rotated_under_load_without_a_lost_request(home, memory, server):
     """As README.md has it: the old key and identity are gone at the end, and what only they signed or opened, too."""
     said = 0
