@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import machine.packages  # noqa: F401
@@ -34,6 +35,12 @@ from machine.environment import describe_machine
 END = "<!-- end of the made part -->"
 
 
+@cache
+def load(source: Path) -> Measured:
+    """Return a result with what is computed from it, once for all pages; raise ResultError if it cannot be read."""
+    return Measured(read_result(source))
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of a page that is written from a result file."""
@@ -48,7 +55,7 @@ class Part:
 
     def update(self, readme: str) -> str:
         """Return the page's text with this part written again."""
-        return replace_part(readme, self.begin, END, self.format(Measured(read_result(self.source))))
+        return replace_part(readme, self.begin, END, self.format(load(self.source)))
 
 
 FOLDER = Path(__file__).resolve().parent

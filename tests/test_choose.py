@@ -211,13 +211,14 @@ def test_the_guide_has_seven_questions_and_eight_scenarios_whose_answers_are_fol
             assert names[0] in folded
 
 
-@pytest.mark.parametrize(("place", "framework"), [(0, "scikit-learn"), (0, "pytorch"), (1, "tensorflow")])
-def test_the_short_answer_is_what_the_command_takes(script, place, framework):
-    row = re.findall(r"^\| 3,000 \| (.*) \|$", GUIDE_PATH.read_text(), flags=re.M)[place]
-    for p99_ms, cell in zip((5, 10, 20, 50), row.split(" | "), strict=True):
-        done = call_main(script, "--rate", "3000", "--p99-ms", p99_ms, "--framework", framework, "--maintained")
-        taken = re.findall(r"take, of .*: (\S+, \d+ cores?)", done.stdout)
-        assert taken == cell.replace("*", "").split("; ")
+def test_the_short_answer_is_what_the_command_takes(script, sample, monkeypatch):
+    monkeypatch.setattr(script, "Measured", lambda _: sample)  # twelve times the same figures
+    rows = re.findall(r"^\| 3,000 \| (.*) \|$", GUIDE_PATH.read_text(), flags=re.M)
+    for place, framework in ((0, "scikit-learn"), (0, "pytorch"), (1, "tensorflow")):
+        for p99_ms, cell in zip((5, 10, 20, 50), rows[place].split(" | "), strict=True):
+            done = call_main(script, "--rate", "3000", "--p99-ms", p99_ms, "--framework", framework, "--maintained")
+            taken = re.findall(r"take, of .*: (\S+, \d+ cores?)", done.stdout)
+            assert taken == cell.replace("*", "").split("; ")
 
 
 def list_tests(path) -> dict[str, list[str]]:

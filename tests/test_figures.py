@@ -316,11 +316,11 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one_whole(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.json"]
 
 
-@pytest.mark.parametrize("part", results.PARTS, ids=lambda part: part.source.stem)
-def test_a_readme_shows_its_result_and_nothing_typed_by_hand(part):
-    readme = part.readme.read_text()
-    assert part.update(readme) == readme, "run make readme"
-    assert set(read_result(part.source)["endpoints"]) <= set(load_endpoints(with_peers=True))
+def test_a_readme_shows_its_result_and_nothing_typed_by_hand():
+    for part in results.PARTS:
+        readme = part.readme.read_text()
+        assert part.update(readme) == readme, f"{part.readme}: run make readme"
+        assert set(read_result(part.source)["endpoints"]) <= set(load_endpoints(with_peers=True))
 
 
 def test_only_the_marked_part_of_a_readme_is_replaced():

@@ -50,7 +50,9 @@ def test_no_rule_complains_of(rendered, folder):
     assert rules.find_mistakes(rendered[folder].manifests, rendered[folder].facts) == []
 
 
-@pytest.mark.parametrize("folder", check.RENDERINGS)
+@pytest.mark.parametrize(
+    "folder", [pytest.param(name, marks=pytest.mark.slow) if "local" in name else name for name in check.RENDERINGS]
+)
 def test_four_releases_of_kubernetes_know_every_field_of(rendered, folder):
     for version in check.VERSIONS:
         assert list(check.check_schemas(rendered[folder].manifests, version)) == []
