@@ -103,7 +103,7 @@ def watch_patients(shift: dict[str, float], requests: int, seed: int = 1, quiet:
 
 
 def test_patients_without_drift_raise_no_alarm_and_changed_ones_do_by_the_features_name():
-    assert watch_patients({}, 2000)[1] == []
+    assert watch_patients({}, 4000)[1] == []
     _, alarms = watch_patients({"mean texture": 0.5}, 1000, quiet=1000)
     number, kind, statistic = alarms[0]
     assert 0 <= number <= 800

@@ -1417,8 +1417,7 @@ def test_with_a_command_it_ends_with_the_server_and_its_code_and_removes_the_fol
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_ends_the_server_too(home, memory, number):
     program = (
-        "import signal, sys, time; signal.signal(15, lambda *_: sys.exit()); print('up', flush=True)\n"
-        "while True: time.sleep(0.02)"
+        "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); print('up', flush=True); signal.sigwait([15])"
     )
     process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", sys.executable, "-c", program)
     try:
@@ -1465,16 +1464,17 @@ def test_an_interruption_while_the_server_starts_ends_it(home, memory, tmp_path,
 def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_path):
     """The server takes its time to end; Ctrl-C again, and SIGTERM, must not end unseal.py before it."""
     program = (
-        "import os, pathlib, signal, sys, time\n"
-        "def end(*_):\n"
-        "    os.write(1, b'ending\\n')\n"  # print would fail within the other print
-        "    while not pathlib.Path(sys.argv[1]).exists():\n"
-        "        time.sleep(0.02)\n"
-        "    sys.exit()\n"
-        "signal.signal(15, end); print('up', flush=True)\n"
-        "while True:\n"  # a signal that comes just before a long sleep would be handled after it
-        "    time.sleep(0.02)\n"
+        "import os, signal, sys\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, [15])\n"  # whenever it comes, it is waited for
+        "print('up', flush=True)\n"
+        "signal.sigwait([15])\n"
+        "signal.signal(15, lambda *_: os.write(1, b'again\\n'))\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [15])\n"
+        "print('ending', flush=True)\n"
+        "os.read(os.open(sys.argv[1], os.O_RDONLY), 1)"
     )
+    os.mkfifo(tmp_path / "go")
+    go = os.open(tmp_path / "go", os.O_RDWR)  # waits for nobody
     command = (sys.executable, "-c", program, tmp_path / "go")
     process = spawn("onnx", "--to", memory / "a", "--home", home, "--watch", "--", *command)
     try:
@@ -1485,8 +1485,9 @@ def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_p
         for number in (signal.SIGINT, signal.SIGTERM):
             process.send_signal(number)
     finally:
-        (tmp_path / "go").touch()
+        os.write(go, b"g")
         output, _ = process.communicate(timeout=DEADLINE_S)
+        os.close(go)
     assert len(family) == 2
     _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
     assert (process.returncode, alive, output) == (0, [], "")
