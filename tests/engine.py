@@ -234,7 +234,7 @@ def make_program_stand_in(engine: Engine, image: str, files: dict[str, Path]) ->
         for place, source in files.items():
             target = Path(folder, place)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+            shutil.copy(source, target)
         Path(folder, "Dockerfile").write_text(
             f"FROM {PYTHON_IMAGE}\nCOPY . /\nRUN install --directory --owner=65534 /prometheus\nUSER 65534\n"
             "LABEL kind=debian\n"

@@ -27,7 +27,7 @@ from test_containers import PORT_VARIABLES
 PROFILES = ("--profile", "gateway", "--profile", "monitoring")
 RECORDS = "127.0.0.1:8406"
 ENDPOINTS = {"bentoml": "bentoml", "onnx": "onnx-tuned", "tfserving": "tfserving", "torchserve": "torchserve"}
-ALERTMANAGERS_TEMPLATES = "/usr/share/prometheus/alertmanager"
+TEMPLATES = Path("/usr/share/prometheus/alertmanager")  # Alertmanager's
 ROWS, _ = load_test_rows()
 
 
@@ -73,14 +73,9 @@ def monitored(built_engine):
     services = yaml.safe_load((REPOSITORY_DIR / "docker-compose.yml").read_text())["services"]
     prometheus, alertmanager = (Path(shutil.which(name) or "") for name in ("prometheus", "prometheus-alertmanager"))
     make_program_stand_in(built_engine, services["prometheus"]["image"], {"usr/bin/prometheus": prometheus})
-    make_program_stand_in(
-        built_engine, services["alertmanager"]["image"],
-        {
-            "usr/bin/alertmanager": alertmanager,
-            ALERTMANAGERS_TEMPLATES[1:] + "/default.tmpl": Path(ALERTMANAGERS_TEMPLATES, "default.tmpl"),
-            ALERTMANAGERS_TEMPLATES[1:] + "/email.tmpl": Path(ALERTMANAGERS_TEMPLATES, "email.tmpl"),
-        },
-    )  # fmt: skip
+    templates = {f"{TEMPLATES}/{name}".lstrip("/"): TEMPLATES / name for name in ("default.tmpl", "email.tmpl")}
+    files = {"usr/bin/alertmanager": alertmanager, **templates}
+    make_program_stand_in(built_engine, services["alertmanager"]["image"], files)
     monitored = Monitored(built_engine)
     try:
         monitored.compose("up", "--detach", "--wait")
