@@ -1,6 +1,6 @@
 """Parse the record that HAProxy logs of a request: metadata, question and answer.
 
-A record is a line of syslog (RFC 5424): `[p@1 us="…" body="…" reply="…"] {"time": …}`. The names before the object
+A record is a line of syslog (RFC 5424): `[p@1 us="…" … body="…" reply="…"] {"time": …}`. The names before the object
 are those of haproxy.cfg's log-format-sd, their values in base64; the object is the gateway's access log.
 """
 
@@ -20,10 +20,6 @@ from exchanges import Rows, Unreadable
 
 FEATURES = ["mean radius", "mean texture", "mean smoothness", "mean concavity", "mean symmetry"]
 CLASSES = ["malignant", "benign"]
-SENT = ("type", "coding", "json_bytes", "reply_coding", "reply_json_bytes", "grpc_status", "body", "reply")
-RECORD = re.compile(
-    rb"\[p@1 us=\"(\d+)\" %b\] (\{.*\})\s*$" % b" ".join(b'%b="([^"]*)"' % name.encode() for name in SENT), re.DOTALL
-)
 MOST_LOGGED = 20_000  # bytes of a body, as in haproxy.cfg
 # What such a body may stand for, or a few bytes would fill the disk: gzip and TensorFlow's tensors repeat a number.
 MOST_DECOMPRESSED, MOST_ROWS = grpc_exchanges.MOST_DECOMPRESSED, 1000
@@ -34,6 +30,20 @@ NO_ROW, NO_PAIR = [None] * len(FEATURES), [None] * len(CLASSES)
 # DATA_LOSS. What else is not 0 is the client's doing.
 GRPC_PATHS = {grpc_exchanges.PREDICT, grpc_exchanges.INFER, grpc_exchanges.PREDICTIONS, *grpc_exchanges.STREAMS}
 FAILED_GRPC = {"2", "4", "8", "13", "14", "15"}
+
+
+class Sent(msgspec.Struct, gc=False):
+    """The values before the object, in base64."""
+
+    heads: bytes  # of the request: ASKED, divided by |; absent for plain JSON
+    reply_heads: bytes  # ANSWERED; absent if the reply has none
+    grpc_status: bytes
+    body: bytes
+    reply: bytes
+
+
+SENT = b" ".join(b'%b="([^"]*)"' % name.encode() for name in Sent.__struct_fields__)
+RECORD = re.compile(rb"\[p@1 us=\"(\d+|-)\" %b\] (\{.*\})\s*$" % SENT, re.DOTALL)
 
 
 class Said(msgspec.Struct, gc=False):
@@ -102,53 +112,49 @@ class Answered(msgspec.Struct, gc=False):
 
 KEYS = {"predict": ("data", "features", "rows"), "torchserve": ("data",), "tfserving": ("instances",)}
 REPLY_KEYS = {"predict": ("predictions", "probability"), "tfserving": ("predictions",)}
-JSON = b"YXBwbGljYXRpb24vanNvbg=="  # application/json: TorchServe takes forms, too
 
 NO_TABLE = (msgspec.DecodeError, RecursionError)
 read_said = msgspec.json.Decoder(Said).decode
 read_asked = msgspec.json.Decoder(Asked).decode
 read_answered = msgspec.json.Decoder(Answered).decode
 read_pairs = msgspec.json.Decoder(Pairs).decode
-dump = msgspec.json.Encoder().encode
+write_lines = msgspec.json.Encoder().encode_lines  # of a list of Line
 
 
 class Record(msgspec.Struct, gc=False):  # thousands a second, and none is part of a circle
     """One request through the gateway. What it did not come to is empty."""
 
-    time_us: int  # when it came, in µs since 1970
+    time_us: int  # when it came, in µs since 1970; 0 if it was no HTTP
     id: str
+    bucket: str
+    ms: float
     server: str
     version: str  # of the replica that answered, or would have answered
     wanted: str  # the version before a fallback
     replica: str
     owner: str
-    bucket: str
     protocol: str  # REST or gRPC
     path: str
     status: int  # of HTTP
     grpc_status: str
-    seconds: float
-    code: str = ""  # 2xx, 4xx, 5xx, or aborted: the client left
-    is_prediction: bool = False  # else the gateway refused it before choosing a version, or the path predicts nothing
+    code: str  # 2xx, 4xx, 5xx, or aborted: the client left
+    is_prediction: bool  # else the gateway refused it before choosing a version, or the path predicts nothing
     rows: Rows = ()  # (n, 5), empty if they cannot be read
     probabilities: Rows = ()  # (n, 2), empty if there are none
     note: str = ""  # why rows or probabilities are empty
 
-    def lines(self) -> bytes:
+    def lines(self) -> list[Line]:
         """Return the record's lines in the log: one for each row, one for a request whose rows cannot be read."""
         count = max(1, len(self.rows), len(self.probabilities))
-        bucket, ms = int(self.bucket) if self.bucket else None, round(self.seconds * 1e3, 3)
-        written = [
-            dump(
-                Line(
-                    self.time_us, self.id, row, count, self.server, self.version, self.wanted, self.replica, self.owner,
-                    bucket, self.protocol, self.status, ms, *(self.rows[row] if self.rows else NO_ROW),
-                    *(self.probabilities[row] if self.probabilities else NO_PAIR), self.note,
-                )
+        bucket = int(self.bucket) if self.bucket else None
+        return [
+            Line(
+                self.time_us, self.id, row, count, self.server, self.version, self.wanted, self.replica, self.owner,
+                bucket, self.protocol, self.status, self.ms, *(self.rows[row] if self.rows else NO_ROW),
+                *(self.probabilities[row] if self.probabilities else NO_PAIR), self.note,
             )
             for row in range(count)
         ]  # fmt: skip
-        return b"\n".join(written) + b"\n"
 
 
 def read_record(line: bytes) -> Record:
@@ -156,41 +162,39 @@ def read_record(line: bytes) -> Record:
     found = RECORD.search(line)
     if not found:
         raise ValueError("no record of the gateway")
-    said, sent = read_said(found[len(SENT) + 2]), dict(zip(SENT, found.groups()[1:-1], strict=True))
-    is_grpc = _decode_text(sent["type"]).lower().startswith("application/grpc")
+    time_us, *values, said = found.groups()
+    sent, said = Sent(*values), read_said(said)
     record = Record(
-        time_us=int(found[1]),
-        id=said.id,
-        server=_blank(said.server),
-        version=_blank(said.version),
-        wanted=_blank(said.wanted),
-        replica=_blank(said.replica),
-        owner=_blank(said.owner),
-        bucket=_blank(said.bucket),
-        protocol="gRPC" if is_grpc else "REST",
-        path=_blank(said.path),
-        status=said.status,
-        grpc_status=_decode_text(sent["grpc_status"]),
-        seconds=max(0, int(said.total_us)) / 1e6,  # the clock may have been set back
-    )
-    has_body = sent["body"] != ABSENT or said.bytes_in > MOST_LOGGED
-    # TorchServe predicts whatever the method is.
-    record.is_prediction = (said.method == "POST" or has_body) and _predicts(record)
+        0 if time_us == ABSENT else int(time_us), said.id, _blank(said.bucket),
+        max(0, int(_blank(said.total_us) or 0)) / 1e3,  # the clock may have been set back
+        *_read_common(
+            said.server, said.version, said.wanted, said.replica, said.owner, said.path, said.status, said.end,
+            sent.heads, sent.grpc_status,
+        ),
+    )  # fmt: skip
+    if record.is_prediction and said.method != "POST":  # TorchServe predicts whatever the method is
+        record.is_prediction = sent.body != ABSENT or said.bytes_in > MOST_LOGGED
     if record.path in grpc_exchanges.STREAMS:
         record.note = "stream"
     elif record.is_prediction:
-        _read_exchange(record, sent, is_cut=(said.bytes_in > MOST_LOGGED, said.bytes_out > MOST_LOGGED))
-    record.code = _find_code(record, said.end)
+        _read_exchange(record, sent, said)
     return record
 
 
-def _predicts(record: Record) -> bool:
-    """Return whether a request reached a server at a path that predicts."""
-    if not (record.server and record.version and record.owner):
-        return False
-    if record.protocol == "gRPC":
-        return record.path in GRPC_PATHS
-    return bool(_find_form(record.path))
+@lru_cache(maxsize=4096)
+def _read_common(
+    server: str, version: str, wanted: str, replica: str, owner: str, path: str, status: int, end: str, heads: bytes,
+    grpc_status: bytes,
+) -> tuple:  # fmt: skip
+    """Return Record's fields from server to is_prediction; from a cache, for thousands of records share them."""
+    server, version, wanted, replica, owner, path = map(_blank, (server, version, wanted, replica, owner, path))
+    is_grpc = _read_headers(heads, ASKED).get("content-type", "").lower().startswith("application/grpc")
+    grpc_status = _decode_text(grpc_status)
+    predicts = path in GRPC_PATHS if is_grpc else bool(_find_form(path))
+    return (
+        server, version, wanted, replica, owner, "gRPC" if is_grpc else "REST", path, status, grpc_status,
+        _find_code(status, grpc_status, end), bool(server and version and owner and predicts),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -202,16 +206,15 @@ def _find_form(path: str) -> str:
         return ""
 
 
-def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, bool]) -> None:
-    """Set the rows and the probabilities, and the note where there are none.
-
-    HAProxy logs an empty body and one that it left out in the same way; `is_cut` tells them apart.
-    """
+def _read_exchange(record: Record, sent: Sent, said: Said) -> None:
+    """Set the rows and the probabilities, and the note where there are none."""
     notes = []
+    # HAProxy logs an empty body and one that it left out in the same way.
+    is_left_out = sent.body == ABSENT and said.bytes_in > MOST_LOGGED
     try:
-        if sent["body"] == ABSENT and is_cut[0]:
+        if is_left_out:
             raise Unreadable("request too large to be logged")
-        body = _decode(sent["body"])
+        body = _decode(sent.body)
         if record.protocol == "gRPC":
             rows = grpc_exchanges.read_rows(record.path, body)
         else:
@@ -224,20 +227,20 @@ def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, b
         record.rows = rows
     except Unreadable as error:
         notes.append(_blank_quotes(error))
-    if sent["body"] == ABSENT and is_cut[0]:  # then HAProxy has not kept the reply either
-        record.note = "; ".join(notes)
-        return
     try:
+        if is_left_out:  # then HAProxy has not kept the reply either
+            return
         if record.status != 200:
             raise Unreadable(f"status {record.status}")
         if record.grpc_status not in ("", "0"):
             raise Unreadable(f"gRPC status {record.grpc_status}")
-        if sent["reply"] == ABSENT and is_cut[1]:
+        if sent.reply == ABSENT and said.bytes_out > MOST_LOGGED:
             raise Unreadable("reply too large to be logged")
-        reply = _decode(sent["reply"])
+        reply = _decode(sent.reply)
         if record.protocol == "gRPC":
             if not reply:  # an error whose status came after the headers, which HAProxy does not read
                 record.grpc_status = "2"
+                record.code = _find_code(record.status, record.grpc_status, said.end)
                 raise Unreadable("no message in the reply")
             probabilities = grpc_exchanges.read_probabilities(record.path, reply)
         else:
@@ -248,7 +251,8 @@ def _read_exchange(record: Record, sent: dict[str, bytes], is_cut: tuple[bool, b
         record.probabilities = probabilities
     except Unreadable as error:
         notes.append(_blank_quotes(error))
-    record.note = "; ".join(notes)
+    finally:
+        record.note = "; ".join(notes)
 
 
 def _check_count(table: Rows) -> None:
@@ -256,23 +260,23 @@ def _check_count(table: Rows) -> None:
         raise Unreadable(f"{len(table)} rows are too many to be logged")
 
 
-def _find_code(record: Record, end: str) -> str:
+def _find_code(status: int, grpc_status: str, end: str) -> str:
     """Return how the request ended. Over gRPC a failed request has HTTP status 200, too."""
-    if record.status < 100 or (end.startswith("C") and record.status >= 400):
+    if status < 100 or (end.startswith("C") and status >= 400):
         return "aborted"
     if end[:2] in ("SD", "sD"):  # the server broke its reply off, or stopped sending it, after the status
         return "5xx"
-    if record.status == 200 and record.grpc_status not in ("", "0"):
-        return "5xx" if record.grpc_status in FAILED_GRPC else "4xx"
-    return f"{record.status // 100}xx"
+    if status == 200 and grpc_status not in ("", "0"):
+        return "5xx" if grpc_status in FAILED_GRPC else "4xx"
+    return f"{status // 100}xx"
 
 
-ASKED = {"content-type": "type", "content-encoding": "coding", "inference-header-content-length": "json_bytes"}
-ANSWERED = {"content-encoding": "reply_coding", "inference-header-content-length": "reply_json_bytes"}
+ANSWERED = ("content-encoding", "inference-header-content-length")
+ASKED = ("content-type", *ANSWERED)
 
 
-def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
-    if sent["coding"] == ABSENT and sent["type"] == JSON and body.isascii():  # msgspec skips text unseen
+def _read_rows(path: str, sent: Sent, body: bytes) -> Rows:
+    if sent.heads == ABSENT and body.isascii():  # msgspec skips text unseen
         try:
             asked, form = read_asked(body), _find_form(path)
             for key in KEYS.get(form, ()):
@@ -280,7 +284,7 @@ def _read_rows(path: str, sent: dict[str, bytes], body: bytes) -> Rows:
                     return table
         except NO_TABLE:
             pass
-    headers = _read_headers(sent, ASKED)
+    headers = _read_headers(sent.heads, ASKED)
     body = exchanges.decompress(body, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
     return exchanges.read_rows(path, headers, body)
 
@@ -290,9 +294,9 @@ def _has_once(body: bytes, key: str) -> bool:
     return body.count(f'"{key}"'.encode()) == 1 and b"\\" not in body  # nor is a name escaped
 
 
-def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows:
+def _read_probabilities(path: str, sent: Sent, reply: bytes) -> Rows:
     form = _find_form(path)
-    if sent["reply_coding"] == ABSENT and reply.isascii():
+    if sent.reply_heads == ABSENT and reply.isascii():
         try:
             if form != "inference" and reply.startswith(b"["):
                 return read_pairs(reply)
@@ -302,7 +306,7 @@ def _read_probabilities(path: str, sent: dict[str, bytes], reply: bytes) -> Rows
                     return pairs
         except NO_TABLE:
             pass
-    headers = _read_headers(sent, ANSWERED)
+    headers = _read_headers(sent.reply_heads, ANSWERED)
     reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
     return exchanges.read_probabilities(path, headers, reply)
 
@@ -311,8 +315,11 @@ def _blank(word: str) -> str:
     return "" if word in NOWHERE else word
 
 
-def _read_headers(sent: dict[str, bytes], names: dict[str, str]) -> dict[str, str]:
-    return {name: _decode_text(sent[key]) for name, key in names.items() if sent[key] != ABSENT}
+def _read_headers(heads: bytes, names: tuple[str, ...]) -> dict[str, str]:
+    if heads == ABSENT:
+        return {"content-type": "application/json"} if names is ASKED else {}
+    values = zip(names, map(_decode_text, heads.split(b"|")), strict=True)
+    return {name: value for name, value in values if value}
 
 
 def _decode(value: bytes) -> bytes:
