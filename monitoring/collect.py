@@ -63,7 +63,7 @@ BUCKETS_S = (
 )  # fmt: skip
 EDGES = [*map(str, BUCKETS_S), "+Inf"]
 CODES = ("2xx", "4xx", "5xx")  # from 0 on: Prometheus sees no increase in a number's first value
-COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 1.0, 1.0, 5.0, 60.0
+COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 2.0, 1.0, 5.0, 60.0
 MOST_UNCOUNTED = 1000  # records
 # After each read, until some 60 records are there: a reader that is woken for every record costs the user's next
 # request time, and many records at once cost less than one by one.
