@@ -75,6 +75,7 @@ WATCHDOG_SILENCE_S = 180.0
 MOST_DAYS = 36_500  # more, and no date is that old
 LABELS_BYTES = 1 << 20  # read at once of each file
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
+MOST_QUESTIONS = 5  # about a label, LABELS_EVERY_S apart: it may come before its prediction is in the log
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
 
 
@@ -97,6 +98,7 @@ class Collector:
         self.offsets: dict[str, int] = {}  # bytes read of each file of labels
         self.last_labels: dict[tuple[str, str], float] = {}  # when one came, in s since 1970, by server and version
         self.labelled: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self.early: dict[tuple[str, int], tuple[int, int]] = {}  # target and questions, of labels without a prediction
         self.alerts: dict[str, tuple[str, str | None]] = {}  # status and beginning, as last posted, by fingerprint
         self.watchdog_s = 0.0  # when Alertmanager last said that it is there; 0: not yet
         self.uncounted: list[Record] = []
@@ -259,7 +261,7 @@ class Collector:
     def look_for_labels(self) -> None:
         """Count the labels that have come, and note how far the files were read; neither if the question fails."""
         offsets = dict(self.offsets)
-        labels = self._read_new_labels(offsets)
+        labels = self._read_new_labels(offsets) | {key: target for key, (target, _) in self.early.items()}
         self._count_labels(self._find_predictions(labels) if labels else [], labels, offsets)
 
     def _read_new_labels(self, offsets: dict[str, int]) -> dict[tuple[str, int], int]:
@@ -284,29 +286,33 @@ class Collector:
                             labels.setdefault(key, int(target))
         return labels
 
-    def _find_predictions(self, labels: dict[tuple[str, int], int]) -> list[tuple[str, str, int]]:
-        """Return server, version, and 1 if the prediction was wrong, for each label whose prediction is in the log."""
+    def _find_predictions(self, labels: dict[tuple[str, int], int]) -> list[tuple[str, int, str, str, int]]:
+        """Return id, row, server, version, and 1 if the prediction was wrong, of labels whose prediction is logged."""
         with open_view(self.log.folder) as connection:
             connection.execute("SET threads = 1")  # users need the cores
             return connection.execute(
                 "WITH asked AS (SELECT unnest(?) AS id, unnest(?) AS row, unnest(?) AS target) "
-                "SELECT server, version, ((benign >= 0.5) <> (target = 1))::INTEGER FROM predictions p, asked a "
+                "SELECT a.id, a.row, server, version, ((benign >= 0.5) <> (target = 1))::INTEGER "
+                "FROM predictions p, asked a "
                 "WHERE p.id = TRY_CAST(a.id AS UUID) AND p.row = a.row AND benign IS NOT NULL ORDER BY time, p.row",
                 list(map(list, zip(*((*key, target) for key, target in labels.items()), strict=True))),
             ).fetchall()
 
     def _count_labels(
-        self, found: list[tuple[str, str, int]], labels: dict[tuple[str, int], int], offsets: dict[str, int]
+        self, found: list[tuple[str, int, str, str, int]], labels: dict[tuple[str, int], int], offsets: dict[str, int]
     ) -> None:
-        self.unknown_labels.inc(len(labels) - len(found))
         groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for server, version, is_error in found:
+        for _, _, server, version, is_error in found:
             groups[server, version].append(is_error)
-        self.labelled.update(dict.fromkeys(labels))
+        missing = labels.keys() - {(name, row) for name, row, *_ in found}
+        asked = {key: (labels[key], self.early.get(key, (0, 0))[1] + 1) for key in missing}
+        early = {key: kept for key, kept in asked.items() if kept[1] < MOST_QUESTIONS}
+        self.unknown_labels.inc(len(missing) - len(early))
+        self.labelled.update(dict.fromkeys(key for key in labels if key not in early))
         while len(self.labelled) > MOST_LABELS_KNOWN:
             self.labelled.popitem(last=False)
         with self.lock:
-            self.offsets = offsets
+            self.offsets, self.early = offsets, early
             for (server, version), errors in groups.items():
                 self._of(self.labels, server, version, "no").inc(sum(errors))
                 self._of(self.labels, server, version, "yes").inc(len(errors) - sum(errors))
@@ -335,7 +341,10 @@ class Collector:
             with self.lock:
                 watches = [[*key, watch.dump()] for key, watch in self.watches.items()]
                 last_labels = [[*key, at_s] for key, at_s in self.last_labels.items()]
-                content = json.dumps({"watches": watches, "offsets": self.offsets, "last_labels": last_labels})
+                early = [[*key, *kept] for key, kept in self.early.items()]
+                content = json.dumps(
+                    {"watches": watches, "offsets": self.offsets, "last_labels": last_labels, "early": early}
+                )
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             with os.fdopen(descriptor, "w") as file:
                 file.write(content)
@@ -350,11 +359,12 @@ class Collector:
                 self._watch(server, version).load(watch)
             for server, version, at_s in kept.get("last_labels", []):
                 self._note_label(server, version, float(at_s))
+            self.early = {(str(name), int(row)): (int(to), int(n)) for name, row, to, n in kept.get("early", [])}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             say(f"{path} is damaged: the drift detectors begin again")
-            self.watches, self.offsets = {}, {}
+            self.watches, self.offsets, self.early = {}, {}, {}
 
     def take_alerts(self, posted: dict) -> None:
         """Print and keep what Alertmanager posts: each alert when it begins and when it ends."""
