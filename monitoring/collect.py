@@ -439,11 +439,10 @@ class Intake:
         self.thread.start()
 
     def _run(self) -> None:
-        wait_s = SHORTEST_WAIT_S
+        wait_s, before = SHORTEST_WAIT_S, self.count
         while not self.closing.is_set():
-            before = self.count
             if not self._read_all():
-                count = self.count - before
+                count, before = self.count - before, self.count  # since the last wait
                 wait_s = min(wait_s * RECORDS_AT_ONCE / count, LONGEST_WAIT_S) if count else 0
                 wait_s = max(wait_s, SHORTEST_WAIT_S)
                 self.closing.wait(wait_s)
@@ -701,7 +700,7 @@ def main() -> None:
             "another --records"
         )
     gc.freeze()  # what is there by now stays: no collection of garbage need look at it
-    gc.set_threshold(100_000)  # and records are no part of a circle
+    gc.set_threshold(10_000)  # and of what comes, only forms of several parts leave circles
     stop, stopping = os.pipe()
     os.set_blocking(stopping, False)
     signal.set_wakeup_fd(stopping)  # written whichever thread the kernel gives the signal, unlike what a handler does

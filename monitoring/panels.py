@@ -132,12 +132,12 @@ PANELS = [
     Panel(
         "Requests that are not in the log", "short",
         [(
-            'sum(increase(haproxy_frontend_http_requests_total{proxy="gateway"}[5m])) '
+            'sum(increase(haproxy_frontend_http_responses_total{proxy="gateway"}[5m])) '
             "- sum(increase(gateway_records_total[5m]))",
             "missing",
         ), ("sum(increase(gateway_log_write_errors_total[5m]))", "not written"),
          ("sum(increase(gateway_unreadable_records_total[5m]))", "unreadable")],
-        "HAProxy's count minus the collector's, over five minutes; requests in progress make it vary around 0.",
+        "HAProxy's count minus the collector's, over five minutes; what is on its way makes it vary around 0.",
     ),
 ]  # fmt: skip
 

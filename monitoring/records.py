@@ -1,7 +1,7 @@
 """Parse the record that HAProxy logs of a request: metadata, question and answer.
 
 A record is a line of syslog (RFC 5424): `[p@1 us="…" … body="…" reply="…"] {"time": …}`. The names before the object
-are those of haproxy.cfg's log-format-sd, their values in base64; the object is the gateway's access log.
+are those of haproxy.cfg's log-format-sd, with what was sent in base64; the object is the gateway's access log.
 """
 
 import math
@@ -181,7 +181,7 @@ def read_record(line: bytes) -> Record:
     return record
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _read_common(
     server: str, version: str, wanted: str, replica: str, owner: str, path: str, status: int, end: str, heads: bytes,
     grpc_status: bytes,

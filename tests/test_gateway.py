@@ -700,7 +700,7 @@ def test_lines_that_did_not_fit_are_counted(capfd):
 def test_an_access_log_never_holds_more_than_two_files(tmp_path):
     path = tmp_path / "access.log"
     lines = [b'{"id":%03d}\n' % number for number in range(25)]  # 11 bytes each
-    access_log.keep([lines[:4], lines[4:10], [], lines[10:20]], path, 50)
+    access_log.keep([lines[:4], lines[4:10], lines[10:20]], path, 50)
     access_log.keep([lines[20:]], path, 50)  # the next gateway goes on where this one ended
     kept = (tmp_path / "access.log.1").read_bytes() + path.read_bytes()
     assert kept == b"".join(lines[-len(kept) // 11 :])

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import statistics
+import struct
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import urllib.request
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import grpc
 import numpy as np
@@ -37,6 +39,7 @@ from test_gateway import Gateway
 MONITORING = REPOSITORY_DIR / "monitoring"
 TOY = REPOSITORY_DIR / "tests" / "toy_predictors.py"
 TOYS = ("onnx", "bentoml", "tfserving", "torchserve")
+RESPONSES = 'haproxy_frontend_http_responses_total{proxy="gateway",'  # by their codes
 prediction_log, records, grpc_exchanges, exchanges = load_together(
     MONITORING, "prediction_log", "records", "grpc_exchanges", "exchanges"
 )
@@ -280,10 +283,11 @@ def test_what_the_gateway_refuses_and_what_predicts_nothing_is_counted_and_not_l
 
 
 def count_requests(gateway: Gateway) -> int:
-    """Return how many requests HAProxy has counted."""
+    """Return how many requests HAProxy has answered, or given up."""
     with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics_port}/metrics", timeout=DEADLINE_S) as reply:
         metrics = reply.read().decode()
-    return int(re.search(r'haproxy_frontend_http_requests_total\{proxy="gateway"\} (\d+)', metrics)[1])
+    counts = dict(line.rsplit(" ", 1) for line in metrics.splitlines())
+    return sum(int(count) for name, count in counts.items() if name.startswith(RESPONSES))
 
 
 def test_haproxy_counts_as_many_requests_as_there_are_records(gateway, collector):
@@ -294,7 +298,8 @@ def test_haproxy_counts_as_many_requests_as_there_are_records(gateway, collector
             pass
     for junk in (
         b"GARBAGE\r\n\r\n",
-        b"GET  / HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nXX",
         b"POST /onnx/predict HTTP/1.1\r\nContent-Length: 9\r\n\r\n",
     ):
         with gateway.connection() as connection:
@@ -302,6 +307,11 @@ def test_haproxy_counts_as_many_requests_as_there_are_records(gateway, collector
             connection.settimeout(1)
             with contextlib.suppress(OSError):
                 connection.recv(4096)
+    for body in (b"", b"[[1, 2"):  # who leaves before the answer, and before the end of his question
+        with gateway.connection() as connection:
+            head = f"POST /onnx/predict HTTP/1.1\r\nHost: x\r\nX-API-Key: {gateway.key}\r\nContent-Length: 9\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     gateway.ask(key="gw_unknown")
     key, _, _ = ask(gateway, "onnx", toy_rows(1))
     fresh(collector, key)
@@ -583,6 +593,35 @@ def test_records_of_any_size_that_haproxy_sends_arrive(tmp_path, monkeypatch, bu
         intake.close()
     with prediction_log.open_view(collector.log.folder) as view:
         assert view.execute("SELECT count(*), count(DISTINCT id) FROM predictions").fetchall() == [(60, 60)]
+
+
+def test_the_collector_waits_as_long_as_few_records_come(tmp_path):
+    """Many that came in one wait are many, also when they are read in several pieces."""
+    collect = load_together(MONITORING, "collect")[0]
+
+    class Waits(threading.Event):
+        seconds: list[float] = []
+        go_on = threading.Event()
+
+        def wait(self, timeout=None):
+            self.seconds.append(timeout)
+            return self.go_on.wait(DEADLINE_S)
+
+    address = "127.0.0.1", find_free_ports(["records"])["records"]
+    intake = collect.Intake(collect.Collector(tmp_path, 30), collect.listen(address))
+    intake.closing = Waits()
+    line = frame(make_records(1))
+    try:
+        with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+            wait_until(lambda: len(Waits.seconds) == 1, "the connection is accepted")
+            connection.sendall(line * (collect.READ_BYTES // len(line) + 10))
+            Waits.go_on.set()
+            wait_until(lambda: len(Waits.seconds) == 2, "all records are read")
+            connection.sendall(line)
+            wait_until(lambda: len(Waits.seconds) == 3, "one is read")
+    finally:
+        intake.close()
+    assert Waits.seconds[:3] == [collect.SHORTEST_WAIT_S, collect.SHORTEST_WAIT_S, collect.LONGEST_WAIT_S]
 
 
 def test_what_a_killed_collector_had_written_but_not_taken_is_not_written_again(tmp_path):
@@ -903,6 +942,23 @@ def test_a_method_that_is_not_post_a_stream_and_other_paths_of_torchserve_are_lo
         line = line.replace(b' heads="-"', b' heads="%b|-|-"' % base64.b64encode(b"application/grpc"))
         record = records.read_record(line.replace(b"/onnx/predict", path.encode()))
         assert (record.is_prediction, record.note, len(record.lines())) == (True, "stream", 1)
+
+
+def test_of_two_content_types_the_last_counts(gateway, collector):
+    """As TorchServe takes it, whose forms are no JSON."""
+    json_body, form = json.dumps({"data": toy_rows(1)}).encode(), b"data=" + quote(json.dumps(toy_rows(1))).encode()
+    types = "application/json", "application/x-www-form-urlencoded"
+    for body, kinds in ((json_body, types[::-1]), (form, types)):
+        connection = http.client.HTTPSConnection("localhost", gateway.port, context=gateway.context())
+        with contextlib.closing(connection):
+            connection.putrequest("POST", "/torchserve/predictions/my_model")
+            for name, value in [("X-API-Key", gateway.key), *[("Content-Type", kind) for kind in kinds]]:
+                connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            reply = connection.getresponse()
+            reply.read()
+        assert fresh(collector, reply.headers["X-Request-Id"])[2] == 0.25
 
 
 def test_few_bytes_that_stand_for_many_rows_do_not_fill_the_disk():
