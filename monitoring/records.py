@@ -1,7 +1,8 @@
 """Parse the record that HAProxy logs of a request: metadata, question and answer.
 
 A record is a line of syslog (RFC 5424): `[p@1 us="…" … body="…" reply="…"] {"time": …}`. The names before the object
-are those of haproxy.cfg's log-format-sd, with what was sent in base64; the object is the gateway's access log.
+are those of haproxy.cfg's log-format-sd, with what was sent in base64 and headers as HAProxy captures them,
+`{application/json||}`; the object is the gateway's access log.
 """
 
 import math
@@ -10,6 +11,7 @@ from binascii import a2b_base64
 from functools import lru_cache
 from itertools import chain
 from typing import Annotated
+from urllib.parse import unquote
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -23,6 +25,7 @@ CLASSES = ["malignant", "benign"]
 MOST_LOGGED = 20_000  # bytes of a body, as in haproxy.cfg
 # What such a body may stand for, or a few bytes would fill the disk: gzip and TensorFlow's tensors repeat a number.
 MOST_DECOMPRESSED, MOST_ROWS = grpc_exchanges.MOST_DECOMPRESSED, 1000
+PLAIN, NO_HEADS = b"{application/json||}", b"{|}"  # heads and reply_heads of almost all
 ABSENT = b"-"  # HAProxy writes this for an absent value; it is not valid base64
 NOWHERE = ("-", "<NOSRV>")  # the same, in the object
 NO_ROW, NO_PAIR = [None] * len(FEATURES), [None] * len(CLASSES)
@@ -33,11 +36,11 @@ FAILED_GRPC = {"2", "4", "8", "13", "14", "15"}
 
 
 class Sent(msgspec.Struct, gc=False):
-    """The values before the object, in base64."""
+    """The values before the object."""
 
-    heads: bytes  # of the request: ASKED, divided by |; absent for plain JSON
-    reply_heads: bytes  # ANSWERED; absent if the reply has none
-    grpc_status: bytes
+    heads: bytes  # of the request: ASKED, as captured; empty if it was no HTTP
+    reply_heads: bytes  # ANSWERED, the same
+    grpc_status: bytes  # in base64, as what follows
     body: bytes
     reply: bytes
 
@@ -276,7 +279,7 @@ ASKED = ("content-type", *ANSWERED)
 
 
 def _read_rows(path: str, sent: Sent, body: bytes) -> Rows:
-    if sent.heads == ABSENT and body.isascii():  # msgspec skips text unseen
+    if sent.heads == PLAIN and body.isascii():  # msgspec skips text unseen
         try:
             asked, form = read_asked(body), _find_form(path)
             for key in KEYS.get(form, ()):
@@ -296,7 +299,7 @@ def _has_once(body: bytes, key: str) -> bool:
 
 def _read_probabilities(path: str, sent: Sent, reply: bytes) -> Rows:
     form = _find_form(path)
-    if sent.reply_heads == ABSENT and reply.isascii():
+    if sent.reply_heads == NO_HEADS and reply.isascii():
         try:
             if form != "inference" and reply.startswith(b"["):
                 return read_pairs(reply)
@@ -316,10 +319,11 @@ def _blank(word: str) -> str:
 
 
 def _read_headers(heads: bytes, names: tuple[str, ...]) -> dict[str, str]:
-    if heads == ABSENT:
-        return {"content-type": "application/json"} if names is ASKED else {}
-    values = zip(names, map(_decode_text, heads.split(b"|")), strict=True)
-    return {name: value for name, value in values if value}
+    """Return the captured headers that are there; ValueError if they are not as many as names."""
+    if not heads:
+        return {}
+    values = zip(names, heads.decode("ascii").removeprefix("{").removesuffix("}").split("|"), strict=True)
+    return {name: unquote(value.replace("%", "%25").replace("#", "%"), "latin-1") for name, value in values if value}
 
 
 def _decode(value: bytes) -> bytes:

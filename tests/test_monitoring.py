@@ -527,8 +527,9 @@ def make_records(n: int) -> list[bytes]:
             "reply_ms": 1, "total_us": "1747", "bytes_in": 165, "bytes_out": 144, "end": "--",
         }  # fmt: skip
         lines.append(
-            '<134>1 2026-11-29T13:25:36+00:00 - haproxy 1 - [p@1 us="1795958736554251" heads="-" reply_heads="-" '
-            f'grpc_status="-" body="{body}" reply="{reply}"] {json.dumps(said)}'.encode()
+            '<134>1 2026-11-29T13:25:36+00:00 - haproxy 1 - [p@1 us="1795958736554251" '
+            f'heads="{{application/json||}}" reply_heads="{{|}}" grpc_status="-" '
+            f'body="{body}" reply="{reply}"] {json.dumps(said)}'.encode()
         )
     return lines
 
@@ -911,7 +912,7 @@ def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
                        f'{{"{name}": {value}, "data": [[1, 1, 1, 1, 1]], "predictions": [[0, 1]]}}']  # fmt: skip
     deep = "[" * 9000 + "]" * 9000
     bodies += [f'{{"x": {deep}, "data": [[1, 2, 3, 4, 5]], "predictions": [[0, 1]]}}', deep]
-    sent = records.Sent(*[records.ABSENT] * len(records.Sent.__struct_fields__))
+    sent = records.Sent(records.PLAIN, records.NO_HEADS, *[records.ABSENT] * 3)
     fast = 0
     for body in [text.encode() for text in bodies] + [b'{"\xff": 1, "data": [[1, 2, 3, 4, 5]]}', b"\xff\xfe[\x00"]:
         headers = {"content-type": "application/json"}
@@ -939,7 +940,7 @@ def test_a_method_that_is_not_post_a_stream_and_other_paths_of_torchserve_are_lo
         assert (status, radius) == (200, 0.25)
     for path in grpc_exchanges.STREAMS:
         [line] = make_records(1)
-        line = line.replace(b' heads="-"', b' heads="%b|-|-"' % base64.b64encode(b"application/grpc"))
+        line = line.replace(b"{application/json||}", b"{application/grpc||}")
         record = records.read_record(line.replace(b"/onnx/predict", path.encode()))
         assert (record.is_prediction, record.note, len(record.lines())) == (True, "stream", 1)
 
@@ -961,6 +962,34 @@ def test_of_two_content_types_the_last_counts(gateway, collector):
         assert fresh(collector, reply.headers["X-Request-Id"])[2] == 0.25
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ['application/json; note="x|{#22}]% \xfc"', f"application/json; note={'x' * 5000}", "", '"] {"id": "x"'],
+    ids=["what divides a record", "long", "blank", "the end of a record"],
+)
+def test_whatever_a_content_type_holds_the_record_is_read(gateway, collector, kind):
+    unreadable = collector.value("gateway_unreadable_records_total")
+    connection = http.client.HTTPSConnection("localhost", gateway.port, context=gateway.context())
+    with contextlib.closing(connection):
+        headers = {"X-API-Key": gateway.key, "Content-Type": kind}
+        connection.request("POST", "/onnx/predict", json.dumps({"data": toy_rows(1)}), headers)
+        reply = connection.getresponse()
+        assert (reply.status, bool(reply.read())) == (200, True)
+    assert fresh(collector, reply.headers["X-Request-Id"])[2] == 0.25
+    assert collector.value("gateway_unreadable_records_total") == unreadable
+
+
+def test_captured_headers_are_read_as_they_were_sent():
+    sent = 'text/plain; a="x|{#22}]% \xfc"'
+    captured = b"{text/plain; a=#22x#7C#7B#2322#7D]% #FC#22|gzip|7}"  # HAProxy 2.6 and 2.8
+    assert records._read_headers(captured, records.ASKED) == {
+        "content-type": sent, "content-encoding": "gzip", "inference-header-content-length": "7",
+    }  # fmt: skip
+    assert records._read_headers(b"{||}", records.ASKED) == records._read_headers(b"", records.ASKED) == {}
+    with pytest.raises(ValueError):
+        records._read_headers(b"{|}", records.ASKED)
+
+
 def test_few_bytes_that_stand_for_many_rows_do_not_fill_the_disk():
     """Compressed, or TensorFlow's tensors, whose last number is repeated until their shape is filled."""
     many = ("[" + ", ".join(["[1, 1, 1, 1, 1]"] * 100_000) + "]").encode()
@@ -972,14 +1001,14 @@ def test_few_bytes_that_stand_for_many_rows_do_not_fill_the_disk():
     message = b"\x12" + bytes([len(entry)]) + entry
     framed = b"\0" + len(message).to_bytes(4, "big") + message
     grown = b"\1" + len(gzip.compress(bytes(1 << 20))).to_bytes(4, "big") + gzip.compress(bytes(1 << 20))
-    as_grpc = line.replace(b' heads="-"', b' heads="%b|-|-"' % base64.b64encode(b"application/grpc")).replace(
+    as_grpc = line.replace(b"{application/json||}", b"{application/grpc||}").replace(
         b"/onnx/predict", grpc_exchanges.PREDICT.encode()
     )
     for sent, note in (
-        (line.replace(body, base64.b64encode(packed)).replace(b' heads="-"', b' heads="-|Z3ppcA==|-"'),
+        (line.replace(body, base64.b64encode(packed)).replace(b"{application/json||}", b"{|gzip|}"),
          "the body is larger than 100000 bytes when decompressed"),
         (line.replace(reply, base64.b64encode(gzip.compress(many))).replace(
-            b'reply_heads="-"', b'reply_heads="Z3ppcA==|-"'), "the body is larger than 100000 bytes when decompressed"),
+            b"{|}", b"{gzip|}"), "the body is larger than 100000 bytes when decompressed"),
         (as_grpc.replace(body, base64.b64encode(framed)), "10000 rows are too many to be logged"),
         (as_grpc.replace(body, base64.b64encode(grown)), "the compressed message is cut off or too large"),
     ):  # fmt: skip
