@@ -48,12 +48,15 @@ RELOAD_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 3.0  # idle connections would keep HAProxy longer
 POLL_S = 0.1
 LOG_BUFFER_BYTES = 4 << 20  # for lines that access_log.py has not read yet; Linux limits it to net.core.rmem_max
+MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
+RECORD_BYTES = 65_536  # the longest in the prediction log
+HEADER_BYTES = 16_384  # of a buffer, beside the body: the headers, at most 8 kB, and what HAProxy adds to them
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEFAULTS = {
     "GATEWAY_BIND": "127.0.0.1:8443",
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
     "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate
-    "GATEWAY_MAX_BODY": "131072",  # bytes; tune.bufsize in haproxy.cfg must be larger
+    "GATEWAY_MAX_BODY": "131072",  # bytes
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
     "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
 }
@@ -242,13 +245,15 @@ def serve(arguments: argparse.Namespace) -> None:
     for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES"):
         if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
-    if int(settings["GATEWAY_MAX_BODY"]) > int(DEFAULTS["GATEWAY_MAX_BODY"]):
-        raise GatewayError(f"GATEWAY_MAX_BODY is at most {DEFAULTS['GATEWAY_MAX_BODY']}: tune.bufsize must hold it")
+    if int(settings["GATEWAY_MAX_BODY"]) > MOST_BODY_BYTES:
+        raise GatewayError(f"GATEWAY_MAX_BODY is at most {MOST_BODY_BYTES}, what the ONNX server and BentoML take")
     if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
         if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
             raise GatewayError(f"GATEWAY_PREDICTIONS={address}: expected the collector's address, as in 127.0.0.1:8406")
     else:
         os.environ.pop("GATEWAY_PREDICTIONS", None)  # to haproxy.cfg an empty value counts as set
+    least = RECORD_BYTES if address else 0
+    settings["GATEWAY_BUFFER"] = str(max(int(settings["GATEWAY_MAX_BODY"]), least) + HEADER_BYTES)
     state = State(arguments.state)
     state.create()
     for name in (SPLIT, RATES):

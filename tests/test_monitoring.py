@@ -30,10 +30,8 @@ import pytest
 
 from endpoints.base import load_endpoints
 from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, wait_until
-from machine.environment import split_cpus
 from machine.free_ports import find_free_ports
 from machine.signals import end_with_parent
-from servers.process import ServerProcess
 from test_gateway import Gateway
 
 MONITORING = REPOSITORY_DIR / "monitoring"
@@ -1377,21 +1375,24 @@ def test_ten_million_rows_are_asked_in_seconds_and_take_sixty_bytes_each(tmp_pat
     assert size / count <= 60
 
 
-def ask_with_wrk(
+def wrk_command(
     gateway: Gateway, folder: Path, connections: int, seconds: int, pause_ms: int = 0, name: str = "onnx"
-) -> tuple[float, ...]:
-    """Ask a server for one row again and again; return p50 and p99 in ms, requests/s, requests, and failures."""
+) -> list[str | Path]:
+    """Return the command that asks a server for one row again and again."""
     request = load_endpoints()[name]().request(toy_rows(1), None)
-    script = folder / "ask.lua"
+    script = folder / f"ask-{gateway.port}.lua"
     script.write_text(
         f"wrk.method = 'POST'\nwrk.body = '{request.body.decode()}'\n"
         f"wrk.headers['X-API-Key'] = '{gateway.key}'\nwrk.headers['Content-Type'] = 'application/json'\n"
         + (f"function delay() return {pause_ms} end\n" if pause_ms else "")
     )
     url = f"https://localhost:{gateway.port}/{name}{request.path}"
-    text = run(
-        "wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url, check=True
-    ).stdout
+    return ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script, url]
+
+
+def ask_with_wrk(*arguments) -> tuple[float, ...]:
+    """Run wrk_command; return p50 and p99 in ms, requests/s, requests, and failures."""
+    text = run(*wrk_command(*arguments), check=True).stdout
     unit_ms = {"us": 1e-3, "ms": 1, "s": 1e3}
     p50, p99 = (
         float(amount) * unit_ms[unit] for amount, unit in re.findall(r" (?:50|99)%\s+([\d.]+)(us|ms|s)\b", text)
@@ -1434,26 +1435,16 @@ class Tap:
     collector_ms: float  # of CPU time for each record
 
 
-def measure_tap(
-    environment: dict[str, str],
-    folder: Path,
-    server: str,
-    connections: int,
-    pause_ms: int,
-    collector_cpus: set[int] | None = None,
-) -> Tap:
+def measure_tap(environment: dict[str, str], folder: Path, connections: int, pause_ms: int) -> Tap:
     """Ask a server through a gateway without and one with the tap, in turn; print and return what each pair gave."""
-    cpus = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, collector_cpus or cpus)  # all its threads inherit this
     collector = Collector(folder)
-    os.sched_setaffinity(0, cpus)
     with contextlib.ExitStack() as stack:
         gateways, haproxies = {}, {}
         for name in ("without", "with"):
             settings = {**environment, "GATEWAY_PREDICTIONS": collector.records if name == "with" else ""}
-            gateway = Gateway(folder / name, "--servers", server, environment=settings)
+            gateway = Gateway(folder / name, "--servers", "onnx", environment=settings)
             gateways[name] = stack.enter_context(gateway)
-            gateway_ready(gateway, server)
+            gateway_ready(gateway)
             family = psutil.Process(gateway.process.pid).children(recursive=True)
             haproxies[name] = [process for process in family if process.name() == "haproxy"]
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in gateways}
@@ -1463,7 +1454,7 @@ def measure_tap(
         for number in range(30):
             for name in list(gateways) if number % 2 else reversed(gateways):
                 before_s = cpu_s(haproxies[name])
-                found[name].append(ask_with_wrk(gateways[name], folder, connections, 1, pause_ms, server))
+                found[name].append(ask_with_wrk(gateways[name], folder, connections, 1, pause_ms))
                 spent[name].append((cpu_s(haproxies[name]) - before_s) / found[name][-1][3] * 1e6)
         count = sum(each[3] for each in found["with"])
         collector.wait_for_records(count)
@@ -1477,7 +1468,7 @@ def measure_tap(
         collector_s / count * 1e3,
     )
     print(
-        f"\n{server}, {connections} connections, {pause_ms} ms between requests: p50 {describe(tap.p50_ms)} ms over "
+        f"\n{connections} connections, {pause_ms} ms between requests: p50 {describe(tap.p50_ms)} ms over "
         f"{statistics.median(without[0] for without, _ in pairs):.3f} ms, requests/s times {describe(tap.rates)} of "
         f"{statistics.median(without[2] for without, _ in pairs):,.0f}, HAProxy's CPU time times "
         f"{describe(tap.haproxy)} of {statistics.median(spent['without']):.0f} µs, the collector's "
@@ -1493,40 +1484,13 @@ def measure_tap(
 @pytest.mark.parametrize(("connections", "pause_ms"), [(1, 0), (1, 3), (10, 9), (16, 0)])
 def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
     """Before a server that costs nothing, where every microsecond shows. Fails where a limit is surely exceeded."""
-    tap = measure_tap(toys, tmp_path, "onnx", connections, pause_ms)
+    tap = measure_tap(toys, tmp_path, connections, pause_ms)
     if connections == 1:  # 16 users at once take all that the cores give, so their p50 follows the rate
         assert find_interval(tap.p50_ms)[0] <= 0.05
         assert statistics.median(tap.p50_ms) <= 0.5
     assert statistics.median(tap.rates) >= 0.6
     assert find_interval(tap.haproxy)[0] <= 1.2
     assert tap.collector_ms <= 0.06
-
-
-@pytest.mark.slow
-@pytest.mark.timing
-@needs("wrk")
-@pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("layout", ["apart", "shared"])
-def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name, layout):
-    """Sixteen users without a pause. apart: the collector has a core, server, gateway and users share the other.
-    shared: the server has a core, and the collector takes its time from the gateway and the users on the other."""
-    first, second = split_cpus()
-    if not second:
-        pytest.skip("needs two cores")
-    server_cpus, collector_cpus = (second, first) if layout == "apart" else (first, second)
-    before = os.sched_getaffinity(0)
-    with ServerProcess(load_endpoints()[name].on_free_ports(), server_cpus) as server:
-        address = f"127.0.0.1:{server.endpoint.port}"
-        environment = {f"GATEWAY_{name.upper()}_V{version}": address for version in "12"}
-        os.sched_setaffinity(0, second)
-        try:
-            print(f"\n{layout}:", end="")
-            tap = measure_tap(environment, tmp_path, name, 16, 0, collector_cpus)
-        finally:
-            os.sched_setaffinity(0, before)
-    assert statistics.median(tap.rates) >= 0.6
-    if layout == "apart":
-        assert find_interval(tap.rates)[1] >= 0.97
 
 
 class Nonsense(threading.Thread):
