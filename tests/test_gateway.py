@@ -495,20 +495,20 @@ def test_a_body_of_any_limit_is_sent_again_whole_and_one_byte_more_refused(floor
     null = floors["GATEWAY_TFSERVING_V1"]
     with urllib.request.urlopen(f"http://{null}{FLOOR.removeprefix('/tfserving')}", ONE_ROW) as answered:
         Breaker.reply = answered.read()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaker) as broken:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Breaker) as broken, contextlib.ExitStack() as stack:
         threading.Thread(target=broken.serve_forever, daemon=True).start()
+        stack.callback(broken.shutdown)
         address = f"127.0.0.1:{broken.server_port}"
         environment = {
             **floors, "GATEWAY_HAPROXY": haproxy, "GATEWAY_MAX_BODY": str(limit), "GATEWAY_BODY_TIMEOUT_S": "30",
             "GATEWAY_TFSERVING_V1": f"{address},{null}", "GATEWAY_TFSERVING_V1_GRPC": f"{address},{null}",
         }  # fmt: skip
-        Breaker.broken = 0
-        with Gateway(tmp_path / "state", environment=environment) as gateway:
-            for version in ("--http1.1", "--http2"):
-                for size_bytes, wanted in [(limit, "200")] * 4 + [(limit + 1, "413")]:
-                    assert gateway.curl(FLOOR, write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
-        broken.shutdown()
-    assert Breaker.broken >= 2, "no request was sent again"
+        gateway = stack.enter_context(Gateway(tmp_path / "state", environment=environment))
+        for version in ("--http1.1", "--http2"):
+            before = Breaker.broken
+            for size_bytes, wanted in [(limit, "200")] * 4 + [(limit + 1, "413")]:
+                assert gateway.curl(FLOOR, write(tmp_path, size_bytes), version, gateway.key)[0] == wanted
+            assert Breaker.broken > before, "no request was sent again"
 
 
 def test_refusals_over_grpc(every_haproxy):
@@ -813,6 +813,16 @@ def test_what_is_no_http_leaves_the_access_log_json(gateway):
 def test_headers_that_leave_the_body_no_room_are_refused(gateway):
     assert gateway.ask(**{f"X_Long_{i}": "h" * 8000 for i in range(8)})[0] == 431
     assert gateway.ask(X_Long="h" * 7000)[0] == 200
+
+
+def test_beside_the_longest_path_and_headers_a_body_is_held_and_refused_like_any_other(every_haproxy):
+    """In chunks, so that its size is not announced."""
+    limit, path = 131072, FLOOR + "?" + "p" * (4095 - len(FLOOR))
+    for size_bytes, wanted in ((limit, 200), (limit + 1, 413)):
+        body = ONE_ROW.ljust(size_bytes)
+        parts = iter([body[: size_bytes // 2], body[size_bytes // 2 :]])
+        assert every_haproxy.ask(path, parts, X_Long="h" * 7500)[0] == wanted
+    assert every_haproxy.ask(f"{path}pp")[0] == 431
 
 
 @pytest.mark.parametrize(("first", "second"), [("1", "99"), ("2", "1abc")])

@@ -1233,6 +1233,17 @@ def test_a_collector_that_hangs_loses_nothing_one_that_dies_almost_nothing_and_n
     assert collector.end() == 0
 
 
+def test_a_reply_that_is_longer_than_the_body_limit_is_in_its_record(toys, tmp_path):
+    collector = Collector(tmp_path)
+    environment = {**toys, "GATEWAY_PREDICTIONS": collector.records, "GATEWAY_MAX_BODY": "2000"}
+    with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
+        gateway_ready(gateway)
+        status, headers, reply = gateway.ask(body=json.dumps({"data": [[30, 1, 0, 0, 0]], "length": 19_900}).encode())
+        assert (status, len(reply)) == (200, 19_900)
+        assert fresh(collector, headers["x-request-id"]) == (200, "", 30, 0.3)
+    assert collector.end() == 0
+
+
 def is_connected(port: int) -> bool:
     """Whether anybody has a connection to `port` that he takes for open."""
     open_ones = (psutil.CONN_ESTABLISHED, psutil.CONN_CLOSE_WAIT)

@@ -2,7 +2,8 @@
 
     python toy_predictors.py VERSION REST_PORT [GRPC_PORT]
 
-Version 2 takes the second number. The body {"fail": 500} is answered with that status; {"wait": 0.2} waits.
+Version 2 takes the second number. The body {"fail": 500} is answered with that status; {"wait": 0.2} waits, and
+{"length": 9000} is answered with so many bytes.
 Over gRPC it speaks TensorFlow Serving's Predict and TorchServe's Predictions; a first number above 100 is INTERNAL.
 """
 
@@ -35,6 +36,8 @@ async def app(scope, receive, send) -> None:
     if isinstance(reply, dict) and "wait" in reply:
         await asyncio.sleep(reply["wait"])
     content = b"toy 1\n" if scope["path"] == "/metrics" else json.dumps(reply).encode()
+    if isinstance(reply, dict):
+        content = content.ljust(reply.get("length", 0))
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
@@ -56,7 +59,7 @@ def respond(path: str, body: bytes) -> tuple[int, object]:
         answers = [answer(row) for row in rows]
     except (ValueError, KeyError, TypeError, IndexError, StopIteration, AttributeError):
         return 400, {"error": "no rows"}
-    extra = {"wait": asked["wait"]} if "wait" in asked else {}
+    extra = {key: asked[key] for key in ("wait", "length") if key in asked}
     if path.startswith("/predictions/"):
         return 200, answers
     if "features" in asked:
