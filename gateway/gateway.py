@@ -51,7 +51,6 @@ LOG_BUFFER_BYTES = 4 << 20  # for lines that access_log.py has not read yet; Lin
 MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
 RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
-HOT_BUFFERS = 64  # of each thread
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 DEFAULTS = {
     "GATEWAY_BIND": "127.0.0.1:8443",
@@ -254,8 +253,7 @@ def serve(arguments: argparse.Namespace) -> None:
     else:
         os.environ.pop("GATEWAY_PREDICTIONS", None)  # to haproxy.cfg an empty value counts as set
     least = RECORD_BYTES if address else 0
-    buffer = max(int(settings["GATEWAY_MAX_BODY"]), least) + HEADER_BYTES
-    settings |= {"GATEWAY_BUFFER": str(buffer), "GATEWAY_HOT_BYTES": str(HOT_BUFFERS * buffer)}
+    settings["GATEWAY_BUFFER"] = str(max(int(settings["GATEWAY_MAX_BODY"]), least) + HEADER_BYTES)
     state = State(arguments.state)
     state.create()
     for name in (SPLIT, RATES):
