@@ -23,7 +23,6 @@ from servers.process import ServerProcess
 from test_gateway import Gateway, script
 from test_monitoring import TOYS, Collector, cpu_s, gateway_ready, wrk_command
 
-pytestmark = [pytest.mark.slow, pytest.mark.timing, needs("wrk")]
 STARTS = 8  # of gateways and collector, for one figure
 USERS = 16  # each asks again as soon as it has its reply
 LAYOUTS = ("apart", "shared")
@@ -169,6 +168,9 @@ def compare(folder: Path, name: str, layout: str, settings: dict[str, str], is_t
     return part
 
 
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name, layout):
@@ -178,11 +180,17 @@ def test_the_tap_costs_users_of_each_real_server_little(tmp_path, name, layout):
         assert part.high >= 0.97
 
 
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
 def test_two_equal_gateways_are_equally_fast(tmp_path):
     """What this method gives where there is nothing to find."""
     assert 0.98 <= compare(tmp_path, "onnx", "apart", {}).estimate <= 1.02
 
 
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
 @pytest.mark.parametrize("limit", ["16384", "1000000"])
 def test_a_smaller_body_limit_gives_more_requests_and_a_larger_one_fewer(tmp_path, limit):
     """Against the default limit, before the server whose requests are the cheapest."""
