@@ -1,12 +1,11 @@
 """What the gateway's options cost users of the real servers: two gateways before one server, asked in turn."""
 
 import contextlib
-import ctypes
+import functools
 import os
 import signal
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from endpoints.base import load_endpoints
 from figures.intervals import Interval, median_interval
 from helpers import needs
 from machine.environment import split_cpus
-from machine.signals import PR_SET_PDEATHSIG
+from machine.signals import end_with_parent
 from servers.process import ServerProcess
 from test_gateway import Gateway, script
 from test_monitoring import TOYS, Collector, cpu_s, gateway_ready, wrk_command
@@ -48,12 +47,6 @@ def running_on(cpus: set[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def end_stopped_with_parent() -> None:
-    """Have the kernel kill this process with its parent; where it is stopped, no other signal would end it."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def ask_in_windows(gateways: list[Gateway], folder: Path, server: str, layout: str) -> Windows:
     """Ask through two gateways in turn, users of both on this process's cores, for half a minute or longer.
 
@@ -75,26 +68,20 @@ def ask_in_windows(gateways: list[Gateway], folder: Path, server: str, layout: s
         users[i].send_signal(signal.SIGCONT)
         time.sleep(settle_s)
         before = count(i)
-        time.sleep(window_s)
+        time.sleep(window_s)  # the time that is measured
         requests, passed_s, used_s = (after - early for after, early in zip(count(i), before, strict=True))
         users[i].send_signal(signal.SIGSTOP)
         return requests / passed_s, used_s / requests * 1e6
 
     haproxies = [gateway.haproxy() for gateway in gateways]
     with contextlib.ExitStack() as stack:
-        users = []
+        users, end = [], functools.partial(end_with_parent, os.getpid(), signal.SIGKILL)
         for gateway in gateways:
-            users.append(
-                stack.enter_context(
-                    subprocess.Popen(
-                        wrk_command(gateway, folder, USERS, 600, 0, server),
-                        stdout=subprocess.DEVNULL,
-                        preexec_fn=end_stopped_with_parent,
-                    )
-                )
-            )
-            stack.callback(users[-1].kill)
-            users[-1].send_signal(signal.SIGSTOP)
+            command = wrk_command(gateway, folder, USERS, 600, 0, server)
+            user = stack.enter_context(subprocess.Popen(command, stdout=subprocess.DEVNULL, preexec_fn=end))
+            stack.callback(user.kill)
+            user.send_signal(signal.SIGSTOP)
+            users.append(user)
         slowest = min(ask(i, 1, 1)[0] for i in (0, 1))
         if layout == "shared":
             window_s, settle_s, least_rounds = 3.0, 0.3, 5

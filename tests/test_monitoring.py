@@ -1456,8 +1456,7 @@ def measure_tap(environment: dict[str, str], folder: Path, connections: int, pau
             gateway = Gateway(folder / name, "--servers", "onnx", environment=settings)
             gateways[name] = stack.enter_context(gateway)
             gateway_ready(gateway)
-            family = psutil.Process(gateway.process.pid).children(recursive=True)
-            haproxies[name] = [process for process in family if process.name() == "haproxy"]
+            haproxies[name] = gateway.haproxy()
         found: dict[str, list[tuple[float, ...]]] = {name: [] for name in gateways}
         spent: dict[str, list[float]] = {name: [] for name in gateways}  # µs of HAProxy for each request
         of_collector = psutil.Process(collector.process.pid)

@@ -11,16 +11,19 @@ from collections.abc import Iterator
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel send this process SIGTERM when `parent` ends, even by kill -9; Linux only.
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Have the kernel send this process a signal when `parent` ends, even by kill -9; Linux only.
 
     For a child, before it runs its program. One whose parent has ended by then ends at once.
+
+    Args:
+        number: SIGKILL for a program that is stopped now and then: no other signal would end it then.
     """
     if sys.platform == "linux":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler of the parent's would be lost with the program
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager
