@@ -52,6 +52,7 @@ MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
 RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULTS = {
     "GATEWAY_BIND": "127.0.0.1:8443",
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
@@ -269,6 +270,8 @@ def serve(arguments: argparse.Namespace) -> None:
         raise GatewayError(f"no server called {unknown[0]!r}; there are {', '.join(servers)}")
 
     def interrupt(*_) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)  # a second one must not stop what is cleaned up after the first
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)  # also if a shell ignores it
@@ -537,6 +540,8 @@ def main() -> None:
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Python's end gives handlers back their defaults, and takes a while
         with suppress(OSError):  # after SIGHUP there is no terminal to print to
             print("stopped", flush=True)
     except (GatewayError, PoolError, StateError, RuntimeError) as error:

@@ -722,6 +722,8 @@ def main() -> None:
         collector.keep()
         collector.log.close()
         http.shutdown()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # Python's end gives handlers back their defaults, and takes a while
 
 
 if __name__ == "__main__":

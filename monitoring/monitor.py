@@ -29,6 +29,7 @@ READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 POLL_S = 0.1
 RESTART_AFTER_S = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SHORT_RUNS, SHORT_RUN_S = 3, 10.0
 RECEIVE_BUFFER = 1 << 20  # bytes, as in collect.py
 MOST_DAYS = 36_500  # as in collect.py
@@ -248,6 +249,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise MonitorError(f"{state}: {error.strerror}; choose another folder with --state") from None
 
     def interrupt(*_) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, lambda *_: None)  # a second one must not stop what is cleaned up after the first
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -322,6 +325,8 @@ def main() -> None:
     try:
         run(arguments)
     except KeyboardInterrupt:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # Python's end gives handlers back their defaults, and takes a while
         say("stopped")
     except MonitorError as error:
         sys.exit(f"monitor: {error}")

@@ -51,19 +51,14 @@ def stop(*_) -> NoReturn:
 
     SystemExit would be lost now and then: Python ignores exceptions raised inside a destructor.
     """
-    tell_stopped()
+    with contextlib.suppress(OSError):  # the terminal has gone
+        os.write(sys.stdout.fileno(), b"stopped\n")  # not by print, which the signal may have interrupted
     os._exit(0)
 
 
 def stop_worker(*_) -> NoReturn:
     """End a worker in the same way, without the last line: the supervisor prints it once."""
     os._exit(0)
-
-
-def tell_stopped() -> None:
-    """Print the last line; not by `print`, which a signal may have interrupted."""
-    with contextlib.suppress(OSError):  # the terminal has gone
-        os.write(sys.stdout.fileno(), b"stopped\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -200,7 +195,7 @@ def start_workers(arguments: argparse.Namespace, workers: int) -> int:
         options = [*sys.argv[1:], "--port", str(ports[0]), "--grpc-port", str(ports[1]), "--worker"]
         code = supervise([sys.executable, str(FOLDER / "server.py"), *options], workers)
     if code == 0:
-        tell_stopped()
+        stop()
     return code
 
 

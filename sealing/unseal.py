@@ -299,7 +299,7 @@ def claim(folder: Path, allow_disk: bool) -> TextIO:
     return lock
 
 
-def catch(handler: Callable[..., object]) -> dict[int, Any]:
+def catch(handler: Callable[..., object] | signal.Handlers) -> dict[int, Any]:
     """Handle the signals that stop this process, but those that are ignored, as by nohup; return the old handlers."""
     numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in numbers}
@@ -381,6 +381,8 @@ def main() -> None:
     except KeyboardInterrupt:
         interrupted = f"unseal: interrupted; {arguments.to} holds the versions that were accepted until then"
         sys.exit(0 if arguments.watch or command else interrupted)
+    finally:
+        catch(signal.SIG_IGN)  # with a handler, a signal would kill Python while it ends, which gives back the defaults
 
 
 if __name__ == "__main__":

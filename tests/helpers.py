@@ -202,6 +202,19 @@ def start(name: str, **options) -> ServerProcess:
     return ServerProcess(endpoint)
 
 
+def stop_impatiently(process: subprocess.Popen, number: signal.Signals) -> int:
+    """Send a signal again and again until the process ends; return its exit code.
+
+    As a user does who presses Ctrl-C once more. Some come while Python itself ends, which takes milliseconds.
+    """
+    deadline_s = time.monotonic() + DEADLINE_S
+    while process.poll() is None:
+        assert time.monotonic() < deadline_s, f"{process.args} does not end"
+        process.send_signal(number)
+        time.sleep(0.002)
+    return process.returncode
+
+
 def assert_ends_whole(server: ServerProcess, number: signal.Signals) -> None:
     """Send a signal to the process that was started; it and all that it started must end, well."""
     processes = server.processes()

@@ -26,7 +26,17 @@ import pytest
 import yaml
 
 from endpoints.base import load_endpoints
-from helpers import DEADLINE_S, REPOSITORY_DIR, load_script, load_together, needs, run, skip_without_haproxy, wait_until
+from helpers import (
+    DEADLINE_S,
+    REPOSITORY_DIR,
+    load_script,
+    load_together,
+    needs,
+    run,
+    skip_without_haproxy,
+    stop_impatiently,
+    wait_until,
+)
 from machine.free_ports import find_free_ports
 from machine.priority import lifted_priority
 from terminal import Terminal
@@ -287,6 +297,18 @@ def test_what_keeps_the_monitoring_from_starting_is_told_in_one_line(tmp_path):
     assert monitor.stderr.startswith(
         "monitor: prometheus-alertmanager not found; install it: sudo apt-get install prome"
     )
+
+
+@needs_both
+def test_ctrl_c_again_and_again_leaves_nothing_and_changes_no_exit_code(tmp_path):
+    gateway_metrics = find_free_ports(["nobody"])["nobody"]
+    monitor = Monitor(tmp_path, gateway_metrics, tmp_path / "targets.json")
+    monitor.wait_for("monitoring, Ctrl-C to stop")
+    family = monitor.family()
+    assert stop_impatiently(monitor.process, signal.SIGINT) == 0
+    assert psutil.wait_procs(family, timeout=DEADLINE_S)[1] == []
+    assert monitor.log().splitlines()[-1].endswith("stopped")
+    assert "Traceback" not in monitor.log()
 
 
 @needs_both

@@ -35,7 +35,18 @@ from cryptography.hazmat.primitives import serialization
 
 from endpoints.base import load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, REPOSITORY_DIR, Done, call_main, needs, run, skip_without_haproxy, start, wait_until
+from helpers import (
+    DEADLINE_S,
+    REPOSITORY_DIR,
+    Done,
+    call_main,
+    needs,
+    run,
+    skip_without_haproxy,
+    start,
+    stop_impatiently,
+    wait_until,
+)
 from machine.free_ports import find_free_ports
 from machine.signals import end_with_parent
 from request_forms import LEGAL, write_request
@@ -939,6 +950,19 @@ def test_ctrl_c_during_the_start_leaves_nothing(tmp_path):
     wait_until(gateway.family, gateway.log, while_alive=gateway.process)
     assert gateway.end(signal.SIGINT) == 0
     assert gateway.log().splitlines()[-1] == "stopped"
+
+
+def test_ctrl_c_again_and_again_cuts_no_clean_up_short_and_changes_no_exit_code(tmp_path):
+    nobody = f"127.0.0.1:{find_free_ports(['nobody'])['nobody']}"
+    environment = {"GATEWAY_ONNX_V1": nobody, "GATEWAY_ONNX_V2": nobody}
+    with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
+        targets = gateway.state / "targets.json"
+        assert nobody in targets.read_text()
+        family = gateway.family()
+        assert stop_impatiently(gateway.process, signal.SIGINT) == 0
+        assert psutil.wait_procs(family, timeout=DEADLINE_S)[1] == []
+        assert gateway.log().splitlines()[-1] == "stopped"
+        assert json.loads(targets.read_text()) == []
 
 
 def refused(gateway: Gateway) -> str:

@@ -29,7 +29,7 @@ import psutil
 import pytest
 
 from endpoints.base import load_endpoints
-from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, wait_until
+from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, stop_impatiently, wait_until
 from machine.free_ports import find_free_ports
 from machine.signals import end_with_parent
 from test_gateway import Gateway
@@ -709,6 +709,12 @@ def test_a_collector_that_was_suspended_ends_with_the_first_signal(tmp_path):
         wait_until(lambda process=process: process.status() == psutil.STATUS_STOPPED)
         process.resume()
         assert collector.end() == 0
+
+
+def test_signals_again_and_again_change_no_exit_code(tmp_path):
+    collector = Collector(tmp_path)
+    assert stop_impatiently(collector.process, signal.SIGTERM) == 0
+    assert "Traceback" not in collector.log()
 
 
 def test_a_connection_with_nonsense_ends_also_for_monitor_py(tmp_path):

@@ -32,7 +32,17 @@ from model_signing import hashing, signing, verifying
 from client.ask import ask, send
 from endpoints.base import Endpoint, Request, load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, REPOSITORY_DIR, call_main, load_together, needs, run, run_python, wait_until
+from helpers import (
+    DEADLINE_S,
+    REPOSITORY_DIR,
+    call_main,
+    load_together,
+    needs,
+    run,
+    run_python,
+    stop_impatiently,
+    wait_until,
+)
 from machine.priority import lifted_priority
 from servers.process import ServerProcess
 
@@ -1505,10 +1515,10 @@ def test_two_signals_at_the_same_time_leave_no_server_and_no_model(home, memory)
         for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT):
             process.send_signal(number)
     finally:
-        process.terminate()
+        code = stop_impatiently(process, signal.SIGTERM)
         output, _ = process.communicate(timeout=DEADLINE_S)
     _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
-    assert (process.returncode, alive, output) == (0, [], "")
+    assert (code, alive, output) == (0, [], "")
     assert not (memory / "a").exists()
 
 

@@ -23,7 +23,7 @@ from bad_requests import GOOD_ROW, bad_requests
 from client.ask import ask, send
 from endpoints.base import REPOSITORY_DIR, Request, load_endpoints
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, call_main, get, load_script, post, run_python, wait_until
+from helpers import DEADLINE_S, call_main, get, load_script, post, run_python, stop_impatiently, wait_until
 from machine.free_ports import find_free_ports
 
 FOLDER = REPOSITORY_DIR / "tfserving"
@@ -525,6 +525,9 @@ class Launcher:
     def stop(self, number: int, expected_errors: str = "") -> None:
         """Send the signal; assert exit code 0, the server gone, a last line and `expected_errors` on stderr."""
         self.process.send_signal(number)
+        self.assert_ended(expected_errors)
+
+    def assert_ended(self, expected_errors: str = "") -> None:
         output, errors = self.process.communicate(timeout=DEADLINE_S)
         assert (self.process.returncode, errors) == (0, expected_errors)
         assert output.splitlines()[-1] == "stopped"
@@ -605,7 +608,8 @@ def test_a_server_can_be_chosen(launch, tmp_path):
     write_stand_in(tmp_path / "bin" / "tensorflow_model_server", tmp_path)
     launcher = launch("--server", "local")
     assert launcher.lines[0] == "serving with local: local/server.py"
-    launcher.stop(signal.SIGINT)
+    stop_impatiently(launcher.process, signal.SIGINT)
+    launcher.assert_ended()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has gone")

@@ -41,6 +41,7 @@ from helpers import (
     run,
     run_python,
     start,
+    stop_impatiently,
     wait_until,
 )
 from machine.free_ports import find_free_ports
@@ -729,8 +730,7 @@ def test_each_signal_that_asks_to_stop_is_remembered(number):
 def test_a_signal_during_the_start_ends_everything(launch):
     server = launch()
     server.find("org.pytorch.serve.ModelServer")
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(DEADLINE_S) == 0
+    assert stop_impatiently(server.process, signal.SIGTERM) == 0
     server.assert_nothing_left()
     assert server.output() == "stopped\n"
     assert list(server.scratch.glob("torchserve-*")) == []

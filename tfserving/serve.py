@@ -293,6 +293,8 @@ def main() -> None:
         sys.exit(f"serve.py: {error}")
     if not stop_signals:
         sys.exit(f"serve.py: {server.what} ended with exit code {exit_code}; its last lines are above")
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # Python's end gives handlers back their defaults, and takes a while
     with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print to
         print("stopped", flush=True)
 

@@ -37,6 +37,7 @@ SAMPLE_ROW = [13.82, 24.49, 0.1162, 0.1357, 0.2275]
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 8.0
 POLL_INTERVAL_S = 0.1
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # Waits until serve.py closes the pipe or ends, even by kill -9, then ends the server's process group and removes
 # its files.
@@ -64,12 +65,17 @@ class Signals:
 
     def __init__(self):
         self.received = False
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
                 signal.signal(number, self.remember)
 
     def remember(self, *_) -> None:
         self.received = True
+
+    def ignore(self) -> None:
+        """Let no signal spoil the last milliseconds, when Python gives handlers back their defaults."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
     def wait(self) -> None:
         """Sleep for one poll interval; raise Interrupted if a signal has come."""
@@ -394,6 +400,7 @@ def main() -> None:
     if failure:
         sys.exit(f"serve: {failure}; logs in {server.log_dir}")
     shutil.rmtree(server.folder)
+    signals.ignore()
     with contextlib.suppress(OSError):  # after SIGHUP there is no terminal to print to
         print("stopped", flush=True)
 
