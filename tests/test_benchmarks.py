@@ -72,8 +72,8 @@ def toy_processes(house: Path) -> list[psutil.Process]:
     """The toy servers of this house that run."""
     return [
         process
-        for process in psutil.process_iter(["cwd"])
-        if process.info["cwd"] == str(house / "tests") and process.status() != psutil.STATUS_ZOMBIE
+        for process in psutil.process_iter(["cwd", "status"])
+        if process.info["cwd"] == str(house / "tests") and process.info["status"] != psutil.STATUS_ZOMBIE
     ]
 
 

@@ -62,9 +62,9 @@ def start_locust(house, *arguments: str) -> subprocess.Popen:
 def processes_of(house) -> list[psutil.Process]:
     """Servers, Locust and its workers that were started from this house and still run."""
     found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
+    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
         words = [process.info["cwd"] or "", *(process.info["cmdline"] or [])]
-        if any(word.startswith(str(house)) for word in words) and process.status() != psutil.STATUS_ZOMBIE:
+        if any(word.startswith(str(house)) for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found
 

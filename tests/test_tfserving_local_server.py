@@ -8,13 +8,14 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -32,7 +33,7 @@ from client.ask import send
 from endpoints.base import REPOSITORY_DIR, Request
 from endpoints.predict_messages import METHOD, import_messages
 from endpoints.reference import TOLERANCE, load_expected, load_test_rows
-from helpers import DEADLINE_S, call_main, get, load_script, wait_until
+from helpers import DEADLINE_S, call_main, get, load_script, load_together, wait_until
 from kept_models import find_or_make_models
 from machine.free_ports import find_free_ports
 
@@ -766,6 +767,24 @@ def test_a_folder_that_cannot_be_listed_for_a_while_keeps_what_is_served(changin
     for version in ("1", "2"):
         shutil.rmtree(changing.base / version)
     changing.wait_for_line(f"{changing.name} version 2 retired")  # this folder can be read, and is empty
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_not_empty(tmp_path, monkeypatch):
+    model_config = load_together(FOLDER / "local", "model_config")[0]
+    base = tmp_path / "model"
+    (base / "1").mkdir(parents=True)
+
+    def goes_after(listing: Callable) -> Callable:
+        def list_and_go(path: str) -> object:
+            entries = listing(path)
+            base.rename(tmp_path / "away")
+            return entries
+
+        return list_and_go
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, goes_after(getattr(os, name)))
+    assert list(model_config.list_versions(str(base))) == [1]
 
 
 def test_folders_whose_numbers_exceed_64_bits_and_links_in_a_circle_are_no_versions(changing):

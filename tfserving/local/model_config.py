@@ -1,6 +1,7 @@
 """Read models.config and the version folders. Needs no TensorFlow, so it reports mistakes at once."""
 
 import errno
+import os
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -49,7 +50,9 @@ def list_versions(base_path: str) -> dict[int, Path]:
     Names are read as integers of 64 bits (007 is 7); others are ignored.
     """
     try:
-        folders = [path for path in Path(base_path).iterdir() if path.is_dir()]
+        # The kind of an entry comes with its name: the folder may be renamed before each is asked by its path.
+        with os.scandir(base_path) as entries:
+            folders = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) or Path(e.path).is_dir()]
     except ValueError as error:  # a NUL in the path
         raise OSError(errno.EINVAL, str(error)) from None
     numbered = {int(path.name): path for path in folders if path.name.isascii() and path.name.isdecimal()}

@@ -355,7 +355,8 @@ async def serve(
 def main() -> None:
     arguments = parse_arguments()
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: sys.exit(0))  # until serve() handles them
+        # Until serve() handles them. SystemExit would be lost now and then: in a destructor, or within an import.
+        signal.signal(number, lambda *_: os._exit(0))
 
     # The ports first: importing TensorFlow takes seconds, too long for the error of a taken port.
     rest_socket = bind("rest_api_port", arguments.rest_api_port) if arguments.rest_api_port else None
