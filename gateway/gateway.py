@@ -51,6 +51,8 @@ LOG_BUFFER_BYTES = 4 << 20  # for lines that access_log.py has not read yet; Lin
 MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
 RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
+CORES = len(os.sched_getaffinity(0))
+MOST_THREADS = 64  # what HAProxy permits without thread groups
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULTS = {
@@ -58,9 +60,12 @@ DEFAULTS = {
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
     "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate
     "GATEWAY_MAX_BODY": "131072",  # bytes
+    "GATEWAY_THREADS": str(min(max(CORES - 1, 1), MOST_THREADS)),  # of HAProxy: a core is left to the servers
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
     "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
 }
+
+NUMBERS = ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_THREADS", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES")
 
 
 class GatewayError(Exception):
@@ -243,11 +248,13 @@ def serve(arguments: argparse.Namespace) -> None:
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
     settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
-    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES"):
+    for name in NUMBERS:
         if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > MOST_BODY_BYTES:
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {MOST_BODY_BYTES}, what the ONNX server and BentoML take")
+    if int(settings["GATEWAY_THREADS"]) > MOST_THREADS:
+        raise GatewayError(f"GATEWAY_THREADS is at most {MOST_THREADS}")
     if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
         if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
             raise GatewayError(f"GATEWAY_PREDICTIONS={address}: expected the collector's address, as in 127.0.0.1:8406")

@@ -416,10 +416,10 @@ def floors(null_server):
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory, floors):
-    """One with two replicas of each version of the ONNX server, and the floors."""
+    """One with two replicas of each version of the ONNX server, and the floors; HAProxy with several threads."""
     folder = tmp_path_factory.mktemp("gateway") / "state"
     options = "--servers", "onnx", "tfserving", "--replicas", "2"
-    with Gateway(folder, *options, environment=floors) as running:
+    with Gateway(folder, *options, environment={**floors, "GATEWAY_THREADS": "2"}) as running:
         yield running
 
 
@@ -989,8 +989,9 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     (state / "split.map").unlink()
     assert "no server called 'other'" in refused(Gateway(state, "--servers", "other"))
     assert "is no address" in refused(Gateway(state, environment={"GATEWAY_ONNX_V1": "onnx"}))
-    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S"):
+    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_THREADS", "GATEWAY_BODY_TIMEOUT_S"):
         assert f"{name}=many: expected a whole number" in refused(Gateway(state, environment={name: "many"}))
+    assert "GATEWAY_THREADS is at most 64" in refused(Gateway(state, environment={"GATEWAY_THREADS": "65"}))
     large = Gateway(state, environment={"GATEWAY_MAX_BODY": "1000001"})
     assert "GATEWAY_MAX_BODY is at most 1000000, what the ONNX server and BentoML take" in refused(large)
     hidden = Gateway(state, environment={"GATEWAY_HAPROXY": "no-haproxy"})

@@ -109,8 +109,9 @@ def compare(folder: Path, name: str, layout: str, settings: dict[str, str], is_t
     """Compare a gateway with these settings to one without, before a real server; print the figures.
 
     apart: one core has server, gateways and users, the other the collector. shared: one has the server, the other all
-    else. Gateways and collector start several times, either gateway first, because where they come to lie in memory
-    makes one faster or slower for as long as it runs; the interval is that of the median of the starts.
+    else. free: nothing is bound to a core. Gateways and collector start several times, either gateway first, because
+    where they come to lie in memory makes one faster or slower for as long as it runs; the interval is that of the
+    median of the starts.
 
     Args:
         is_tapped: Whether the gateway with the settings sends its predictions to a collector.
@@ -122,6 +123,8 @@ def compare(folder: Path, name: str, layout: str, settings: dict[str, str], is_t
     if not second:
         pytest.skip("needs two cores")
     server_cpus, collector_cpus = (second, first) if layout == "apart" else (first, second)
+    if layout == "free":
+        server_cpus = second = os.sched_getaffinity(0)
     found = []
     with ServerProcess(load_endpoints()[name].on_free_ports(), server_cpus) as server:
         address = f"127.0.0.1:{server.endpoint.port}"
@@ -185,3 +188,12 @@ def test_a_smaller_body_limit_gives_more_requests_and_a_larger_one_fewer(tmp_pat
     """Against the default limit, before the server whose requests are the cheapest."""
     part = compare(tmp_path, "onnx", "apart", {"GATEWAY_MAX_BODY": limit})
     assert part.low > 1 if limit == "16384" else part.high < 1
+
+
+@pytest.mark.slow
+@pytest.mark.timing
+@needs("wrk")
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) != 2, reason="is about two cores")
+def test_on_two_cores_a_second_thread_gives_no_more_requests(tmp_path):
+    """The default is one: the core that a second would take is the server's and the users'."""
+    assert compare(tmp_path, "onnx", "free", {"GATEWAY_THREADS": "2"}).low <= 1
