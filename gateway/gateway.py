@@ -51,7 +51,6 @@ LOG_BUFFER_BYTES = 4 << 20  # for lines that access_log.py has not read yet; Lin
 MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
 RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
-CORES = len(os.sched_getaffinity(0))
 MOST_THREADS = 64  # what HAProxy permits without thread groups
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -60,12 +59,11 @@ DEFAULTS = {
     "GATEWAY_METRICS_BIND": "127.0.0.1:8404",
     "GATEWAY_RATE": "1000",  # accepted requests per second, for a key without a rate
     "GATEWAY_MAX_BODY": "131072",  # bytes
-    "GATEWAY_THREADS": str(min(max(CORES - 1, 1), MOST_THREADS)),  # of HAProxy: a core is left to the servers
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
     "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
 }
 
-NUMBERS = ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_THREADS", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES")
+NUMBERS = ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES", "GATEWAY_THREADS")
 
 
 class GatewayError(Exception):
@@ -243,17 +241,30 @@ def wait_until_up(process: subprocess.Popen, state: State, wanted: set[tuple[str
         time.sleep(POLL_S)
 
 
+def choose_threads() -> str:
+    """Return how many threads HAProxy runs; "" for its own choice, one for each core.
+
+    On two cores a second thread takes from users and servers more than it gives (REFERENCE.md, "Measured").
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return "1" if cores == 2 else ""
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C; then end everything that was started."""
     program = find_haproxy()
     settings = {name: os.environ.get(name) or value for name, value in DEFAULTS.items()}
     settings["GATEWAY_LUA"] = str(FOLDER / "refuse.lua")
+    if threads := os.environ.get("GATEWAY_THREADS") or choose_threads():
+        settings["GATEWAY_THREADS"] = threads
+    else:
+        os.environ.pop("GATEWAY_THREADS", None)  # to haproxy.cfg an empty value counts as set
     for name in NUMBERS:
-        if not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
+        if name in settings and not re.fullmatch(r"[1-9]\d{0,8}", settings[name]):
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > MOST_BODY_BYTES:
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {MOST_BODY_BYTES}, what the ONNX server and BentoML take")
-    if int(settings["GATEWAY_THREADS"]) > MOST_THREADS:
+    if int(settings.get("GATEWAY_THREADS", 1)) > MOST_THREADS:
         raise GatewayError(f"GATEWAY_THREADS is at most {MOST_THREADS}")
     if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
         if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
@@ -276,9 +287,12 @@ def serve(arguments: argparse.Namespace) -> None:
     if unknown:
         raise GatewayError(f"no server called {unknown[0]!r}; there are {', '.join(servers)}")
 
+    stopping = []
+
     def interrupt(*_) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)  # a second one must not stop what is cleaned up after the first
+        stopping.append(True)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)  # also if a shell ignores it
@@ -325,6 +339,8 @@ def serve(arguments: argparse.Namespace) -> None:
         print(f"serving on https://{settings['GATEWAY_BIND']}, Ctrl-C to stop", flush=True)
         lost = set()
         while haproxy.poll() is None:
+            if stopping:  # in a destructor, Python has ignored the exception
+                raise KeyboardInterrupt
             time.sleep(POLL_S)
             for what, pid in pids.items():
                 if what not in lost and not is_running(pid):

@@ -248,9 +248,12 @@ def run(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise MonitorError(f"{state}: {error.strerror}; choose another folder with --state") from None
 
+    stopping = []
+
     def interrupt(*_) -> None:
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)  # a second one must not stop what is cleaned up after the first
+        stopping.append(True)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -277,6 +280,8 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"{program.name}: {program.address}")
         say("monitoring, Ctrl-C to stop")
         while True:
+            if stopping:  # in a destructor, Python has ignored the exception
+                raise KeyboardInterrupt
             keeper.wait(POLL_S)
             for program in programs:
                 if program.process.poll() is None:

@@ -51,6 +51,7 @@ SERVER, MODEL, VERSION, DIGEST = f"({'|'.join(PLACES)})", r"\w[\w.-]*", "[1-9][0
 RULES = rf"max_bytes=\d+|floor {SERVER}(/{MODEL}(/{VERSION})?)?=\d+|pin {SERVER}/{MODEL}/{VERSION}='{DIGEST}'"
 LOCK, READY, STAGE = ".lock", ".ready", ".unsealing-"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+stopping: list[bool] = []  # not empty once a signal has come
 
 
 class Refused(Exception):
@@ -308,6 +309,7 @@ def catch(handler: Callable[..., object] | signal.Handlers) -> dict[int, Any]:
 def interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt at the first signal; a second one must not stop what is cleaned up after it."""
     catch(lambda *_: None)
+    stopping.append(True)
     raise KeyboardInterrupt
 
 
@@ -341,6 +343,8 @@ def serve(unsealer: Unsealer, watch: bool, command: list[str]) -> int:
             with deferred_interrupts():
                 server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", *command], start_new_session=True)
         while server.poll() is None if server else watch:
+            if stopping:  # in a destructor, Python has ignored the exception
+                raise KeyboardInterrupt
             time.sleep(POLL_S)
             try:
                 if watch:

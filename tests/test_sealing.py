@@ -1472,6 +1472,7 @@ def test_an_interruption_while_the_server_starts_ends_it(home, memory, tmp_path,
         return started[0]
 
     monkeypatch.setattr(unseal.subprocess, "Popen", popen)
+    monkeypatch.setattr(unseal, "stopping", [])
     handlers = {number: signal.getsignal(number) for number in unseal.STOP_SIGNALS}
     try:
         with unseal.claim(memory / "a", False), pytest.raises(KeyboardInterrupt):
@@ -1481,6 +1482,13 @@ def test_an_interruption_while_the_server_starts_ends_it(home, memory, tmp_path,
             signal.signal(number, handler)
     assert started[0].poll() is not None
     assert not (memory / "a").exists()
+
+
+def test_an_interruption_whose_exception_python_ignored_ends_it_all_the_same(home, memory, monkeypatch):
+    """As it does in a destructor; a second signal would not help, because it does nothing."""
+    monkeypatch.setattr(unseal, "stopping", [True])
+    with unseal.claim(memory / "a", False), pytest.raises(KeyboardInterrupt):
+        unseal.serve(unseal.Unsealer("onnx", memory / "a", home), True, [])
 
 
 def test_a_second_interruption_leaves_no_server_and_no_model(home, memory, tmp_path):

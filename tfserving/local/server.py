@@ -350,6 +350,10 @@ async def serve(
             rest_server.should_exit = True
         if grpc_server:
             await grpc_server.stop(GRACE_S)
+    # TensorFlow's threads can outlive an orderly interpreter shutdown by seconds; nothing is left to write. Before the
+    # loop is closed, because a second signal would find no handler then.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def main() -> None:
@@ -375,9 +379,6 @@ def main() -> None:
         uvloop.run(serve(library, arguments, rest_socket, metrics_path, config))
     except* RuntimeError as group:
         sys.exit(f"local server: {group.exceptions[0]}")
-    # TensorFlow's threads can outlive an orderly interpreter shutdown by seconds; nothing is left to write.
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
