@@ -211,7 +211,8 @@ def stop_impatiently(process: subprocess.Popen, number: signal.Signals) -> int:
     while process.poll() is None:
         assert time.monotonic() < deadline_s, f"{process.args} does not end"
         process.send_signal(number)
-        time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.002)
     return process.returncode
 
 

@@ -1360,10 +1360,10 @@ def spawn(*arguments: str | Path, **options) -> subprocess.Popen:
 
 
 def spawn_held(moment: str, *arguments: str | Path) -> subprocess.Popen:
-    """Start unseal.py; return when it has copied ("sealed") or decrypted ("plain") version 2 and goes no further."""
+    """Start unseal.py; return when it has copied ("sealed") or decrypted ("plain") version 2 and has stopped itself."""
     function = {"sealed": "unseal.copy_file", "plain": "unseal.pyrage.decrypt_file"}[moment]
     program = f"""
-import sys, time
+import os, signal, sys
 sys.path.insert(0, {str(SEALING_DIR)!r})
 import unseal
 real, done = {function}, []
@@ -1371,9 +1371,7 @@ def hold(source, *arguments):
     real(source, *arguments)
     done.append(str(source).endswith("model.onnx.age"))
     if sum(done) == 2:
-        print("held", flush=True)
-        while True:
-            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGSTOP)
 {function} = hold
 unseal.main()
 """
@@ -1381,7 +1379,11 @@ unseal.main()
         [sys.executable, "-c", program, *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    wait_until(lambda: process.stdout.readline() == "held\n", moment, process)
+    try:
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_STOPPED, moment, process)
+    except BaseException:
+        process.kill()
+        raise
     return process
 
 
@@ -1557,6 +1559,7 @@ def test_an_interrupted_opening_leaves_whole_versions_and_with_a_command_none(ho
         assert list(memory.glob(f"a/{unseal.STAGE}*/{moment}/model.onnx*"))
     finally:
         process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGCONT)
         output, _ = process.communicate(timeout=DEADLINE_S)
     assert "Traceback" not in output
     assert not list(memory.glob(f"a/{unseal.STAGE}*")) and not (memory / "a/.ready").exists()
