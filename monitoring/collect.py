@@ -63,11 +63,11 @@ BUCKETS_S = (
 )  # fmt: skip
 EDGES = [*map(str, BUCKETS_S), "+Inf"]
 CODES = ("2xx", "4xx", "5xx")  # from 0 on: Prometheus sees no increase in a number's first value
-COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 2.0, 1.0, 5.0, 60.0
+COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 5.0, 2.0, 5.0, 60.0
 MOST_UNCOUNTED = 1000  # records
 # After each read, until some 60 records are there: a reader that is woken for every record costs the user's next
 # request time, and many records at once cost less than one by one.
-SHORTEST_WAIT_S, LONGEST_WAIT_S, RECORDS_AT_ONCE = 0.05, 0.25, 60
+SHORTEST_WAIT_S, LONGEST_WAIT_S, RECORDS_AT_ONCE = 0.05, 0.4, 80
 STOP_TIMEOUT_S = 5.0
 ENDED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # macOS has no POLLRDHUP
 DRAIN_S = 1.0  # for HAProxy to end its connections
@@ -601,6 +601,11 @@ class HttpServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
+    def answer_all(self) -> None:
+        """Answer requests until the process ends, as serve_forever does, which wakes up twice a second."""
+        while True:
+            self.handle_request()
+
     def handle_error(self, *_) -> None:
         """Ignore a client that disconnects."""
 
@@ -707,7 +712,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     intake, ending = Intake(collector, source), threading.Event()
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.answer_all, daemon=True).start()
     tasks = start_tasks(collector, ending)
     say(f"collector: records on {join(arguments.records)}, metrics on http://{join(Handler.address)}/metrics")
     try:
@@ -721,7 +726,6 @@ def main() -> None:
             collector.count()
         collector.keep()
         collector.log.close()
-        http.shutdown()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # Python's end gives handlers back their defaults, and takes a while
 

@@ -52,18 +52,20 @@ class Detectors:
         """Take the next n observations, (n, K); return which detectors are at the threshold after each, (n, K) of bool.
 
         The recursion is solved for a block of observations at once: with F(t) the product of the first t factors,
-        M(t) = F(t) · (M(0) + the sum of 1 / F(s) over s < t).
+        M(t) = F(t) · (M(0) + the sum of 1 / F(s) over s < t). Time is the last axis, along which numpy multiplies and
+        adds up fastest.
         """
         reached = []
         for first in range(0, len(z), BLOCK):
-            factors = 1 + self.bets * (z[first : first + BLOCK] - self.limits)[:, :, None]  # (block, K, bets)
-            products = np.cumprod(factors, axis=0)
-            sums = np.cumsum(factors / products, axis=0)  # factors / products is 1 / the product before
-            evidence = products * (self.evidence + sums)
-            reached.append(evidence.sum(axis=2) >= self.threshold * self.bets.shape[1])
-            self.evidence = np.minimum(evidence[-1], LARGEST)
+            part = z[first : first + BLOCK].T - self.limits[:, None]
+            factors = 1 + self.bets[:, :, None] * part[:, None]  # (K, bets, block)
+            products = np.cumprod(factors, axis=2)
+            sums = np.cumsum(factors / products, axis=2)  # factors / products is 1 / the product before
+            evidence = products * (self.evidence[:, :, None] + sums)
+            reached.append(evidence.sum(axis=1) >= self.threshold * self.bets.shape[1])
+            self.evidence = np.minimum(evidence[:, :, -1], LARGEST)
         self.observations += len(z)
-        return np.concatenate(reached)
+        return np.concatenate(reached, axis=1).T
 
     @property
     def progress(self) -> np.ndarray:

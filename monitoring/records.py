@@ -211,51 +211,61 @@ def _find_form(path: str) -> str:
 
 def _read_exchange(record: Record, sent: Sent, said: Said) -> None:
     """Set the rows and the probabilities, and the note where there are none."""
-    notes = []
     # HAProxy logs an empty body and one that it left out in the same way.
     is_left_out = sent.body == ABSENT and said.bytes_in > MOST_LOGGED
     try:
         if is_left_out:
             raise Unreadable("request too large to be logged")
-        body = _decode(sent.body)
+        record.rows = _read_rows(record, sent, _decode(sent.body))
+    except Unreadable as error:
+        record.note = _blank_quotes(error)
+    if is_left_out:  # then HAProxy has not kept the reply either
+        return
+    try:
+        record.probabilities = _read_probabilities(record, sent, said)
+    except Unreadable as error:
+        record.note += ("; " if record.note else "") + _blank_quotes(error)
+
+
+def _read_rows(record: Record, sent: Sent, body: bytes) -> Rows:
+    if not (rows := read_usual_rows(record.path, sent, body)):
         if record.protocol == "gRPC":
             rows = grpc_exchanges.read_rows(record.path, body)
         else:
-            rows = _read_rows(record.path, sent, body)
+            headers = _read_headers(sent.heads, ASKED)
+            body = exchanges.decompress(body, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
+            rows = exchanges.read_rows(record.path, headers, body)
         if len(rows[0]) != len(FEATURES):
             raise Unreadable(f"rows of {len(rows[0])} numbers")
         if not all(map(math.isfinite, chain.from_iterable(rows))):
             raise Unreadable("a number in a row is not finite")
-        _check_count(rows)
-        record.rows = rows
-    except Unreadable as error:
-        notes.append(_blank_quotes(error))
-    try:
-        if is_left_out:  # then HAProxy has not kept the reply either
-            return
-        if record.status != 200:
-            raise Unreadable(f"status {record.status}")
-        if record.grpc_status not in ("", "0"):
-            raise Unreadable(f"gRPC status {record.grpc_status}")
-        if sent.reply == ABSENT and said.bytes_out > MOST_LOGGED:
-            raise Unreadable("reply too large to be logged")
-        reply = _decode(sent.reply)
+    _check_count(rows)
+    return rows
+
+
+def _read_probabilities(record: Record, sent: Sent, said: Said) -> Rows:
+    if record.status != 200:
+        raise Unreadable(f"status {record.status}")
+    if record.grpc_status not in ("", "0"):
+        raise Unreadable(f"gRPC status {record.grpc_status}")
+    if sent.reply == ABSENT and said.bytes_out > MOST_LOGGED:
+        raise Unreadable("reply too large to be logged")
+    reply = _decode(sent.reply)
+    if not (pairs := read_usual_pairs(record.path, sent, reply)):
         if record.protocol == "gRPC":
             if not reply:  # an error whose status came after the headers, which HAProxy does not read
                 record.grpc_status = "2"
                 record.code = _find_code(record.status, record.grpc_status, said.end)
                 raise Unreadable("no message in the reply")
-            probabilities = grpc_exchanges.read_probabilities(record.path, reply)
+            pairs = grpc_exchanges.read_probabilities(record.path, reply)
         else:
-            probabilities = _read_probabilities(record.path, sent, reply)
-        if record.rows and len(record.rows) != len(probabilities):
-            raise Unreadable(f"{len(probabilities)} answers to {len(record.rows)} rows")
-        _check_count(probabilities)
-        record.probabilities = probabilities
-    except Unreadable as error:
-        notes.append(_blank_quotes(error))
-    finally:
-        record.note = "; ".join(notes)
+            headers = _read_headers(sent.reply_heads, ANSWERED)
+            reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
+            pairs = exchanges.read_probabilities(record.path, headers, reply)
+    if record.rows and len(record.rows) != len(pairs):
+        raise Unreadable(f"{len(pairs)} answers to {len(record.rows)} rows")
+    _check_count(pairs)
+    return pairs
 
 
 def _check_count(table: Rows) -> None:
@@ -278,7 +288,8 @@ ANSWERED = ("content-encoding", "inference-header-content-length")
 ASKED = ("content-type", *ANSWERED)
 
 
-def _read_rows(path: str, sent: Sent, body: bytes) -> Rows:
+def read_usual_rows(path: str, sent: Sent, body: bytes) -> list[Row]:
+    """Return the rows of a body as almost all are, (n, 5), which JSON keeps finite; nothing of any other."""
     if sent.heads == PLAIN and body.isascii():  # msgspec skips text unseen
         try:
             asked, form = read_asked(body), _find_form(path)
@@ -287,9 +298,7 @@ def _read_rows(path: str, sent: Sent, body: bytes) -> Rows:
                     return table
         except NO_TABLE:
             pass
-    headers = _read_headers(sent.heads, ASKED)
-    body = exchanges.decompress(body, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
-    return exchanges.read_rows(path, headers, body)
+    return []
 
 
 def _has_once(body: bytes, key: str) -> bool:
@@ -297,9 +306,10 @@ def _has_once(body: bytes, key: str) -> bool:
     return body.count(f'"{key}"'.encode()) == 1 and b"\\" not in body  # nor is a name escaped
 
 
-def _read_probabilities(path: str, sent: Sent, reply: bytes) -> Rows:
-    form = _find_form(path)
+def read_usual_pairs(path: str, sent: Sent, reply: bytes) -> list[Pair]:
+    """Return the probabilities of a reply as almost all are, (n, 2); nothing of any other."""
     if sent.reply_heads == NO_HEADS and reply.isascii():
+        form = _find_form(path)
         try:
             if form != "inference" and reply.startswith(b"["):
                 return read_pairs(reply)
@@ -309,9 +319,7 @@ def _read_probabilities(path: str, sent: Sent, reply: bytes) -> Rows:
                     return pairs
         except NO_TABLE:
             pass
-    headers = _read_headers(sent.reply_heads, ANSWERED)
-    reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
-    return exchanges.read_probabilities(path, headers, reply)
+    return []
 
 
 def _blank(word: str) -> str:
