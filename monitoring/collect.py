@@ -67,7 +67,7 @@ COUNT_EVERY_S, LABELS_EVERY_S, KEEP_EVERY_S, TIDY_EVERY_S = 5.0, 2.0, 5.0, 60.0
 MOST_UNCOUNTED = 1000  # records
 # After each read, until some 60 records are there: a reader that is woken for every record costs the user's next
 # request time, and many records at once cost less than one by one.
-SHORTEST_WAIT_S, LONGEST_WAIT_S, RECORDS_AT_ONCE = 0.05, 0.4, 80
+SHORTEST_WAIT_S, LONGEST_WAIT_S, RECORDS_AT_ONCE = 0.05, 0.25, 60
 STOP_TIMEOUT_S = 5.0
 ENDED = getattr(select, "POLLRDHUP", 0) | select.POLLHUP | select.POLLERR  # macOS has no POLLRDHUP
 DRAIN_S = 1.0  # for HAProxy to end its connections
