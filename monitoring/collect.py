@@ -75,7 +75,7 @@ WATCHDOG_SILENCE_S = 180.0
 MOST_DAYS = 36_500  # more, and no date is that old
 LABELS_BYTES = 1 << 20  # read at once of each file
 MOST_LABELS_KNOWN = 100_000  # so that a repeated label counts once
-MOST_QUESTIONS = 5  # about a label, LABELS_EVERY_S apart: it may come before its prediction is in the log
+MOST_QUESTIONS = 3  # about a label, LABELS_EVERY_S apart: it may come before its prediction is in the log
 PRINTED = {"firing": "FIRING", "resolved": "resolved"}
 
 
