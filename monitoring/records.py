@@ -251,17 +251,16 @@ def _read_probabilities(record: Record, sent: Sent, said: Said) -> Rows:
     if sent.reply == ABSENT and said.bytes_out > MOST_LOGGED:
         raise Unreadable("reply too large to be logged")
     reply = _decode(sent.reply)
-    if not (pairs := read_usual_pairs(record.path, sent, reply)):
-        if record.protocol == "gRPC":
-            if not reply:  # an error whose status came after the headers, which HAProxy does not read
-                record.grpc_status = "2"
-                record.code = _find_code(record.status, record.grpc_status, said.end)
-                raise Unreadable("no message in the reply")
-            pairs = grpc_exchanges.read_probabilities(record.path, reply)
-        else:
-            headers = _read_headers(sent.reply_heads, ANSWERED)
-            reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
-            pairs = exchanges.read_probabilities(record.path, headers, reply)
+    if record.protocol == "gRPC":
+        if not reply:  # an error whose status came after the headers, which HAProxy does not read
+            record.grpc_status = "2"
+            record.code = _find_code(record.status, record.grpc_status, said.end)
+            raise Unreadable("no message in the reply")
+        pairs = grpc_exchanges.read_probabilities(record.path, reply)
+    elif not (pairs := read_usual_pairs(record.path, sent, reply)):
+        headers = _read_headers(sent.reply_heads, ANSWERED)
+        reply = exchanges.decompress(reply, headers.pop("content-encoding", ""), MOST_DECOMPRESSED)
+        pairs = exchanges.read_probabilities(record.path, headers, reply)
     if record.rows and len(record.rows) != len(pairs):
         raise Unreadable(f"{len(pairs)} answers to {len(record.rows)} rows")
     _check_count(pairs)

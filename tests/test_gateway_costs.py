@@ -51,12 +51,12 @@ def running_on(cpus: set[int]) -> Iterator[None]:
 
 
 def ask_in_windows(gateways: list[Gateway], folder: Path, server: str, layout: str) -> Windows:
-    """Ask through two gateways in turn, users of both on this process's cores, for half a minute or longer.
+    """Warm two gateways up and ask through both in turn, users on this process's cores, for half a minute or longer.
 
     A wrk for each gateway runs for a tenth of a second, or for 150 requests, and is stopped while the other runs, so
     that the machine's other programs take as much from a window as from its neighbour. Where the collector shares the
-    core a window lasts three seconds, because it reads up to a quarter of a second, and counts up to two seconds, after
-    the requests. HAProxy does the counting.
+    core a window lasts three seconds, because it reads up to a quarter of a second after the requests, and counts a
+    thousand at once, or those of five seconds. HAProxy does the counting.
     """
 
     def read(i: int) -> dict[str, str]:
