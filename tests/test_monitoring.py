@@ -918,16 +918,16 @@ def test_the_fast_way_to_read_a_body_reads_what_exchanges_reads(path):
     deep = "[" * 9000 + "]" * 9000
     bodies += [f'{{"x": {deep}, "data": [[1, 2, 3, 4, 5]], "predictions": [[0, 1]]}}', deep]
     sent = records.Sent(records.PLAIN, records.NO_HEADS, *[records.ABSENT] * 3)
-    fast = 0
+    fast = [0, 0]  # read by the fast way itself: of TorchServe only one reply, a bare table
     for body in [text.encode() for text in bodies] + [b'{"\xff": 1, "data": [[1, 2, 3, 4, 5]]}', b"\xff\xfe[\x00"]:
         headers = {"content-type": "application/json"}
-        for rows, slow in (
-            (records.read_usual_rows(path, sent, body), read(exchanges.read_rows, path, headers, body)),
-            (records.read_usual_pairs(path, sent, body), read(exchanges.read_probabilities, path, {}, body)),
+        for place, found, slow in (
+            (0, records.read_usual_rows(path, sent, body), read(exchanges.read_rows, path, headers, body)),
+            (1, records.read_usual_pairs(path, sent, body), read(exchanges.read_probabilities, path, {}, body)),
         ):
-            fast += bool(rows)
-            assert not rows or list(map(list, rows)) == slow, body
-    assert fast > 5
+            fast[place] += bool(found)
+            assert not found or list(map(list, found)) == slow, body
+    assert fast[0] > 5 and fast[1] > 0
 
 
 def test_a_method_that_is_not_post_a_stream_and_other_paths_of_torchserve_are_logged(gateway, collector):
