@@ -23,7 +23,7 @@ PORTS = {  # of the server, then of other steps in the folder's README
     "bentoml": (3000, 3001, 3002),
     "onnx": (8000, 8001),
     "gateway": (8443, 8404, 8100),
-    "monitoring": (8405, 8406, 9090, 9093),
+    "monitoring": (8405, 9090, 9093),
 }
 LEAST_CURL = (7, 52)  # the first with --retry-connrefused, which waits until a server listens
 # What only some steps and tests want: the tests that do are skipped without it, and say so.

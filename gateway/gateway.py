@@ -52,6 +52,7 @@ MOST_BODY_BYTES = 1_000_000  # the ONNX server and BentoML refuse larger ones
 RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
 MOST_THREADS = 64  # what HAProxy permits without thread groups
+LONGEST_SOCKET_PATH = 97  # bytes; HAProxy keeps ten of the 107 for the names of sockets that it makes itself
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULTS = {
@@ -61,9 +62,10 @@ DEFAULTS = {
     "GATEWAY_MAX_BODY": "131072",  # bytes
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
     "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
+    "GATEWAY_PREDICTIONS_BUFFER": "8388608",  # bytes of records that wait for the collector
 }
 
-NUMBERS = ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_BODY_TIMEOUT_S", "GATEWAY_ACCESS_LOG_BYTES", "GATEWAY_THREADS")
+NUMBERS = (*(name for name, value in DEFAULTS.items() if value.isdigit()), "GATEWAY_THREADS")
 
 
 class GatewayError(Exception):
@@ -250,6 +252,27 @@ def choose_threads() -> str:
     return "1" if cores == 2 else ""
 
 
+def find_collector(text: str, folder: Path) -> str:
+    """Return the collector's address for a HAProxy that runs in the state folder: a Unix socket, or host and port.
+
+    Raises GatewayError if it is neither.
+    """
+    if "/" in text:
+        path = Path(text).resolve()
+        paths = [str(path), os.path.relpath(path, folder)]
+        if len(os.fsencode(shorter := min(paths, key=len))) > LONGEST_SOCKET_PATH:
+            raise GatewayError(
+                f"GATEWAY_PREDICTIONS={text}: the path of a socket has at most {LONGEST_SOCKET_PATH} bytes"
+            )
+        return f"unix@{shorter}"
+    if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", text):
+        raise GatewayError(
+            f"GATEWAY_PREDICTIONS={text}: expected the collector's socket, as in monitoring/state/records.sock, or its "
+            "address, as in 127.0.0.1:8406"
+        )
+    return text
+
+
 def serve(arguments: argparse.Namespace) -> None:
     """Serve until Ctrl-C; then end everything that was started."""
     program = find_haproxy()
@@ -264,16 +287,17 @@ def serve(arguments: argparse.Namespace) -> None:
             raise GatewayError(f"{name}={settings[name]}: expected a whole number above 0")
     if int(settings["GATEWAY_MAX_BODY"]) > MOST_BODY_BYTES:
         raise GatewayError(f"GATEWAY_MAX_BODY is at most {MOST_BODY_BYTES}, what the ONNX server and BentoML take")
+    if int(settings["GATEWAY_PREDICTIONS_BUFFER"]) < 2 * RECORD_BYTES:
+        raise GatewayError(f"GATEWAY_PREDICTIONS_BUFFER is at least {2 * RECORD_BYTES}, two of the longest records")
     if int(settings.get("GATEWAY_THREADS", 1)) > MOST_THREADS:
         raise GatewayError(f"GATEWAY_THREADS is at most {MOST_THREADS}")
+    state = State(arguments.state)
     if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
-        if not re.fullmatch(r"([0-9A-Za-z.-]+|\[[0-9A-Fa-f:]+\]):\d{1,5}", address):
-            raise GatewayError(f"GATEWAY_PREDICTIONS={address}: expected the collector's address, as in 127.0.0.1:8406")
+        settings["GATEWAY_PREDICTIONS"] = find_collector(address, state.folder)
     else:
         os.environ.pop("GATEWAY_PREDICTIONS", None)  # to haproxy.cfg an empty value counts as set
     least = RECORD_BYTES if address else 0
     settings["GATEWAY_BUFFER"] = str(max(int(settings["GATEWAY_MAX_BODY"]), least) + HEADER_BYTES)
-    state = State(arguments.state)
     state.create()
     for name in (SPLIT, RATES):
         state.read_percents(name)  # report a damaged file before anything starts

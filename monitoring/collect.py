@@ -2,11 +2,11 @@
 
     python collect.py
 
-Takes HAProxy's records on port 8406 (GATEWAY_PREDICTIONS of gateway.py) and
-writes one line per prediction into state/predictions. Answers Prometheus on
-port 8405, prints the alerts that Alertmanager posts there, and reads the
-labels that come later from state/labels. `python monitor.py` starts it with
-Prometheus and Alertmanager.
+Takes HAProxy's records at the Unix socket state/records.sock
+(GATEWAY_PREDICTIONS of gateway.py) and writes one line per prediction into
+state/predictions. Answers Prometheus on port 8405, prints the alerts that
+Alertmanager posts there, and reads the labels that come later from
+state/labels. `python monitor.py` starts it with Prometheus and Alertmanager.
 """
 
 import argparse
@@ -34,6 +34,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+    from addresses import RECORDS_SOCKET, join, listen, parse_address, parse_records_address, stop_listening
     from drift import Reference, Watch
     from prediction_log import (
         BESIDE_FIELDS,
@@ -51,9 +52,8 @@ except ModuleNotFoundError as error:
 
 FOLDER = Path(__file__).resolve().parent
 DATA_DIR = FOLDER.parent / "data"
-RECORDS_ADDRESS, HTTP_ADDRESS = "127.0.0.1:8406", "127.0.0.1:8405"
+HTTP_ADDRESS = "127.0.0.1:8405"
 LONGEST_RECORD = 1 << 16  # haproxy.cfg's are at most 65,535 bytes
-RECEIVE_BUFFER = 1 << 20  # bytes, of a connection; the kernel may give less
 READ_BYTES = 1 << 17
 MOST_READS = 20  # of the same beginning of a record: its connection cannot hold more
 # From a small model's time to a client's timeout; 50 ms is the objective of rules.yml.
@@ -422,9 +422,9 @@ class Intake:
     """
 
     def __init__(self, collector: Collector, source: socket.socket):
-        """`source`: a listening socket, or a Unix socket over which monitor.py hands over connections."""
+        """`source`: a listening socket, or a pair's half over which monitor.py hands over connections."""
         self.collector, self.source = collector, source
-        self.are_kept = source.family == socket.AF_UNIX
+        self.are_kept = not source.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         self.known = collector.log.last_ids()
         self.connections: dict[int, Connection] = {}  # by file descriptor
         self.taken = bytearray(READ_BYTES)
@@ -448,7 +448,7 @@ class Intake:
                 self.closing.wait(wait_s)
         with contextlib.suppress(KeyError):
             self.poll.unregister(self.source)
-        self.source.close()
+        stop_listening(self.source)
         if self.are_kept:  # the next collector continues where this one stops
             for descriptor, connection in list(self.connections.items()):
                 self._read(descriptor, False)
@@ -476,7 +476,7 @@ class Intake:
 
     def _accept(self, descriptor: int) -> None:
         try:
-            connection = accept(self.source)
+            connection = receive(self.source) if self.are_kept else self.source.accept()[0]
         except OSError:  # no more files may be open
             return
         if connection is None:
@@ -537,17 +537,8 @@ class Intake:
         self.thread.join(STOP_TIMEOUT_S)
 
 
-def listen(address: tuple[str, int]) -> socket.socket:
-    """Return a socket that listens for HAProxy; OSError where the address is taken."""
-    listener = socket.create_server(address, family=socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # of its connections
-    return listener
-
-
-def accept(source: socket.socket) -> socket.socket | None:
+def receive(source: socket.socket) -> socket.socket | None:
     """Return HAProxy's next connection; None if it should come from monitor.py, which has ended."""
-    if source.family != socket.AF_UNIX:
-        return source.accept()[0]
     _, descriptors, _, _ = socket.recv_fds(source, 1, 1)
     return socket.socket(fileno=descriptors[0]) if descriptors else None
 
@@ -653,25 +644,15 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def join(address: tuple[str, int]) -> str:
-    return f"{address[0]}:{address[1]}"
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected an address and a port, as in {HTTP_ADDRESS}")
-    return host.strip("[]"), int(port)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--state", type=Path, default=FOLDER / "state", help="folder for all files (default: state in this folder)"
     )
     parser.add_argument(
-        "--records", type=parse_address, default=RECORDS_ADDRESS, help=f"for HAProxy (default: {RECORDS_ADDRESS})"
-    )
+        "--records", type=parse_records_address, metavar="ADDRESS",
+        help=f"for HAProxy: a Unix socket, or as in 127.0.0.1:8406 (default: {RECORDS_SOCKET} in the folder for files)",
+    )  # fmt: skip
     parser.add_argument(
         "--http", type=parse_address, default=HTTP_ADDRESS, help=f"for Prometheus (default: {HTTP_ADDRESS})"
     )
@@ -683,6 +664,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.keep_days <= MOST_DAYS:
         parser.error(f"--keep-days must be from 1 to {MOST_DAYS}")
+    arguments.records = arguments.records or arguments.state / RECORDS_SOCKET
     os.umask(0o077)
     os.nice(10)  # on a busy machine users come first: records can wait in HAProxy
     try:

@@ -4,7 +4,7 @@
 
 Prints an address for each when it is ready, and then every alert. Keeps all
 files in state. The gateway sends its predictions when it is started with
-GATEWAY_PREDICTIONS=127.0.0.1:8406.
+GATEWAY_PREDICTIONS=state/records.sock, the path of a Unix socket.
 """
 
 import argparse
@@ -24,6 +24,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from addresses import RECORDS_SOCKET, Address, join, listen, parse_records_address, stop_listening
+
 FOLDER = Path(__file__).resolve().parent
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
@@ -31,10 +33,9 @@ POLL_S = 0.1
 RESTART_AFTER_S = 1.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MOST_SHORT_RUNS, SHORT_RUN_S = 3, 10.0
-RECEIVE_BUFFER = 1 << 20  # bytes, as in collect.py
 MOST_DAYS = 36_500  # as in collect.py
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-PORTS = {"collector": 8405, "records": 8406, "prometheus": 9090, "alertmanager": 9093}
+PORTS = {"collector": 8405, "prometheus": 9090, "alertmanager": 9093}
 GATEWAY_METRICS = "127.0.0.1:8404"
 
 
@@ -48,10 +49,9 @@ class Keeper:
     So a connection outlives a killed collector, with all that this had not yet taken from it, and the next one gets it.
     """
 
-    def __init__(self, port: int):
-        """OSError if the port is taken."""
-        self.listener = socket.create_server(("127.0.0.1", port))
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)  # of its connections
+    def __init__(self, address: Address):
+        """OSError if the address is taken."""
+        self.listener = listen(address)
         self.listener.setblocking(False)
         self.connections: list[socket.socket] = []
         self.collector: socket.socket | None = None  # over which it gets them
@@ -90,7 +90,7 @@ class Keeper:
 
     def close(self) -> None:
         """Take no more connections; those that the collector has are still open."""
-        self.listener.close()
+        stop_listening(self.listener)
         self.drop()
 
 
@@ -207,14 +207,16 @@ def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, tar
         (state / name).write_text(text)
 
 
-def make_programs(state: Path, ports: dict[str, int], keep_days: int, keeper: Keeper) -> list[Program]:
+def make_programs(
+    state: Path, ports: dict[str, int], records: Address, keep_days: int, keeper: Keeper
+) -> list[Program]:
     collector, prometheus, alertmanager = (f"127.0.0.1:{ports[r]}" for r in ("collector", "prometheus", "alertmanager"))
     return [
         Program(
             "collector",
             [sys.executable, "collect.py", "--state", str(state), "--http", collector,
-             "--records", f"127.0.0.1:{ports['records']}", "--keep-days", str(keep_days)],
-            f"http://{collector}/metrics", f"takes predictions on 127.0.0.1:{ports['records']}",
+             "--records", str(records) if isinstance(records, Path) else join(records), "--keep-days", str(keep_days)],
+            f"http://{collector}/metrics", f"takes predictions at {join(records)}",
             keeper,
         ),
         Program(
@@ -261,9 +263,16 @@ def run(arguments: argparse.Namespace) -> None:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         signal.signal(signal.SIGHUP, interrupt)
     with ExitStack() as stack:
-        keeper = Keeper(ports["records"])
+        records = arguments.records or state / RECORDS_SOCKET
+        try:
+            keeper = Keeper(records)
+        except OSError as error:
+            raise MonitorError(
+                f"{join(records)}: {os.strerror(error.errno or 0)}; stop what listens there, or choose another "
+                "--records"
+            ) from None
         stack.callback(keeper.close)
-        programs = make_programs(state, ports, arguments.keep_days, keeper)
+        programs = make_programs(state, ports, records, arguments.keep_days, keeper)
         logs = {p.name: None if p.name == "collector" else state / f"{p.name}.log" for p in programs}
         for program in programs:
             stack.callback(program.stop)
@@ -313,6 +322,10 @@ def main() -> None:
     )
     for role, port in PORTS.items():
         parser.add_argument(f"--{role}", type=int, default=port, metavar="PORT", help=f"its port (default: {port})")
+    parser.add_argument(
+        "--records", type=parse_records_address, metavar="ADDRESS",
+        help=f"for HAProxy: a Unix socket, or as in 127.0.0.1:8406 (default: {RECORDS_SOCKET} in the folder for files)",
+    )  # fmt: skip
     parser.add_argument(
         "--gateway-metrics", default=GATEWAY_METRICS, help=f"address of its metrics (default: {GATEWAY_METRICS})"
     )

@@ -33,6 +33,7 @@ from helpers import (
     load_together,
     needs,
     run,
+    run_python,
     skip_without_haproxy,
     stop_impatiently,
     wait_until,
@@ -126,7 +127,7 @@ class Monitor(Program):
 
     def __init__(self, folder: Path, gateway_metrics: int, targets: Path, ports: dict[str, int] | None = None):
         self.state = folder / "monitoring"
-        self.ports = ports or find_free_ports(["collector", "records", "prometheus", "alertmanager"])
+        self.ports = ports or find_free_ports(["collector", "prometheus", "alertmanager"])
         options = [word for role, port in self.ports.items() for word in (f"--{role}", str(port))]
         super().__init__(
             "monitor.py", "--state", self.state, *options, "--gateway-metrics", f"127.0.0.1:{gateway_metrics}",
@@ -166,12 +167,11 @@ class Toys:
         self.programs = {}
         for version in "12":
             self.start(version)
-        records = find_free_ports(["collector", "records", "prometheus", "alertmanager"])
         environment = {f"GATEWAY_ONNX_V{v}": f"127.0.0.1:{self.ports[f'v{v}']}" for v in "12"}
-        environment["GATEWAY_PREDICTIONS"] = f"127.0.0.1:{records['records']}"
+        environment["GATEWAY_PREDICTIONS"] = str(folder / "monitoring" / "records.sock")
         self.gateway = Gateway(folder / "gateway", "--servers", "onnx", environment=environment)
         self.gateway.__enter__()
-        self.monitor = Monitor(folder, self.gateway.metrics_port, folder / "gateway" / "targets.json", records)
+        self.monitor = Monitor(folder, self.gateway.metrics_port, folder / "gateway" / "targets.json")
 
     def start(self, version: str) -> None:
         program = Program(TOY, version, str(self.ports[f"v{version}"]), log=self.folder / f"toy-{version}")
@@ -277,7 +277,7 @@ def test_failures_drift_and_wrong_labels_each_come_as_an_alert_and_end(toys):
 
 @needs_both
 def test_what_keeps_the_monitoring_from_starting_is_told_in_one_line(tmp_path):
-    ports = find_free_ports(["collector", "records", "prometheus", "alertmanager", "gateway"])
+    ports = find_free_ports(["collector", "prometheus", "alertmanager", "gateway"])
     with subprocess.Popen([sys.executable, "-m", "http.server", str(ports["prometheus"]), "--bind", "127.0.0.1"],
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path) as taken:  # fmt: skip
         try:
@@ -288,8 +288,15 @@ def test_what_keeps_the_monitoring_from_starting_is_told_in_one_line(tmp_path):
             taken.kill()
     [line] = monitor.log().splitlines()
     assert line.startswith(f"monitor: 127.0.0.1:{ports['prometheus']}: Address already in use; stop what listens")
-    environment = {"PATH": str(Path(sys.executable).parent)}
+    (tmp_path / "file").touch()
     options = [word for role, port in ports.items() for word in (f"--{role}", str(port))]
+    monitor = run_python(
+        "monitor.py", "--state", tmp_path / "other", *options, "--records", tmp_path / "file", cwd=MONITORING
+    )
+    assert (monitor.returncode, monitor.stderr) == (
+        1, f"monitor: {tmp_path}/file: Address already in use; stop what listens there, or choose another --records\n"
+    )  # fmt: skip
+    environment = {"PATH": str(Path(sys.executable).parent)}
     monitor = run(
         sys.executable, "monitor.py", "--state", tmp_path / "other", *options, cwd=MONITORING, env=environment
     )
@@ -307,6 +314,7 @@ def test_ctrl_c_again_and_again_leaves_nothing_and_changes_no_exit_code(tmp_path
     family = monitor.family()
     assert stop_impatiently(monitor.process, signal.SIGINT) == 0
     assert psutil.wait_procs(family, timeout=DEADLINE_S)[1] == []
+    assert not (monitor.state / "records.sock").exists()
     assert monitor.log().splitlines()[-1].endswith("stopped")
     assert "Traceback" not in monitor.log()
 
@@ -354,7 +362,7 @@ def test_a_collector_that_is_killed_at_a_thousand_requests_a_second_loses_none_o
 @needs_both
 def test_make_monitoring_is_up_within_fifteen_seconds_and_one_ctrl_c_ends_all_of_it(tmp_path):
     """Typed in a terminal; prints how long both take."""
-    ports = find_free_ports(["collector", "records", "prometheus", "alertmanager", "gateway-metrics"])
+    ports = find_free_ports(["collector", "prometheus", "alertmanager", "gateway-metrics"])
     addresses = {**ports, "gateway-metrics": f"127.0.0.1:{ports['gateway-metrics']}"}
     options = [f"--{role} {address}" for role, address in addresses.items()]
     options += [f"--state {tmp_path / 'monitoring'}", f"--targets {tmp_path / 'targets.json'}"]
@@ -389,11 +397,10 @@ def test_make_monitoring_is_up_within_fifteen_seconds_and_one_ctrl_c_ends_all_of
 def four_servers(tmp_path_factory):
     """A gateway before one replica of each version of the four real servers, and a monitor beside it."""
     folder = tmp_path_factory.mktemp("four")
-    ports = find_free_ports(["collector", "records", "prometheus", "alertmanager"])
-    environment = {"GATEWAY_PREDICTIONS": f"127.0.0.1:{ports['records']}"}
+    environment = {"GATEWAY_PREDICTIONS": str(folder / "monitoring" / "records.sock")}
     options = ("--replicas", "1", "--servers", *SERVERS)
     with Gateway(folder / "gateway", *options, environment=environment) as gateway:
-        monitor = Monitor(folder, gateway.metrics_port, folder / "gateway" / "targets.json", ports)
+        monitor = Monitor(folder, gateway.metrics_port, folder / "gateway" / "targets.json")
         try:
             monitor.wait_for("monitoring, Ctrl-C to stop")
             gateway.command("set", "my_model", "v2=50")

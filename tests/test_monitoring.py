@@ -32,7 +32,7 @@ from endpoints.base import load_endpoints
 from helpers import DEADLINE_S, REPOSITORY_DIR, load_together, needs, run, run_python, stop_impatiently, wait_until
 from machine.free_ports import find_free_ports
 from machine.signals import end_with_parent
-from test_gateway import Gateway
+from test_gateway import Gateway, script
 
 MONITORING = REPOSITORY_DIR / "monitoring"
 TOY = REPOSITORY_DIR / "tests" / "toy_predictors.py"
@@ -80,13 +80,13 @@ class Program:
 
 
 class Collector(Program):
-    def __init__(self, folder: Path, ports: dict[str, int] | None = None):
+    def __init__(self, folder: Path, records: str | None = None, http_port: int | None = None):
         self.state = folder / "monitoring"
-        self.ports = ports or find_free_ports(["records", "http"])
-        self.records = f"127.0.0.1:{self.ports['records']}"
+        self.records = records or str(folder / "records.sock")
+        self.http_port = http_port or find_free_ports(["http"])["http"]
         super().__init__(
             "collect.py", "--state", self.state, "--records", self.records,
-            "--http", f"127.0.0.1:{self.ports['http']}", log=folder / "collector.log",
+            "--http", f"127.0.0.1:{self.http_port}", log=folder / "collector.log",
         )  # fmt: skip
         count = self.log().count("records on")
         wait_until(lambda: self.log().count("records on") > count or self.answers(), self.log, while_alive=self.process)
@@ -97,11 +97,11 @@ class Collector(Program):
         return False
 
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports['http']}{path}", timeout=DEADLINE_S) as reply:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=DEADLINE_S) as reply:
             return reply.read().decode()
 
     def post(self, path: str, body: object = "", **headers: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["http"], timeout=DEADLINE_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.http_port, timeout=DEADLINE_S)
         with contextlib.closing(connection):
             connection.request("POST", path, body if isinstance(body, str) else json.dumps(body), headers)
             reply = connection.getresponse()
@@ -428,10 +428,10 @@ def test_the_watchdog_is_posted_to_its_own_path(collector):
     assert "Watchdog" not in collector.log()
 
 
-def test_nonsense_on_the_records_port_is_counted_and_does_no_harm(gateway, collector):
+def test_nonsense_among_the_records_is_counted_and_does_no_harm(gateway, collector):
     before = collector.value("gateway_unreadable_records_total")
     for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 5000, b"99999999 x", b"5 hello5 world", b"12 [p@1 ] {}   "):
-        with socket.create_connection(("127.0.0.1", collector.ports["records"]), timeout=DEADLINE_S) as connection:
+        with connect(collector.records) as connection:
             connection.sendall(junk)
             connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):
@@ -441,19 +441,26 @@ def test_nonsense_on_the_records_port_is_counted_and_does_no_harm(gateway, colle
     assert fresh(collector, key)[0] == 200
 
 
-def test_a_second_collector_and_a_taken_port_are_refused_in_one_line(collector, tmp_path):
-    ports = find_free_ports(["records", "http"])
-    free = ["--records", f"127.0.0.1:{ports['records']}", "--http", f"127.0.0.1:{ports['http']}"]
+def test_a_second_collector_and_a_taken_address_are_refused_in_one_line(collector, tmp_path):
+    free = ["--http", f"127.0.0.1:{find_free_ports(['http'])['http']}"]
     same_state = run_python("collect.py", "--state", collector.state, *free, cwd=MONITORING)
     assert same_state.returncode == 1
     assert same_state.stderr.startswith("collect: another collector writes into ")
-    for option, address in (("--records", collector.records), ("--http", f"127.0.0.1:{collector.ports['http']}")):
-        done = run_python("collect.py", "--state", tmp_path / "state", *free, option, address, cwd=MONITORING)
-        assert done.returncode == 1
-        assert (
-            done.stderr
-            == f"collect: {address}: Address already in use; stop what listens there, or choose another {option}\n"
-        )
+    taken, long = "Address already in use", f"{tmp_path}/{'long' * 25}/records.sock"
+    (tmp_path / "file").write_text("of something else")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for option, address, reason in (
+            ("--records", collector.records, taken),
+            ("--records", f"127.0.0.1:{server.getsockname()[1]}", taken),
+            ("--records", str(tmp_path / "file"), taken),
+            ("--records", long, "File name too long"),
+            ("--http", f"127.0.0.1:{collector.http_port}", taken),
+        ):
+            done = run_python("collect.py", "--state", tmp_path / "state", *free, option, address, cwd=MONITORING)
+            assert done.returncode == 1
+            assert done.stderr == f"collect: {address}: {reason}; stop what listens there, or choose another {option}\n"
+    assert (tmp_path / "file").read_text() == "of something else"
+    assert Path(collector.records).stat().st_mode & 0o077 == 0
 
 
 def test_the_log_of_an_hour_becomes_parquet_with_the_same_rows(tmp_path, collector, gateway):
@@ -543,12 +550,30 @@ def test_a_reply_that_its_server_broke_off_is_a_failure_whatever_its_status(end,
     assert records.read_record(line).code == code
 
 
+def connect(address: str | Path | tuple[str, int]) -> socket.socket:
+    """Connect as HAProxy does, to a Unix socket, or to a host and a port."""
+    if isinstance(address, tuple):
+        return socket.create_connection(address, timeout=DEADLINE_S)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(DEADLINE_S)
+    connection.connect(str(address))
+    return connection
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def address(request, tmp_path) -> Path | tuple[str, int]:
+    """Where a collector can listen."""
+    if request.param == "unix":
+        return tmp_path / "records.sock"
+    return "127.0.0.1", find_free_ports(["records"])["records"]
+
+
 def frame(lines: list[bytes]) -> bytes:
     """Return the lines as HAProxy sends them, each after its length."""
     return b"".join(b"%d %s" % (len(line), line) for line in lines)
 
 
-def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
+def test_records_arrive_once_however_the_stream_is_cut(tmp_path, address):
     collect = load_together(MONITORING, "collect")[0]
     lines = make_records(50)
     stream = frame(lines)
@@ -557,12 +582,13 @@ def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
         assert whole == lines[: len(whole)]
         assert length == len(frame(whole))
         assert can_follow
-    for size in (1, 7, 1000, len(stream)):
+    # Of what is written to a Unix socket the kernel keeps the pieces, and of small ones not as many as a record has.
+    for size in (*((101,) if isinstance(address, Path) else (1, 7)), 1000, len(stream)):
         collector = collect.Collector(tmp_path / str(size), 30)
-        address = "127.0.0.1", find_free_ports(["records"])["records"]
         intake = collect.Intake(collector, collect.listen(address))
-        with socket.create_connection(address, timeout=DEADLINE_S) as connection:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with connect(address) as connection:
+            if connection.family != socket.AF_UNIX:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for start in range(0, len(stream), size):
                 connection.sendall(stream[start : start + size])
             wait_until(lambda c=collector: c.records.value == 50, "all records are taken")
@@ -572,21 +598,22 @@ def test_records_arrive_once_however_the_stream_is_cut(tmp_path):
 
 
 @pytest.mark.parametrize("buffer_bytes", [None, 1])
-def test_records_of_any_size_that_haproxy_sends_arrive(tmp_path, monkeypatch, buffer_bytes):
+def test_records_of_any_size_that_haproxy_sends_arrive(tmp_path, monkeypatch, address, buffer_bytes):
     """They stay in the connection until they are whole, which must not be for ever where it cannot hold them."""
-    collect = load_together(MONITORING, "collect")[0]
+    collect, addresses = load_together(MONITORING, "collect", "addresses")
     if buffer_bytes:
-        monkeypatch.setattr(collect, "RECEIVE_BUFFER", buffer_bytes)  # the kernel gives some 2 kB
+        monkeypatch.setattr(addresses, "RECEIVE_BUFFER", buffer_bytes)  # the kernel gives some 2 kB
         monkeypatch.setattr(collect, "SHORTEST_WAIT_S", 0.001)
         monkeypatch.setattr(collect, "MOST_READS", 2)
     collector = collect.Collector(tmp_path, 30)
     lines = make_records(60)
     for number in (0, 1, 30):
         lines[number] += b" " * (65_535 - len(lines[number]))
-    address = "127.0.0.1", find_free_ports(["records"])["records"]
     intake = collect.Intake(collector, collect.listen(address))
     try:
-        with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+        with connect(address) as connection:
+            if buffer_bytes:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
             connection.sendall(frame(lines))
             wait_until(lambda: collector.records.value == 60, lambda: f"{collector.records.value} of 60")
     finally:
@@ -607,12 +634,12 @@ def test_the_collector_waits_as_long_as_few_records_come(tmp_path):
             self.seconds.append(timeout)
             return self.go_on.wait(DEADLINE_S)
 
-    address = "127.0.0.1", find_free_ports(["records"])["records"]
+    address = tmp_path / "records.sock"
     intake = collect.Intake(collect.Collector(tmp_path, 30), collect.listen(address))
     intake.closing = Waits()
     line = frame(make_records(1))
     try:
-        with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+        with connect(address) as connection:
             wait_until(lambda: len(Waits.seconds) == 1, "the connection is accepted")
             connection.sendall(line * (collect.READ_BYTES // len(line) + 10))
             Waits.go_on.set()
@@ -629,9 +656,8 @@ def test_what_a_killed_collector_had_written_but_not_taken_is_not_written_again(
     collect = load_together(MONITORING, "collect")[0]
     lines, hands, folder = make_records(500), socket.socketpair(), tmp_path / "state"
     killed = collect.Collector(folder, 30)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        haproxy = socket.create_connection(server.getsockname(), timeout=DEADLINE_S)
-        connection, _ = server.accept()
+    haproxy, connection = socket.socketpair()
+    haproxy.settimeout(DEADLINE_S)
     with haproxy, connection, hands[0]:
         haproxy.sendall(frame(lines[:50]))
         wait_until(
@@ -655,14 +681,14 @@ def test_what_a_killed_collector_had_written_but_not_taken_is_not_written_again(
 def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_py_keeps(tmp_path):
     """monitor.py's part, its Keeper, is in this process, and so is HAProxy's: it sends some 2,000 records/s."""
     keeper_of = load_together(MONITORING, "monitor")[0].Keeper
-    ports = find_free_ports(["records", "http"])
-    keeper, state, ended = keeper_of(ports["records"]), tmp_path / "monitoring", threading.Event()
+    records, http_port = tmp_path / "records.sock", find_free_ports(["http"])["http"]
+    keeper, state, ended = keeper_of(records), tmp_path / "monitoring", threading.Event()
     lines = make_records(100_000)  # then it waits
     sent = 0
 
     def send_as_haproxy_does() -> None:
         nonlocal sent
-        with socket.create_connection(("127.0.0.1", ports["records"]), timeout=DEADLINE_S) as connection:
+        with connect(records) as connection:
             while not ended.wait(0.01) and sent < len(lines):
                 connection.sendall(frame(lines[sent : sent + 20]))
                 sent += 20
@@ -670,7 +696,7 @@ def test_a_collector_that_is_killed_again_and_again_loses_nothing_that_monitor_p
     def start(number: int) -> Program:
         with keeper.make_source() as source:
             return Program(
-                "collect.py", "--state", state, "--http", f"127.0.0.1:{ports['http']}", "--connections",
+                "collect.py", "--state", state, "--http", f"127.0.0.1:{http_port}", "--connections",
                 str(source.fileno()), log=tmp_path / f"collector-{number}", inherited=(source.fileno(),),
             )  # fmt: skip
 
@@ -718,14 +744,13 @@ def test_signals_again_and_again_change_no_exit_code(tmp_path):
     assert "Traceback" not in collector.log()
 
 
-def test_a_connection_with_nonsense_ends_also_for_monitor_py(tmp_path):
+def test_a_connection_with_nonsense_ends_also_for_monitor_py(tmp_path, address):
     monitor, collect = load_together(MONITORING, "monitor", "collect")
-    port = find_free_ports(["records"])["records"]
-    keeper, collector = monitor.Keeper(port), collect.Collector(tmp_path, 30)
+    keeper, collector = monitor.Keeper(address), collect.Collector(tmp_path, 30)
     intake = collect.Intake(collector, keeper.make_source())
     try:
         for junk in (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 200_000):
-            with socket.create_connection(("127.0.0.1", port), timeout=DEADLINE_S) as connection:
+            with connect(address) as connection:
                 connection.sendall(junk)
                 wait_until(lambda: keeper.wait(0.01) or keeper.connections, "it is accepted")
                 with contextlib.suppress(ConnectionError):
@@ -737,12 +762,12 @@ def test_a_connection_with_nonsense_ends_also_for_monitor_py(tmp_path):
         keeper.close()
 
 
-def test_connections_that_end_one_collector_after_another_are_dropped():
+def test_connections_that_end_one_collector_after_another_are_dropped(address):
     monitor = load_together(MONITORING, "monitor")[0]
-    keeper = monitor.Keeper(find_free_ports(["records"])["records"])
+    keeper = monitor.Keeper(address)
     program = monitor.Program("collector", [], "", "", keeper)
     try:
-        with socket.create_connection(keeper.listener.getsockname(), timeout=DEADLINE_S) as connection:
+        with connect(address) as connection:
             with keeper.make_source():
                 wait_until(lambda: keeper.wait(0.01) or keeper.connections, "it is accepted")
             for seconds in (1.0, 1.0, 60.0, 1.0, 1.0):  # a long run between them: the kills had other causes
@@ -855,7 +880,7 @@ def test_an_intake_that_is_closed_takes_nobody_who_connects_again(tmp_path):
     def send_as_haproxy_does() -> None:
         while not ended.is_set():
             try:
-                with socket.create_connection(address, timeout=DEADLINE_S) as connection:
+                with connect(address) as connection:
                     while not ended.is_set():
                         connection.sendall(stream)
             except ConnectionRefusedError:
@@ -1103,15 +1128,15 @@ def test_an_output_that_cannot_be_written_costs_no_record(tmp_path):
     """A full disk, to which nohup writes, or a reader that has gone."""
     if not os.access("/dev/full", os.W_OK):
         pytest.skip("no /dev/full on this system")
-    ports = find_free_ports(["records", "http"])
-    options = ["--records", f"127.0.0.1:{ports['records']}", "--http", f"127.0.0.1:{ports['http']}"]
+    port = find_free_ports(["http"])["http"]
+    options = ["--http", f"127.0.0.1:{port}"]
     with Path("/dev/full").open("w") as full, subprocess.Popen(
         [sys.executable, "collect.py", "--state", tmp_path, *options], cwd=MONITORING, stdout=full,
         stderr=subprocess.DEVNULL, start_new_session=True,
     ) as collector:  # fmt: skip
         try:
-            wait_until(lambda: listens(ports["records"]), "it listens", while_alive=collector)
-            with socket.create_connection(("127.0.0.1", ports["records"]), timeout=DEADLINE_S) as connection:
+            wait_until(lambda: listens(port), "it listens", while_alive=collector)
+            with connect(tmp_path / "records.sock") as connection:
                 connection.sendall(frame(make_records(10)))
                 taken = prediction_log.Count(tmp_path / "records.count")
                 wait_until(lambda: taken.value == 10, "all are taken", while_alive=collector)
@@ -1217,8 +1242,10 @@ def send_many(gateway: Gateway, count: int, connections: int = 4) -> tuple[int, 
     return failed, slowest
 
 
-def test_a_collector_that_hangs_loses_nothing_one_that_dies_almost_nothing_and_no_user_notices(toys, tmp_path):
-    collector = Collector(tmp_path)
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_a_collector_that_hangs_loses_nothing_one_that_dies_almost_nothing_and_no_user_notices(toys, tmp_path, kind):
+    port = find_free_ports(["records"])["records"]
+    collector = Collector(tmp_path, f"127.0.0.1:{port}" if kind == "tcp" else None)
     environment = {**toys, "GATEWAY_PREDICTIONS": collector.records}
     with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
         gateway_ready(gateway)
@@ -1229,11 +1256,10 @@ def test_a_collector_that_hangs_loses_nothing_one_that_dies_almost_nothing_and_n
         collector.process.send_signal(signal.SIGCONT)
         collector.wait_for_records(400)
         collector.end(signal.SIGKILL)
-        port = int(collector.records.rpartition(":")[2])
-        ask(gateway, "onnx", toy_rows(1))  # its record is written to nobody, by which HAProxy finds out
+        ask(gateway, "onnx", toy_rows(1))  # over TCP its record is written to nobody, by which HAProxy finds out
         wait_until(lambda: not is_connected(port), "HAProxy closes the connection to the dead")
         assert send_many(gateway, 200)[0] == 0
-        collector = Collector(tmp_path, collector.ports)
+        collector = Collector(tmp_path, collector.records, collector.http_port)
         last = ask(gateway, "onnx", toy_rows(1))[0]
         fresh(collector, last)
     rows, different = collector.ask("SELECT count(*), count(DISTINCT id) FROM predictions")[0]
@@ -1268,22 +1294,13 @@ def gateway_ready(gateway: Gateway, *server: str) -> None:
 
 
 def test_what_did_not_fit_into_the_ring_is_missing_and_the_counts_say_how_much(toys, tmp_path):
-    """The ring of haproxy.cfg holds 32 MB, some 50,000 records; this one less, so that a test can fill it."""
-    ports = find_free_ports(["records", "http"])
-    environment = {**toys, "GATEWAY_PREDICTIONS": f"127.0.0.1:{ports['records']}"}
-    folder = tmp_path / "copy"
-    shutil.copytree(REPOSITORY_DIR / "gateway", folder / "gateway", ignore=shutil.ignore_patterns("state", "results"))
-    (folder / "benchmarks").symlink_to(REPOSITORY_DIR / "benchmarks")
-    config = folder / "gateway" / "haproxy.cfg"
-    size, small = 33554432, 131072
-    assert f"size {size}\n" in config.read_text()
-    config.write_text(config.read_text().replace(f"size {size}\n", f"size {small}\n"))
-    with Gateway(
-        tmp_path / "state", "--servers", "onnx", environment=environment, script=config.with_name("gateway.py")
-    ) as gateway:
+    """The ring holds 8 MB by default, some 12,000 records; this one less, so that a test can fill it."""
+    small, records = 131072, str(tmp_path / "records.sock")
+    environment = {**toys, "GATEWAY_PREDICTIONS": records, "GATEWAY_PREDICTIONS_BUFFER": str(small)}
+    with Gateway(tmp_path / "state", "--servers", "onnx", environment=environment) as gateway:
         gateway_ready(gateway)
         assert send_many(gateway, 1000)[0] == 0
-        collector = Collector(tmp_path, ports)
+        collector = Collector(tmp_path, records)
         assert send_many(gateway, 10)[0] == 0
         last = ask(gateway, "onnx", toy_rows(1))[0]
         fresh(collector, last)
@@ -1291,19 +1308,22 @@ def test_what_did_not_fit_into_the_ring_is_missing_and_the_counts_say_how_much(t
     kept = collector.ask("SELECT count(*) FROM predictions")[0][0]
     assert asked == 1011
     assert collector.value("gateway_records_total") == kept
-    assert 45_000 < (kept - 11) * size / small < 55_000
+    size = int(script.DEFAULTS["GATEWAY_PREDICTIONS_BUFFER"])
+    assert f"size {size}\n" in (REPOSITORY_DIR / "gateway/containers.cfg").read_text()
+    assert 11_000 < (kept - 11) * size / small < 14_000
     assert collector.end() == 0
 
 
 def test_without_its_variable_the_gateway_has_no_tap_and_a_wrong_one_is_refused(toys, tmp_path):
-    for wrong in ("8406", "127.0.0.1", "127.0.0.1:x"):
+    expected = (
+        "expected the collector's socket, as in monitoring/state/records.sock, or its address, as in 127.0.0.1:8406"
+    )
+    reasons = dict.fromkeys(("8406", "127.0.0.1", "127.0.0.1:x", "records.sock"), expected)
+    reasons[f"{tmp_path}/{'long' * 25}"] = "the path of a socket has at most 97 bytes"
+    for wrong, reason in reasons.items():
         gateway = Gateway(tmp_path / "state", environment={"GATEWAY_PREDICTIONS": wrong})
         done = gateway.command("serve", check=False)
-        assert done.returncode == 1
-        assert (
-            done.stderr
-            == f"gateway: GATEWAY_PREDICTIONS={wrong}: expected the collector's address, as in 127.0.0.1:8406\n"
-        )
+        assert (done.returncode, done.stderr) == (1, f"gateway: GATEWAY_PREDICTIONS={wrong}: {reason}\n")
     with Gateway(tmp_path / "state", "--servers", "onnx", environment={**toys, "GATEWAY_PREDICTIONS": ""}) as gateway:
         gateway_ready(gateway)
         assert gateway.ask()[0] == 200
@@ -1401,14 +1421,14 @@ def wrk_command(
 ) -> list[str | Path]:
     """Return the command that asks a server for one row again and again."""
     request = load_endpoints()[name]().request(toy_rows(1), None)
-    script = folder / f"ask-{gateway.port}.lua"
-    script.write_text(
+    lua = folder / f"ask-{gateway.port}.lua"
+    lua.write_text(
         f"wrk.method = 'POST'\nwrk.body = '{request.body.decode()}'\n"
         f"wrk.headers['X-API-Key'] = '{gateway.key}'\nwrk.headers['Content-Type'] = 'application/json'\n"
         + (f"function delay() return {pause_ms} end\n" if pause_ms else "")
     )
     url = f"https://localhost:{gateway.port}/{name}{request.path}"
-    return ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", script, url]
+    return ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", lua, url]
 
 
 def ask_with_wrk(*arguments) -> tuple[float, ...]:
@@ -1516,9 +1536,11 @@ def test_the_tap_costs_users_little(toys, tmp_path, connections, pause_ms):
 class Nonsense(threading.Thread):
     """A collector that answers what it gets with nonsense, breaks off, and begins again."""
 
-    def __init__(self, port: int):
+    def __init__(self, path: str):
         super().__init__(daemon=True)
-        self.socket = socket.create_server(("127.0.0.1", port))
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.bind(path)
+        self.socket.listen()
         self.socket.settimeout(0.2)
         self.stopped = threading.Event()
         self.start()
@@ -1566,7 +1588,7 @@ def test_a_collector_in_trouble_costs_no_user_an_answer_and_changes_no_p99(toys,
             stack.callback(threading.Thread(target=slow_down).start() or ended.set)
         else:
             assert collectors["trouble"].end() == 0
-            nonsense = Nonsense(collectors["trouble"].ports["records"])
+            nonsense = Nonsense(collectors["trouble"].records)
             stack.callback(nonsense.stopped.set)
         found = {name: [] for name in folders}
         for number in range(12):
@@ -1613,7 +1635,7 @@ def test_a_thousand_records_a_second_arrive_also_when_the_collector_is_killed(to
                 collector.end(signal.SIGKILL)
                 enough = count_asked() + 500
                 wait_until(lambda least=enough: count_asked() > least, "users ask on while the collector is dead")
-                collector = Collector(tmp_path, collector.ports)
+                collector = Collector(tmp_path, collector.records, collector.http_port)
             user.join(2 * DEADLINE_S)
             fresh(collector, ask(gateway, "onnx", toy_rows(1))[0])  # the last one: nothing comes after it
             [(rows, different)] = collector.ask("SELECT count(*), count(DISTINCT id) FROM predictions")
