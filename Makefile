@@ -199,7 +199,7 @@ ab-test: setup ## an A/B test behind the running gateway: ENDPOINT=onnx
 canary: setup ## ship version 2 in steps, take it back if it does harm
 	python benchmarks/canary.py --endpoint $(ENDPOINT) $(CANARY_OPTIONS)
 
-## monitoring, beside a gateway that runs with GATEWAY_PREDICTIONS=monitoring/state/records.sock
+## monitoring, beside a gateway that runs with GATEWAY_PREDICTIONS=../monitoring/state/records.sock
 
 monitoring: setup ## log and watch the gateway; Prometheus on port 9090
 	cd monitoring && exec python monitor.py $(MONITORING_OPTIONS)

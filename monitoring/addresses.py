@@ -23,21 +23,35 @@ def parse_address(text: str) -> tuple[str, int]:
 
 def parse_records_address(text: str) -> Address:
     """Return the path of a Unix socket, which has a /, or an address and a port."""
-    return Path(text).absolute() if "/" in text else parse_address(text)
+    if "/" in text:
+        return Path(text).resolve()
+    try:
+        return parse_address(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: expected a path with a /, as in ./records.sock, or an address and a port, as in 127.0.0.1:8406"
+        ) from None
 
 
 def join(address: Address) -> str:
     """Return the address as one types it; of a path the shorter one, from the root or from this process's folder."""
     if isinstance(address, Path):
-        path = str(address.absolute())
-        return min(path, os.path.relpath(path), key=len)
+        path = min(str(address), os.path.relpath(address), key=len)
+        return path if "/" in path else f"./{path}"
     return f"{address[0]}:{address[1]}"
+
+
+def explain(address: Address, error: OSError, option: str) -> str:
+    """Return one line that says why nothing can listen there, and what to do."""
+    remedy = "stop what listens there, or " if error.errno == errno.EADDRINUSE else ""
+    reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror  # without the address again
+    return f"{join(address)}: {reason}; {remedy}choose another {option}"
 
 
 def listen(address: Address) -> socket.socket:
     """Return a socket that listens for HAProxy; OSError where the address is taken, or no socket can be made there.
 
-    A Unix socket at which nobody listens any more, as after kill -9, is replaced.
+    A Unix socket at which nobody listens any more, as after kill -9, is replaced. The umask says who may connect to it.
     """
     if not isinstance(address, Path):
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
@@ -48,7 +62,7 @@ def listen(address: Address) -> socket.socket:
     if len(os.fsencode(path)) > LONGEST_PATH:
         raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     if address.is_socket() and not _has_listener(path):
-        address.unlink()
+        address.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(path)

@@ -34,7 +34,7 @@ try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-    from addresses import RECORDS_SOCKET, join, listen, parse_address, parse_records_address, stop_listening
+    from addresses import RECORDS_SOCKET, explain, join, listen, parse_address, parse_records_address, stop_listening
     from drift import Reference, Watch
     from prediction_log import (
         BESIDE_FIELDS,
@@ -664,28 +664,24 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.keep_days <= MOST_DAYS:
         parser.error(f"--keep-days must be from 1 to {MOST_DAYS}")
+    arguments.state = arguments.state.resolve()
     arguments.records = arguments.records or arguments.state / RECORDS_SOCKET
     os.umask(0o077)
     os.nice(10)  # on a busy machine users come first: records can wait in HAProxy
     try:
-        collector = Collector(arguments.state.resolve(), arguments.keep_days)
+        collector = Collector(arguments.state, arguments.keep_days)
     except (OSError, ValueError, KeyError) as error:
         sys.exit(f"collect: {error}")
     Handler.collector, Handler.address = collector, arguments.http
     try:
         http = HttpServer(arguments.http, Handler)
     except OSError as error:
-        sys.exit(
-            f"collect: {join(arguments.http)}: {error.strerror}; stop what listens there, or choose another --http"
-        )
+        sys.exit(f"collect: {explain(arguments.http, error, '--http')}")
     try:
         handed_over = arguments.connections is not None
         source = socket.socket(fileno=arguments.connections) if handed_over else listen(arguments.records)
     except OSError as error:
-        sys.exit(
-            f"collect: {join(arguments.records)}: {os.strerror(error.errno or 0)}; stop what listens there, or choose "
-            "another --records"
-        )
+        sys.exit(f"collect: {explain(arguments.records, error, '--records')}")
     gc.freeze()  # what is there by now stays: no collection of garbage need look at it
     gc.set_threshold(10_000)  # and of what comes, only forms of several parts leave circles
     stop, stopping = os.pipe()

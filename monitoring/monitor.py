@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from addresses import RECORDS_SOCKET, Address, join, listen, parse_records_address, stop_listening
+from addresses import RECORDS_SOCKET, Address, explain, join, listen, parse_records_address, stop_listening
 
 FOLDER = Path(__file__).resolve().parent
 READY_TIMEOUT_S = 60.0
@@ -267,10 +267,7 @@ def run(arguments: argparse.Namespace) -> None:
         try:
             keeper = Keeper(records)
         except OSError as error:
-            raise MonitorError(
-                f"{join(records)}: {os.strerror(error.errno or 0)}; stop what listens there, or choose another "
-                "--records"
-            ) from None
+            raise MonitorError(explain(records, error, "--records")) from None
         stack.callback(keeper.close)
         programs = make_programs(state, ports, records, arguments.keep_days, keeper)
         logs = {p.name: None if p.name == "collector" else state / f"{p.name}.log" for p in programs}

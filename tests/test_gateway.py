@@ -989,6 +989,7 @@ def test_what_keeps_it_from_starting_is_told_in_one_line(tmp_path):
     (state / "split.map").unlink()
     assert "no server called 'other'" in refused(Gateway(state, "--servers", "other"))
     assert "is no address" in refused(Gateway(state, environment={"GATEWAY_ONNX_V1": "onnx"}))
+    assert {"GATEWAY_RATE", "GATEWAY_MAX_BODY", "GATEWAY_THREADS", "GATEWAY_BODY_TIMEOUT_S"} < set(script.NUMBERS)
     for name in script.NUMBERS:
         assert f"{name}=many: expected a whole number" in refused(Gateway(state, environment={name: "many"}))
     assert "GATEWAY_THREADS is at most 64" in refused(Gateway(state, environment={"GATEWAY_THREADS": "65"}))

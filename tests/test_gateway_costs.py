@@ -24,9 +24,9 @@ from test_monitoring import TOYS, Collector, cpu_s, gateway_ready, wrk_command
 
 STARTS = 8  # of gateways and collector, for one figure
 USERS = 16  # each asks again as soon as it has its reply
-# Before the windows: of each page of the buffer for 12,000 records the first write costs more than all that follow, as
+# Before the windows: of each page of the buffer for 50,000 records the first write costs more than all that follow, as
 # the kernel gives the page then. So it has been full once, as it is after a gateway's first seconds at full load.
-WARM_UP_REQUESTS, LONGEST_WARM_UP_S = 15_000, 5.0
+WARM_UP_REQUESTS, LONGEST_WARM_UP_S = 60_000, 15.0
 LAYOUTS = ("apart", "shared")
 
 
