@@ -210,12 +210,13 @@ def write_settings(state: Path, ports: dict[str, int], gateway_metrics: str, tar
 def make_programs(
     state: Path, ports: dict[str, int], records: Address, keep_days: int, keeper: Keeper
 ) -> list[Program]:
+    place = str(records) if isinstance(records, Path) else join(records)  # whole: the collector runs in another folder
     collector, prometheus, alertmanager = (f"127.0.0.1:{ports[r]}" for r in ("collector", "prometheus", "alertmanager"))
     return [
         Program(
             "collector",
             [sys.executable, "collect.py", "--state", str(state), "--http", collector,
-             "--records", str(records) if isinstance(records, Path) else join(records), "--keep-days", str(keep_days)],
+             "--records", place, "--keep-days", str(keep_days)],
             f"http://{collector}/metrics", f"takes predictions at {join(records)}",
             keeper,
         ),
