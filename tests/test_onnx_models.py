@@ -259,7 +259,7 @@ def toys() -> dict[str, Toy]:
 def toy_server(toys, tmp_path_factory) -> Iterator[ServerProcess]:
     """A server of all toys, beside which lie models that it cannot serve; batching is on."""
     models = {name: toy.model for name, toy in toys.items()}
-    models |= {"chain": toy_onnx_models.make_chain(), "looped": toy_onnx_models.make_looped()}
+    models |= {"chain": toy_onnx_models.make_chain(length=96), "looped": toy_onnx_models.make_looped()}
     models |= {name: model for name, (model, _) in toy_onnx_models.make_unservable().items()} | ODD_FILES
     folder = write_models(tmp_path_factory.mktemp("toys"), models)
     for version, kind in DEPENDENT_VERSIONS.items():  # behind /predict, too
@@ -1262,7 +1262,10 @@ def test_statistics_count_inferences_executions_and_failures(toys, asker):
 
 
 def count_beside(slow: Callable[[], None], small: Callable[[], None], slow_runs: int) -> int:
-    """Return how many small requests are answered while `slow_runs` slow ones are."""
+    """Return how many small requests are answered while `slow_runs` slow ones are.
+
+    A slow one takes 0.1 s or more, long enough for many small ones on a busy machine, too.
+    """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: [slow() for _ in range(slow_runs)])
         answered = 0
@@ -1307,7 +1310,7 @@ def test_a_large_request_over_grpc_does_not_hold_up_a_small_one(asker):
 
 def test_a_model_that_is_slow_for_some_values_does_not_hold_up_a_small_one_for_long(asker):
     """The trial counts to 0 or 1: only its requests show that it can take long."""
-    long = {"count": np.array(20_000)}
+    long = {"count": np.array(100_000)}
     for _ in range(3):
         asker.ask("json", "looped", long)
     answered = count_beside(
