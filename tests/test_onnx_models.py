@@ -1264,7 +1264,7 @@ def test_statistics_count_inferences_executions_and_failures(toys, asker):
 def count_beside(slow: Callable[[], None], small: Callable[[], None], slow_runs: int) -> int:
     """Return how many small requests are answered while `slow_runs` slow ones are.
 
-    A slow one takes 0.1 s or more, long enough for many small ones on a busy machine, too.
+    Each slow one has to take 0.1 s or more: long enough for many small ones on a busy machine, too.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running = pool.submit(lambda: [slow() for _ in range(slow_runs)])

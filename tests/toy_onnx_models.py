@@ -211,8 +211,7 @@ def make_endless() -> bytes:
 
 
 def make_chain(width: int = 1024, length: int = 24) -> bytes:
-    """Return a model whose run takes some 50 ms, longer with more products: one row through `length` of them with one
-    matrix, which is 1."""
+    """Return a model that takes a row through `length` products with one matrix, which is 1; 24 take some 50 ms."""
     from onnx import helper, numpy_helper
 
     nodes = [
